@@ -1,0 +1,96 @@
+//! What the HA loop, the REST API and `main` share: one board that the loop writes, one queue that it reads.
+
+use serde_json::{Map, Value};
+use tokio::sync::oneshot;
+use trunkline_common::{Instant, MemberName};
+
+use crate::postgres::PgStatus;
+
+/// What the HA loop last knew and did; published after every turn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Board {
+    /// Patroni's state text (dcs-layout §4.1).
+    pub state: String,
+    /// Patroni's role text (§4.2).
+    pub role: String,
+    /// The server as last observed.
+    pub postgres: PgStatus,
+    /// Until when this node may act as leader; `None` without the key. Compared with the clock, never trusted past it.
+    pub leader_until: Option<Instant>,
+    /// The loop has seen `pause`.
+    pub pause: bool,
+    /// Which long action is going on.
+    pub task: Option<String>,
+    /// Effective tags.
+    pub tags: Map<String, Value>,
+    /// A planned restart, as in the member key.
+    pub scheduled_restart: Option<Value>,
+    /// The last decision's words, as in the log.
+    pub reason: String,
+    /// A name for the decision, as the metric's label.
+    pub decision: &'static str,
+    /// When the next turn is due at the latest: `/liveness`.
+    pub next_run: Instant,
+    /// When the DCS last answered: `dcs_last_seen` (seconds since the epoch).
+    pub dcs_last_seen: i64,
+    /// Failsafe mode is what keeps this leader up, or a leader in failsafe mode has told us so lately.
+    pub failsafe_active: bool,
+}
+
+/// What may be asked of the HA loop. Replies come when it is done or refused; a dropped receiver cancels nothing.
+#[derive(Debug)]
+pub enum Command {
+    /// Something outside the watch changed; take a turn.
+    Wake,
+    /// Read the configuration file again.
+    Reload,
+    /// Restart PostgreSQL now, where the filters fit.
+    Restart(RestartFilter, oneshot::Sender<Reply>),
+    /// Restart at a time.
+    ScheduleRestart(Value, oneshot::Sender<Reply>),
+    /// Forget the planned restart; true if there was one.
+    CancelRestart(oneshot::Sender<bool>),
+    /// Make this replica anew from the leader.
+    Reinitialize {
+        /// Cancel whatever is going on first.
+        force: bool,
+        /// From the leader, not from another replica.
+        from_leader: bool,
+        /// Answered when started or refused.
+        reply: oneshot::Sender<Reply>,
+    },
+    /// A leader without DCS asks whether it may go on (`POST /failsafe`).
+    FailsafePoll {
+        /// Who asks.
+        leader: MemberName,
+        /// Its URLs and slots as sent.
+        body: Value,
+        /// True: accepted.
+        reply: oneshot::Sender<bool>,
+    },
+}
+
+/// Conditions of a restart (rest-api §4.4).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RestartFilter {
+    /// Only in this role (`primary`, `replica`, `standby_leader`).
+    pub role: Option<String>,
+    /// Only if the server is older than this (`server_version_num`).
+    pub older_than: Option<u32>,
+    /// Only if a restart is pending.
+    pub pending: bool,
+    /// Start timeout in seconds.
+    pub timeout: Option<u64>,
+}
+
+/// Done, or why not, as REST answers it.
+pub type Reply = Result<String, Refusal>;
+
+/// Why a command was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// HTTP status.
+    pub status: u16,
+    /// A sentence.
+    pub text: String,
+}

@@ -1,0 +1,276 @@
+//! One PostgreSQL server: its processes, its data directory, its settings.
+//!
+//! [`Postgres`] is what the HA loop may ask of it. `instance` is the real one; the simulation has a model of it. This
+//! module obeys: it has no opinion about who leads and never looks into the DCS.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::watch;
+use trunkline_common::{History, Lsn, MemberName, SystemId, TimelineId};
+use trunkline_config::PostgresConfig;
+
+/// What is known of the server right now.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PgStatus {
+    /// No data directory, or an empty one.
+    NoData,
+    /// There is something in the data directory, but it can't be read as a cluster (no pg_control, wrong permissions).
+    Broken(String),
+    /// A data directory without a postmaster.
+    Stopped(ControlData),
+    /// A postmaster that does not accept connections yet (recovery, or "the database system is starting up").
+    Starting,
+    /// A postmaster that is shutting down.
+    Stopping,
+    /// It answers queries.
+    Running(Running),
+    /// A postmaster that should accept connections but did not answer within the deadline.
+    Unresponsive,
+}
+
+/// The parts of `global/pg_control` that decisions need.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlData {
+    /// Identity of the cluster.
+    pub system_id: SystemId,
+    /// What it was doing when last written.
+    pub state: ControlState,
+    /// Timeline of the last checkpoint.
+    pub timeline: TimelineId,
+    /// Position of the last checkpoint record: where a clean shutdown ended.
+    pub checkpoint: Lsn,
+    /// Whether `standby.signal` or `recovery.signal` is there: it would start as a standby.
+    pub standby: bool,
+}
+
+/// `pg_control`'s state (PostgreSQL's `DBState`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControlState {
+    /// Fresh from initdb, or being started.
+    Startup,
+    /// Cleanly shut down as a primary.
+    ShutDown,
+    /// Cleanly shut down as a standby.
+    ShutDownInRecovery,
+    /// In the middle of a shutdown.
+    ShuttingDown,
+    /// In crash recovery.
+    InCrashRecovery,
+    /// In archive recovery: a standby, running or crashed.
+    InArchiveRecovery,
+    /// A primary, running or crashed.
+    InProduction,
+}
+
+/// A server that answers queries.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Running {
+    /// Whether it is in recovery.
+    pub role: PgRole,
+    /// Identity of the cluster.
+    pub system_id: SystemId,
+    /// Of the WAL that it writes or receives; `None` where a standby has received nothing yet.
+    pub timeline: Option<TimelineId>,
+    /// Primary: flushed position. Standby: max(received, replayed).
+    pub lsn: Lsn,
+    /// Standby: last received (written) position.
+    pub receive_lsn: Option<Lsn>,
+    /// Standby: last replayed position.
+    pub replay_lsn: Option<Lsn>,
+    /// Standby: commit time of the last replayed transaction, PostgreSQL's text.
+    pub replay_timestamp: Option<String>,
+    /// Standby: replay is paused.
+    pub replay_paused: bool,
+    /// Standby: what the WAL receiver last heard of the primary's end of WAL.
+    pub latest_end_lsn: Option<Lsn>,
+    /// Standby: `streaming` or `in archive recovery`.
+    pub replication_state: Option<String>,
+    /// `host:port` the WAL receiver is connected to or configured for.
+    pub upstream: Option<String>,
+    /// `server_version_num`.
+    pub server_version: u32,
+    /// `pg_postmaster_start_time()`, as `YYYY-MM-DD HH:MM:SS.ffffff+00:00`.
+    pub postmaster_start_time: String,
+    /// WAL senders connected to it.
+    pub replication: Vec<WalSender>,
+    /// `synchronous_standby_names` in force.
+    pub synchronous_standby_names: String,
+    /// Settings that wait for a restart: name → `{old_value, new_value}`; empty = none.
+    pub pending_restart: BTreeMap<String, Value>,
+    /// Replication slots: name → `restart_lsn` (physical) or `confirmed_flush_lsn` (logical).
+    pub slots: BTreeMap<String, Lsn>,
+}
+
+/// Whether the server takes writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PgRole {
+    /// Not in recovery.
+    Primary,
+    /// In recovery.
+    Standby,
+}
+
+/// A row of `pg_stat_replication`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WalSender {
+    /// The user of the connection.
+    pub usename: String,
+    /// The standby's `application_name`: its member name.
+    pub application_name: String,
+    /// Where it connects from; `None` on a unix socket.
+    pub client_addr: Option<String>,
+    /// `startup`, `catchup`, `streaming`, `backup`, `stopping`.
+    pub state: String,
+    /// `async`, `potential`, `sync`, `quorum`.
+    pub sync_state: String,
+    /// Its place in `synchronous_standby_names`.
+    pub sync_priority: i32,
+    /// Written, flushed, replayed on the standby.
+    pub write_lsn: Option<Lsn>,
+    /// Flushed on the standby.
+    pub flush_lsn: Option<Lsn>,
+    /// Replayed on the standby.
+    pub replay_lsn: Option<Lsn>,
+}
+
+/// A server to stream from, clone from or rewind to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Upstream {
+    /// Its member name.
+    pub name: MemberName,
+    /// Host or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// Our slot there, where slots are used.
+    pub slot: Option<String>,
+}
+
+/// How to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopMode {
+    /// Ends sessions, writes a shutdown checkpoint (SIGINT).
+    Fast,
+    /// Ends everything at once; the next start recovers (SIGQUIT, and SIGKILL of what is left soon after).
+    Immediate,
+}
+
+/// As what to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StartAs {
+    /// Takes writes as soon as it is up (removes `standby.signal`).
+    Primary,
+    /// Follows; with nobody to follow it only serves reads.
+    Standby(Option<Upstream>),
+}
+
+/// Whether a server whose past may differ from its upstream's can simply follow (ha-loop §11.2).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Divergence {
+    /// Its WAL is a prefix of the upstream's: follow.
+    None,
+    /// It went past the fork: rewind. The words name the positions compared.
+    Rewind(String),
+    /// Can't be told yet (upstream not reachable, still in recovery, or without a checkpoint on its timeline): ask again.
+    Unknown(String),
+}
+
+/// Why PostgreSQL did not do what was asked, split by what the caller does next.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PgError {
+    /// A program is missing, too old, or can't be executed: an operator has to act.
+    #[error("{0}")]
+    Unusable(String),
+    /// It took longer than allowed; it may still happen.
+    #[error("{what} was not done within {limit:?}")]
+    Timeout {
+        /// The operation.
+        what: String,
+        /// Its limit.
+        limit: Duration,
+    },
+    /// A program or a query failed, with its last words.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What the HA loop may ask of a server. Cheap to clone: clones are handles to the same server.
+///
+/// Everything has a bound in time; nothing here blocks the calling thread for longer than a small file takes.
+pub trait Postgres: Clone + Send + Sync + 'static {
+    /// Looks: process, pg_control, one query under `deadline`. Never fails; what it could not see is in the status.
+    fn observe(&self, deadline: Duration) -> impl Future<Output = PgStatus> + Send;
+
+    /// Counts the ends of postmasters: changes in the moment one exits (pidfd), whoever started it.
+    fn exits(&self) -> watch::Receiver<u64>;
+
+    /// New settings from file or DCS: rewrites the configuration files and reloads a running server where they changed.
+    fn configure(&self, config: PostgresConfig) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// The settings in force.
+    fn config(&self) -> PostgresConfig;
+
+    /// initdb with the given options, and `hba` appended to its pg_hba.conf. Leaves the server stopped.
+    fn initdb(&self, options: Vec<String>, hba: Vec<String>) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// After the first start of a new cluster: superuser password, replication and rewind users, `post_bootstrap`.
+    fn create_users(&self, post_bootstrap: Option<String>) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Replaces the data directory by a copy of `source` (pg_basebackup). Leaves the server stopped.
+    fn clone_from(&self, source: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Spawns the postmaster and waits until it accepts connections, at most `limit`.
+    fn start(&self, role: StartAs, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Stops and waits for the end of every process, at most `limit`; then a fast stop fails with the server still
+    /// stopping, an immediate one kills what is left. `shut_down` fires, at most once, with the position of the shutdown
+    /// checkpoint as soon as pg_control has it, even while a WAL sender still waits for a slow standby.
+    fn stop(
+        &self,
+        mode: StopMode,
+        limit: Duration,
+        shut_down: Option<tokio::sync::oneshot::Sender<Lsn>>,
+    ) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Kills every process of the server and returns once none is left that could write: for a lease that is ending.
+    /// Bounded by `limit`; does not touch the network.
+    fn fence(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Promotes a standby and returns as soon as it takes writes, with its new timeline.
+    fn promote(&self, limit: Duration) -> impl Future<Output = Result<TimelineId, PgError>> + Send;
+
+    /// Makes a running standby follow `upstream` (reload; a restart where the version needs one).
+    fn follow(&self, upstream: Option<Upstream>) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Compares the local history with that of `upstream`.
+    fn diverged(&self, upstream: Upstream) -> impl Future<Output = Divergence> + Send;
+
+    /// pg_rewind of a stopped server to `upstream`. After an error the data directory may be unusable.
+    fn rewind(&self, upstream: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Removes the data directory's content.
+    fn remove_data(&self) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Moves the data directory of a failed bootstrap aside (`*.failed`), so that nothing is lost.
+    fn move_data_aside(&self) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// CHECKPOINT.
+    fn checkpoint(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Sets `synchronous_standby_names` and returns when the server has it in force (`''` = nobody). Also valid on a stopped
+    /// server or a standby: then it is what the next start or promotion has.
+    fn set_synchronous_standby_names(&self, names: String) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Makes the physical slots exactly these (name → known position, to advance to on standbys); others that no
+    /// `ignore` pattern names are dropped. Logical slots are left alone.
+    fn set_slots(&self, wanted: BTreeMap<String, Option<Lsn>>) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// The local `.history` file of `timeline`, with the time the file was written (RFC 3339).
+    fn history(&self, timeline: TimelineId) -> impl Future<Output = Option<(History, String)>> + Send;
+
+    /// Runs a callback (`on_start`, `on_role_change` …) in the background with Patroni's arguments.
+    fn callback(&self, event: &'static str, role: &str);
+}

@@ -1,0 +1,88 @@
+//! Time that counts while the machine sleeps.
+//!
+//! A lease goes on running in the DCS while this host is suspended, so everything that compares with a lease's end uses
+//! `CLOCK_BOOTTIME`. This file is the only one that asks the operating system what time it is.
+
+use std::future::Future;
+use std::ops::{Add, Sub};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+/// A point on the boot-time clock of this host. Never leaves the host, never compared with another host's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Instant(Duration);
+
+impl Instant {
+    /// The instant `since_boot` after the host started.
+    pub const fn from_boot(since_boot: Duration) -> Self {
+        Self(since_boot)
+    }
+
+    /// Time since the host started.
+    pub const fn since_boot(self) -> Duration {
+        self.0
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is later.
+    pub fn since(self, earlier: Instant) -> Duration {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl Add<Duration> for Instant {
+    type Output = Instant;
+    fn add(self, by: Duration) -> Instant {
+        Instant(self.0.saturating_add(by))
+    }
+}
+
+impl Sub<Duration> for Instant {
+    type Output = Instant;
+    fn sub(self, by: Duration) -> Instant {
+        Instant(self.0.saturating_sub(by))
+    }
+}
+
+/// Where time comes from. The real one is [`SystemClock`]; the simulation brings its own.
+pub trait Clock: Clone + Send + Sync + 'static {
+    /// Now, on the clock that counts suspend.
+    fn now(&self) -> Instant;
+
+    /// The wall clock, for time stamps and schedules only: it jumps, so nothing about leases may depend on it.
+    fn wall(&self) -> DateTime<Utc>;
+
+    /// Returns at `deadline` or a little after it.
+    fn sleep_until(&self, deadline: Instant) -> impl Future<Output = ()> + Send;
+
+    /// Returns after `duration` or a little more.
+    fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + Send {
+        self.sleep_until(self.now() + duration)
+    }
+}
+
+/// The host's own clocks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Instant {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Instant(Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32))
+    }
+
+    fn wall(&self) -> DateTime<Utc> {
+        Utc::now()
+    }
+
+    async fn sleep_until(&self, deadline: Instant) {
+        // tokio counts CLOCK_MONOTONIC, which stands still in suspend: a sleeper may come late, so ask again.
+        loop {
+            let left = deadline.since(self.now());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left).await;
+        }
+    }
+}

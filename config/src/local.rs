@@ -1,0 +1,135 @@
+//! `patroni.yml`: what belongs to one node.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use crate::Secret;
+
+/// One node's configuration: the file with the environment over it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Local {
+    /// The cluster's name.
+    pub scope: String,
+    /// This member's name.
+    pub name: String,
+    /// Prefix of the keys, default `service`; may contain slashes.
+    pub namespace: String,
+    /// The REST API.
+    pub restapi: RestApi,
+    /// Credentials for other members' REST API.
+    pub ctl: Ctl,
+    /// Where etcd is.
+    pub etcd: Etcd,
+    /// The `postgresql` section as it stands; [`crate::PostgresConfig::effective`] merges it with the dynamic one.
+    pub postgresql: Map<String, Value>,
+    /// Present: this node may initialise a new cluster.
+    pub bootstrap: Option<Bootstrap>,
+    /// The node's tags, JSON types and order kept.
+    pub tags: Map<String, Value>,
+    /// The `watchdog` section as it stands.
+    pub watchdog: Map<String, Value>,
+    /// Logging.
+    pub log: Log,
+    /// The whole merged document, for `--print` and for what has no typed field yet.
+    pub raw: Value,
+}
+
+/// `restapi`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RestApi {
+    /// Where to listen, `host:port`.
+    pub listen: String,
+    /// What other members are told; default `listen`.
+    pub connect_address: String,
+    /// User and password of unsafe requests.
+    pub authentication: Option<(String, Secret)>,
+    /// TLS: present makes the API https.
+    pub certfile: Option<PathBuf>,
+    /// TLS: private key; default the certificate's file.
+    pub keyfile: Option<PathBuf>,
+    /// TLS: who may have signed client certificates.
+    pub cafile: Option<PathBuf>,
+    /// TLS: ask for client certificates.
+    pub verify_client: VerifyClient,
+    /// Who may send unsafe requests: addresses, networks, host names; empty = everybody.
+    pub allowlist: Vec<String>,
+    /// The members may, too.
+    pub allowlist_include_members: bool,
+    /// Headers added to every response.
+    pub http_extra_headers: Vec<(String, String)>,
+    /// Headers added to every response over TLS.
+    pub https_extra_headers: Vec<(String, String)>,
+}
+
+/// `restapi.verify_client`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VerifyClient {
+    /// Certificates are not asked for.
+    #[default]
+    None,
+    /// Unsafe requests need one.
+    Optional,
+    /// Every request needs one.
+    Required,
+}
+
+/// `ctl`: how the command line and peers call a REST API.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Ctl {
+    /// Don't verify the server's certificate.
+    pub insecure: bool,
+    /// Who may have signed the server's certificate; default `restapi.cafile`.
+    pub cacert: Option<PathBuf>,
+    /// Client certificate.
+    pub certfile: Option<PathBuf>,
+    /// Its key.
+    pub keyfile: Option<PathBuf>,
+    /// User and password; default `restapi.authentication`.
+    pub authentication: Option<(String, Secret)>,
+}
+
+/// `etcd3` (or `etcd`, with a notice).
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Etcd {
+    /// Endpoints as `http(s)://host:port`, in the order given; never empty.
+    pub endpoints: Vec<String>,
+    /// User and password.
+    pub authentication: Option<(String, Secret)>,
+    /// TLS: who may have signed the servers' certificates.
+    pub cacert: Option<PathBuf>,
+    /// TLS: client certificate.
+    pub cert: Option<PathBuf>,
+    /// TLS: its key.
+    pub key: Option<PathBuf>,
+}
+
+/// `bootstrap`.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Bootstrap {
+    /// The first dynamic configuration, as it stands; the new cluster's `config` key.
+    pub dcs: Map<String, Value>,
+    /// `initdb`, or the name of a custom method.
+    pub method: String,
+    /// Options of initdb, `--` and values included (`--data-checksums`, `--encoding=UTF8`).
+    pub initdb: Vec<String>,
+    /// Lines appended to the generated pg_hba.conf.
+    pub pg_hba: Vec<String>,
+    /// Run once with a connection string as its last argument.
+    pub post_bootstrap: Option<String>,
+    /// The section as it stands, for custom methods.
+    pub raw: Map<String, Value>,
+}
+
+/// `log`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// One JSON object a line instead of Patroni's text.
+    pub json: bool,
+    /// The least severe level shown: `DEBUG`, `INFO`, `WARNING`, `ERROR`, `CRITICAL`.
+    pub level: String,
+    /// Python-style format, default `%(asctime)s %(levelname)s: %(message)s`.
+    pub format: String,
+    /// Directory of `patroni.log`; none = standard error.
+    pub dir: Option<PathBuf>,
+}
