@@ -1,0 +1,53 @@
+# Everything a person or a CI runs. `make` alone lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo demo-check test bench-failover compose-check fmt lint clean
+
+# rustup puts cargo where a login shell finds it; make may run outside of one.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+# The profile of `make demo`, `make build` and the benchmark.
+PROFILE ?= release
+BIN := target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/' | expand -t 20
+
+setup: ## install what building and the demo need, by Debian package names
+	@tools/setup demo
+
+build: ## build the three programs into target/release (PROFILE=dev: target/debug)
+	@tools/setup build
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+
+demo: ## a live cluster: etcd, three agents with PostgreSQL, one router; Ctrl-C ends and removes everything
+	@tools/setup demo
+	cargo build --locked --profile $(PROFILE) --package trunkline-agent --package trunkline-router --bins
+	@$(BIN)/trunklinectl demo $(ARGS)
+
+demo-check: ## the demo without a person: kill, switch over, kill a node; measures, checks, exits 0 or 1
+	@tools/setup demo
+	cargo build --locked --profile $(PROFILE) --package trunkline-agent --package trunkline-router --bins
+	@$(BIN)/trunklinectl demo --check $(ARGS)
+
+test: ## format, clippy, unit and property tests, then real clusters (up to 30 minutes on two cores)
+	@tools/test $(ARGS)
+
+bench-failover: ## write outage beside Patroni + HAProxy in the same run (needs PyPI once, for Patroni)
+	@tools/setup test
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+	@cargo bench --locked --package trunkline-benches --bench failover -- $(ARGS)
+
+compose-check: ## build the image, start docker-compose.yml, kill the leader, check, take it down
+	@tools/setup compose
+	@tools/compose-check $(ARGS)
+
+fmt: ## format the code
+	cargo fmt --all
+
+lint: ## format check and clippy, warnings denied
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+clean: ## remove the build products
+	cargo clean
