@@ -1,5 +1,7 @@
 //! What the HA loop, the REST API and `main` share: one board that the loop writes, one queue that it reads.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 use trunkline_common::{Instant, MemberName};
@@ -33,6 +35,11 @@ pub struct Board {
     pub next_run: Instant,
     /// When the DCS last answered: `dcs_last_seen` (seconds since the epoch).
     pub dcs_last_seen: i64,
+    /// The watchdog is required but doesn't work: this node may not lead.
+    pub watchdog_failed: bool,
+    /// How often what happened since the start, and why: `("promote" | "demote" | "fence" …, reason)` → times. Metric
+    /// labels, so both are from a fixed, small set.
+    pub transitions: BTreeMap<(&'static str, &'static str), u64>,
     /// Failsafe mode is what keeps this leader up, or a leader in failsafe mode has told us so lately.
     pub failsafe_active: bool,
 }
