@@ -34,8 +34,12 @@ pub struct ClusterView {
     pub status: Status,
     /// The `history` key.
     pub history: Vec<HistoryLine>,
+    /// Whether there is a `history` key: an empty one says "timeline 1", an absent one says nothing.
+    pub has_history: bool,
     /// The `failsafe` key: members that must answer for a leader to survive the loss of the DCS.
     pub failsafe: Option<BTreeMap<MemberName, String>>,
+    /// Keys whose value makes no sense, with the revision at which it doesn't: what this view has for them is older.
+    pub malformed: BTreeMap<String, Revision>,
 }
 
 impl ClusterView {
@@ -52,7 +56,8 @@ impl ClusterView {
     /// The cluster's timeline as `history` tells it: one past the last finished one, 1 for an empty history,
     /// `None` where there is no `history` key.
     pub fn timeline(&self) -> Option<TimelineId> {
-        self.history.last().map(|line| TimelineId(line.timeline.0 + 1))
+        let begun = |line: &HistoryLine| TimelineId(line.timeline.0.saturating_add(1));
+        self.history.last().map(begun).or(self.has_history.then_some(TimelineId(1)))
     }
 }
 

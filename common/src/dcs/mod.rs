@@ -8,6 +8,7 @@
 
 pub mod codec;
 pub mod follow;
+pub mod json;
 pub mod paths;
 pub mod store;
 
