@@ -59,6 +59,20 @@ pub trait Clock: Clone + Send + Sync + 'static {
     fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + Send {
         self.sleep_until(self.now() + duration)
     }
+
+    /// Runs `work` for at most `limit`; `None` if that was not enough. What was being done is dropped, not undone.
+    fn within<F: Future + Send>(&self, limit: Duration, work: F) -> impl Future<Output = Option<F::Output>> + Send
+    where
+        F::Output: Send,
+    {
+        async move {
+            tokio::select! {
+                biased;
+                output = work => Some(output),
+                () = self.sleep(limit) => None,
+            }
+        }
+    }
 }
 
 /// The host's own clocks.
@@ -84,5 +98,41 @@ impl Clock for SystemClock {
             }
             tokio::time::sleep(left).await;
         }
+    }
+}
+
+/// Time as tokio's timers tell it: stands still and jumps with `tokio::time::pause` and `advance`, so tests and the
+/// simulation take no real time. Never for a real lease: it does not count suspend.
+#[derive(Debug, Clone, Copy)]
+pub struct TokioClock {
+    start: tokio::time::Instant,
+    wall: DateTime<Utc>,
+}
+
+impl TokioClock {
+    /// A clock that starts at zero boot time now, and whose wall clock starts at `wall`.
+    pub fn starting_at(wall: DateTime<Utc>) -> Self {
+        Self { start: tokio::time::Instant::now(), wall }
+    }
+}
+
+impl Default for TokioClock {
+    /// Starts in 2030, so that nothing depends on the day a test runs.
+    fn default() -> Self {
+        Self::starting_at(DateTime::from_timestamp(1_893_456_000, 0).unwrap_or_default())
+    }
+}
+
+impl Clock for TokioClock {
+    fn now(&self) -> Instant {
+        Instant(self.start.elapsed())
+    }
+
+    fn wall(&self) -> DateTime<Utc> {
+        self.wall + self.start.elapsed()
+    }
+
+    async fn sleep_until(&self, deadline: Instant) {
+        tokio::time::sleep_until(self.start + deadline.since_boot()).await;
     }
 }

@@ -10,7 +10,7 @@ pub mod id;
 pub mod lsn;
 pub mod timeline;
 
-pub use clock::{Clock, Instant, SystemClock};
+pub use clock::{Clock, Instant, SystemClock, TokioClock};
 pub use cluster::{ClusterView, Member};
 pub use id::{LeaseId, MemberName, Revision, SystemId};
 pub use lsn::Lsn;

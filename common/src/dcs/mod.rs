@@ -7,8 +7,10 @@
 //! * [`follow`]: keeps a view up to date from the watch and says how old its knowledge is.
 
 pub mod codec;
+pub mod contract;
 pub mod follow;
 pub mod json;
+pub mod memory;
 pub mod paths;
 pub mod store;
 
