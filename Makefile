@@ -35,6 +35,7 @@ test: ## format, clippy, unit and property tests, then real clusters (up to 30 m
 
 bench-failover: ## write outage beside Patroni + HAProxy in the same run (needs PyPI once, for Patroni)
 	@tools/setup test
+	@tools/patroni-venv
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	@cargo bench --locked --package trunkline-benches --bench failover -- $(ARGS)
 
