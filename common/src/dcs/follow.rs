@@ -1,16 +1,306 @@
 //! A view that is kept up to date: read everything, watch from there, read again on any doubt.
+//!
+//! This is on the failover path: an event becomes a published view without a wait in between.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::{ClusterView, Instant};
+use futures::StreamExt;
+use tokio::sync::watch;
+
+use super::codec;
+use super::store::ClusterStore;
+use super::{Change, Dcs, DcsError, Snapshot, WatchEvent};
+use crate::{Clock, ClusterView, Instant, Revision};
+
+/// Pauses before reading again: none the first time, then doubling between these.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(500));
 
 /// What is known of the cluster, and since when it is unconfirmed.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Knowledge {
     /// The last view; `None` until the first reading succeeded.
     pub view: Option<Arc<ClusterView>>,
-    /// When the DCS last confirmed that nothing is missing from `view` (an event, an answered probe, a reading).
+    /// When the DCS last confirmed that nothing is missing from `view` (an event, an answered probe, a reading). A
+    /// reading counts from when it was asked for; the others from when they arrived.
     pub confirmed_at: Option<Instant>,
     /// Why there is doubt now, in words; `None` while the watch is alive.
     pub trouble: Option<String>,
+}
+
+/// The task behind [`Knowledge`].
+pub struct Follower<D, C> {
+    store: ClusterStore<D>,
+    clock: C,
+    publish: watch::Sender<Knowledge>,
+    snapshot: Snapshot,
+    /// Failures since the watch last said something.
+    failures: u32,
+}
+
+impl<D: Dcs, C: Clock> Follower<D, C> {
+    /// Follows the cluster until every receiver is dropped. Must be called inside a tokio runtime.
+    ///
+    /// The receiver is told of every revision, also where the view stays equal, and of every confirmation: compare the
+    /// `view` pointers to see only changes.
+    pub fn spawn(store: ClusterStore<D>, clock: C) -> watch::Receiver<Knowledge> {
+        let (publish, receiver) = watch::channel(Knowledge::default());
+        let gone = publish.clone();
+        let follower = Self { store, clock, publish, snapshot: Snapshot::default(), failures: 0 };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = gone.closed() => (),
+                () = follower.run() => (),
+            }
+        });
+        receiver
+    }
+
+    async fn run(mut self) {
+        loop {
+            let Err(error) = self.follow().await else { continue };
+            self.doubt(&error);
+            self.failures += 1;
+            if self.failures > 1 {
+                let doublings = (self.failures - 2).min(16);
+                self.clock.sleep((PAUSE.0 * 2u32.pow(doublings)).min(PAUSE.1)).await;
+            }
+        }
+    }
+
+    /// Reads everything and follows the watch until it breaks.
+    async fn follow(&mut self) -> Result<(), DcsError> {
+        let asked = self.clock.now();
+        let snapshot = self.store.dcs().read(self.store.paths().prefix()).await?;
+        if snapshot.revision < self.snapshot.revision {
+            tracing::warn!(
+                "the DCS went back from revision {} to {}: was it restored from a backup?",
+                self.snapshot.revision,
+                snapshot.revision
+            );
+        }
+        self.snapshot = snapshot;
+        self.publish_view(asked);
+        let from = Revision(self.snapshot.revision.0 + 1);
+        let mut watch = self.store.dcs().watch(self.store.paths().prefix(), from).await?;
+        loop {
+            let event = watch.next().await.unwrap_or_else(|| Err(DcsError::WatchLost("closed".to_owned())))?;
+            self.failures = 0;
+            let now = self.clock.now();
+            match event {
+                WatchEvent::Alive => self.publish.send_modify(|known| {
+                    known.confirmed_at = Some(now);
+                    known.trouble = None;
+                }),
+                WatchEvent::Changes { revision, changes } => {
+                    self.snapshot.apply(revision, changes);
+                    self.publish_view(now);
+                }
+            }
+        }
+    }
+
+    fn publish_view(&self, confirmed_at: Instant) {
+        let previous = self.publish.borrow().view.clone();
+        let view = Arc::new(codec::view(self.store.paths(), &self.snapshot, previous.as_deref()));
+        self.publish.send_modify(|known| {
+            if let Some(trouble) = &known.trouble {
+                tracing::info!("the DCS can be followed again at revision {} (was: {trouble})", view.revision);
+            }
+            *known = Knowledge { view: Some(view), confirmed_at: Some(confirmed_at), trouble: None };
+        });
+    }
+
+    fn doubt(&self, error: &DcsError) {
+        let trouble = error.to_string();
+        self.publish.send_if_modified(|known| {
+            match &known.trouble {
+                None => tracing::warn!("the DCS cannot be followed: {trouble}"),
+                Some(_) => tracing::debug!("the DCS still cannot be followed: {trouble}"),
+            }
+            let changed = known.trouble.as_ref() != Some(&trouble);
+            known.trouble = Some(trouble);
+            changed
+        });
+    }
+}
+
+impl Snapshot {
+    /// Makes the snapshot what it is after `changes`. Events at or below its revision are already in it.
+    pub fn apply(&mut self, revision: Revision, changes: Vec<Change>) {
+        if revision <= self.revision {
+            return;
+        }
+        self.revision = revision;
+        for change in changes {
+            let key = match &change {
+                Change::Put(kv) => &kv.key,
+                Change::Delete(key) => key,
+            };
+            let place = self.entries.binary_search_by(|kv| kv.key.cmp(key));
+            match (place, change) {
+                (Ok(at), Change::Put(kv)) => self.entries[at] = kv,
+                (Err(at), Change::Put(kv)) => self.entries.insert(at, kv),
+                (Ok(at), Change::Delete(_)) => drop(self.entries.remove(at)),
+                (Err(_), Change::Delete(_)) => (),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dcs::memory::MemoryDcs;
+    use crate::dcs::paths::Paths;
+    use crate::dcs::{Op, Txn};
+    use crate::{LeaseId, TokioClock};
+    use proptest::prelude::*;
+
+    struct World {
+        dcs: MemoryDcs<TokioClock>,
+        store: ClusterStore<MemoryDcs<TokioClock>>,
+        link: MemoryDcs<TokioClock>,
+        clock: TokioClock,
+    }
+
+    fn world() -> World {
+        let clock = TokioClock::default();
+        let dcs = MemoryDcs::new(clock);
+        let (link, paths) = (dcs.client(), Paths::new("service", "demo"));
+        World { store: ClusterStore::new(dcs.clone(), paths), link, dcs, clock }
+    }
+
+    impl World {
+        fn follow(&self) -> watch::Receiver<Knowledge> {
+            let store = ClusterStore::new(self.link.clone(), self.store.paths().clone());
+            Follower::spawn(store, self.clock)
+        }
+
+        async fn lead(&self, name: &str, lease: LeaseId) {
+            self.store.take_leader(&name.into(), lease).await.unwrap();
+        }
+    }
+
+    fn leader(known: &Knowledge) -> Option<&str> {
+        known.view.as_ref()?.leader.as_ref().map(|leader| leader.name.as_str())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn publishes_every_change_at_once() {
+        let world = world();
+        let mut known = world.follow();
+        known.wait_for(|known| known.view.is_some()).await.unwrap();
+        let start = world.clock.now();
+        for name in ["a", "b", "c"] {
+            world.lead(name, LeaseId(0)).await;
+            let seen = known.wait_for(|known| leader(known) == Some(name)).await.unwrap();
+            assert_eq!((seen.trouble.clone(), seen.confirmed_at), (None, Some(start)));
+        }
+        world.store.release_leader(&"c".into(), None).await.unwrap();
+        known.wait_for(|known| leader(known).is_none()).await.unwrap();
+        assert_eq!(world.clock.now(), start, "no time passes between a write and the view of it");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sees_a_lease_run_out() {
+        let world = world();
+        let mut known = world.follow();
+        let lease = world.dcs.grant(Duration::from_secs(5)).await.unwrap();
+        world.lead("a", lease.id).await;
+        known.wait_for(|known| leader(known).is_some()).await.unwrap();
+        known.wait_for(|known| leader(known).is_none()).await.unwrap();
+        assert_eq!(world.clock.now(), lease.until);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn confirms_while_nothing_happens_and_says_when_it_cannot() {
+        let world = world();
+        let mut known = world.follow();
+        world.clock.sleep(Duration::from_secs(60)).await;
+        let age = |known: &Knowledge, now: Instant| now.since(known.confirmed_at.unwrap());
+        assert!(age(&known.borrow(), world.clock.now()) <= Duration::from_secs(1));
+
+        world.link.set_faults(|faults| faults.cut = true);
+        let cut = world.clock.now();
+        known.wait_for(|known| known.trouble.is_some()).await.unwrap();
+        assert!(world.clock.now().since(cut) <= Duration::from_secs(3), "silence is noticed");
+        world.lead("a", LeaseId(0)).await;
+        world.clock.sleep(Duration::from_secs(20)).await;
+        assert!(age(&known.borrow(), world.clock.now()) >= Duration::from_secs(20));
+        assert_eq!(leader(&known.borrow()), None, "nothing is known of what happened meanwhile");
+
+        world.link.set_faults(|faults| faults.cut = false);
+        let healed = world.clock.now();
+        known.wait_for(|known| leader(known) == Some("a") && known.trouble.is_none()).await.unwrap();
+        assert!(world.clock.now().since(healed) <= Duration::from_secs(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broken_watch_is_replaced_at_once() {
+        let world = world();
+        let mut known = world.follow();
+        known.wait_for(|known| known.view.is_some()).await.unwrap();
+        for name in ["a", "b", "c"] {
+            let before = world.clock.now();
+            world.link.break_watches();
+            world.lead(name, LeaseId(0)).await;
+            known.wait_for(|known| leader(known) == Some(name)).await.unwrap();
+            assert_eq!(world.clock.now(), before);
+            // A sign of life in between: otherwise it would be the next failure in a row.
+            known.wait_for(|known| known.confirmed_at > Some(before)).await.unwrap();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn keeps_the_last_good_settings() {
+        let world = world();
+        let mut known = world.follow();
+        world.store.put_config(&serde_json::json!({"ttl": 20}), None).await.unwrap();
+        known.wait_for(|known| known.view.as_ref().is_some_and(|view| view.config.is_some())).await.unwrap();
+        let key = world.store.paths().key("config");
+        let broken = Txn { then: vec![Op::Put(key.clone(), b"{".to_vec(), LeaseId(0))], ..Txn::default() };
+        world.dcs.txn(broken).await.unwrap();
+        let malformed = |known: &Knowledge| known.view.as_ref().is_some_and(|view| view.malformed.contains_key(&key));
+        let seen = known.wait_for(malformed).await.unwrap().view.clone().unwrap();
+        assert_eq!(seen.config.as_ref().unwrap().value, serde_json::json!({"ttl": 20}));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ends_with_its_last_receiver() {
+        let world = world();
+        let known = world.follow();
+        let metrics = tokio::runtime::Handle::current().metrics();
+        world.clock.sleep(Duration::from_secs(1)).await;
+        assert_eq!(metrics.num_alive_tasks(), 1);
+        drop(known);
+        world.clock.sleep(Duration::from_secs(1)).await;
+        assert_eq!(metrics.num_alive_tasks(), 0);
+    }
+
+    proptest! {
+        /// Whatever was written in whatever order: following the events gives what reading gives.
+        #[test]
+        fn applying_events_equals_reading(writes in proptest::collection::vec((0..6u8, any::<bool>(), 0..9u8), 0..40)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            runtime.block_on(async {
+                let world = world();
+                let mut watch = world.dcs.watch("/k", Revision(2)).await.unwrap();
+                let mut applied = world.dcs.read("/k").await.unwrap();
+                for (key, delete, value) in writes {
+                    let key = format!("/k{key}");
+                    let op = if delete { Op::Delete(key) } else { Op::Put(key, vec![value], LeaseId(0)) };
+                    world.dcs.txn(Txn { then: vec![op], ..Txn::default() }).await.unwrap();
+                }
+                let read = world.dcs.read("/k").await.unwrap();
+                while applied.revision < read.revision {
+                    if let WatchEvent::Changes { revision, changes } = watch.next().await.unwrap().unwrap() {
+                        applied.apply(revision, changes);
+                    }
+                }
+                prop_assert_eq!(applied, read);
+                Ok(())
+            })?;
+        }
+    }
 }

@@ -8,6 +8,7 @@
 
 pub mod codec;
 pub mod contract;
+pub mod etcd;
 pub mod follow;
 pub mod json;
 pub mod memory;

@@ -1,0 +1,172 @@
+//! etcd's v3 API.
+//!
+//! Facts about etcd that this relies on (seen with 3.4.23; the contract and fault tests hold them fast):
+//!
+//! * A client over several endpoints keeps sending requests to a member that hangs. So there is one client per
+//!   endpoint, every call has a deadline per endpoint, and rotation is ours ([`endpoints`]).
+//! * A lease lasts at least its granted TTL from when the request for it was sent, at most half a second longer. The
+//!   granted TTL may be more than was asked for (at least 2 s with default timers). When etcd's leader changes, every
+//!   lease starts again with its full TTL plus one election timeout; that covers the moment in which a deposed leader
+//!   of etcd still answers keep-alives, so `until` stays honest.
+//! * A keep-alive proves the lease, not the keys attached to it: somebody may have deleted those.
+//! * Transactions run through consensus. One that got no answer may yet be carried out, up to seconds later.
+//! * During an election nothing is answered; without a quorum only requests that demand a leader are refused.
+
+mod endpoints;
+mod watch;
+mod wire;
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{GetOptions, LeaseTimeToLiveOptions, WatchOptions};
+use futures::Stream;
+use parking_lot::Mutex;
+use trunkline_config::local::Etcd;
+
+use self::endpoints::{Endpoints, Resend};
+use super::{Dcs, DcsError, Lease, Snapshot, Txn, TxnResult, WatchEvent};
+use crate::{Clock, Instant, LeaseId, Revision};
+
+/// How many leases' TTLs are remembered; a process holds one or two.
+const KNOWN_LEASES: usize = 64;
+
+/// etcd behind the [`Dcs`] contract. Clones share connections.
+#[derive(Clone)]
+pub struct EtcdDcs<C> {
+    shared: Arc<Shared<C>>,
+}
+
+struct Shared<C> {
+    endpoints: Endpoints<C>,
+    clock: C,
+    /// Granted TTLs: the answer to a keep-alive does not reach us with its TTL.
+    ttls: Mutex<BTreeMap<LeaseId, Duration>>,
+}
+
+impl<C: Clock> EtcdDcs<C> {
+    /// Prepares clients for every endpoint. Does not talk to etcd yet, so it works while etcd is down.
+    ///
+    /// `retry_timeout` bounds each call, over all endpoints; a single endpoint is given an equal share of it.
+    ///
+    /// # Errors
+    /// [`DcsError::Refused`] where the configuration cannot work: no endpoint, unreadable certificate files.
+    pub async fn connect(config: &Etcd, clock: C, retry_timeout: Duration) -> Result<Self, DcsError> {
+        let endpoints = Endpoints::new(config, clock.clone(), retry_timeout)?;
+        Ok(Self { shared: Arc::new(Shared { endpoints, clock, ttls: Mutex::default() }) })
+    }
+
+    /// Changes the bound of calls, which is a dynamic setting. Applies to calls that begin after this.
+    pub fn set_retry_timeout(&self, retry_timeout: Duration) {
+        self.shared.endpoints.set_bound(retry_timeout);
+    }
+
+    /// The TTL the lease was granted with; asked for where another process obtained it.
+    async fn ttl(&self, lease: LeaseId) -> Result<Duration, DcsError> {
+        if let Some(ttl) = self.shared.ttls.lock().get(&lease) {
+            return Ok(*ttl);
+        }
+        let answer = self
+            .shared
+            .endpoints
+            .call(Resend::Always, |mut client| async move {
+                client.lease_time_to_live(lease.0, None::<LeaseTimeToLiveOptions>).await
+            })
+            .await?;
+        // -1: unknown or over.
+        if answer.ttl() < 0 {
+            return Err(DcsError::LeaseLost);
+        }
+        let ttl = Duration::from_secs(answer.granted_ttl().unsigned_abs());
+        self.remember(lease, ttl);
+        Ok(ttl)
+    }
+
+    fn remember(&self, lease: LeaseId, ttl: Duration) {
+        let mut ttls = self.shared.ttls.lock();
+        ttls.insert(lease, ttl);
+        while ttls.len() > KNOWN_LEASES {
+            ttls.pop_first();
+        }
+    }
+
+    fn forget_if_lost<T>(&self, lease: LeaseId, result: Result<T, DcsError>) -> Result<T, DcsError> {
+        if matches!(result, Err(DcsError::LeaseLost)) {
+            self.shared.ttls.lock().remove(&lease);
+        }
+        result
+    }
+}
+
+impl<C: Clock> Dcs for EtcdDcs<C> {
+    type Watch = Pin<Box<dyn Stream<Item = Result<WatchEvent, DcsError>> + Send>>;
+
+    async fn read(&self, prefix: &str) -> Result<Snapshot, DcsError> {
+        let get = |mut client: etcd_client::Client| async move {
+            client.get(prefix, Some(GetOptions::new().with_prefix())).await
+        };
+        Ok(wire::snapshot(&self.shared.endpoints.call(Resend::Always, get).await?))
+    }
+
+    async fn watch(&self, prefix: &str, from: Revision) -> Result<Self::Watch, DcsError> {
+        let open = |mut client: etcd_client::Client| async move {
+            let options = WatchOptions::new().with_prefix().with_start_revision(from.0);
+            let mut stream = client.watch(prefix, Some(options)).await?;
+            // The first answer says whether the watch was created, so that a refusal shows here and not later.
+            let created = stream.message().await?;
+            Ok((stream, created))
+        };
+        let (stream, created) = self.shared.endpoints.call(Resend::Always, open).await?;
+        let patience = self.shared.endpoints.share();
+        watch::events(stream, created, self.shared.clock.clone(), patience)
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnResult, DcsError> {
+        let request = wire::txn(&txn);
+        let run = |client: etcd_client::Client| {
+            let request = request.clone();
+            async move { client.kv_client().txn(request).await }
+        };
+        Ok(wire::txn_result(&self.shared.endpoints.call(Resend::IfNotSent, run).await?))
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
+        let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
+        let seconds = i64::try_from(seconds.max(1)).unwrap_or(i64::MAX);
+        let clock = &self.shared.clock;
+        // Sent twice, the first lease may exist without anybody knowing: it ends by itself.
+        let grant = |mut client: etcd_client::Client| async move {
+            let sent = clock.now();
+            client.lease_grant(seconds, None).await.map(|answer| (sent, answer))
+        };
+        let (sent, answer) = self.shared.endpoints.call(Resend::Always, grant).await?;
+        let (id, ttl) = (LeaseId(answer.id()), Duration::from_secs(answer.ttl().unsigned_abs()));
+        self.remember(id, ttl);
+        Ok(Lease { id, ttl, until: sent + ttl })
+    }
+
+    async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+        let ttl = self.ttl(lease).await?;
+        let clock = &self.shared.clock;
+        // A stream of its own for every renewal: one that is kept open can be silent for seconds on a member that
+        // hangs, and never reconnects.
+        let renew = |mut client: etcd_client::Client| async move {
+            let sent: Instant = clock.now();
+            client.lease_keep_alive(lease.0).await.map(|_| sent)
+        };
+        let sent = self.shared.endpoints.call(Resend::Always, renew).await;
+        let sent = self.forget_if_lost(lease, sent)?;
+        Ok(Lease { id: lease, ttl, until: sent + ttl })
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {
+        self.shared.ttls.lock().remove(&lease);
+        let revoke = |mut client: etcd_client::Client| async move { client.lease_revoke(lease.0).await };
+        match self.shared.endpoints.call(Resend::Always, revoke).await {
+            Ok(_) | Err(DcsError::LeaseLost) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}

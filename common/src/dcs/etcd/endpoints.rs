@@ -1,0 +1,279 @@
+//! One client per endpoint, a deadline per attempt, and then the next endpoint.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
+use parking_lot::Mutex;
+use tonic::Code;
+use trunkline_config::local::Etcd;
+
+use super::super::DcsError;
+use crate::Clock;
+
+/// Pause after every endpoint has failed quickly, so that a refused port is not asked without end.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The least that one endpoint is given to answer.
+const MIN_SHARE: Duration = Duration::from_millis(50);
+
+/// etcd's servers hang up on clients that ping more often than every 5 s (`--grpc-keepalive-min-time`).
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+
+/// Where distributions keep the certificate authorities they trust, for https without `cacert`.
+const SYSTEM_ROOTS: [&str; 2] = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"];
+
+/// Whether a request may be sent to the next endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Resend {
+    /// Doing it twice does no harm.
+    Always,
+    /// Only where it has certainly not been carried out.
+    IfNotSent,
+}
+
+/// The endpoints of one etcd cluster.
+pub(super) struct Endpoints<C> {
+    all: Vec<Endpoint>,
+    /// Index of the one that answered last, or the next after one that didn't.
+    preferred: AtomicUsize,
+    bound_ms: AtomicU64,
+    clock: C,
+}
+
+impl<C: Clock> Endpoints<C> {
+    pub(super) fn new(config: &Etcd, clock: C, bound: Duration) -> Result<Self, DcsError> {
+        let tls = tls_options(config)?;
+        let endpoint = |url: &String| Endpoint {
+            url: url.clone(),
+            options: connect_options(url, config, &tls),
+            client: Mutex::new(None),
+        };
+        let all: Vec<Endpoint> = config.endpoints.iter().map(endpoint).collect();
+        if all.is_empty() {
+            return Err(DcsError::Refused("no etcd endpoint is configured".to_owned()));
+        }
+        let endpoints = Self { all, preferred: AtomicUsize::new(0), bound_ms: AtomicU64::new(0), clock };
+        endpoints.set_bound(bound);
+        Ok(endpoints)
+    }
+
+    pub(super) fn set_bound(&self, bound: Duration) {
+        self.bound_ms.store(u64::try_from(bound.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// What one endpoint is given of the whole bound.
+    pub(super) fn share(&self) -> Duration {
+        let parts = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        (self.bound() / parts).max(MIN_SHARE)
+    }
+
+    /// Does `work` with one endpoint's client after the other's, until one of them answers or the bound is reached.
+    pub(super) async fn call<T, W, F>(&self, resend: Resend, work: W) -> Result<T, DcsError>
+    where
+        W: Fn(Client) -> F + Send + Sync,
+        F: Future<Output = Result<T, Error>> + Send,
+        T: Send,
+    {
+        let (bound, share) = (self.bound(), self.share());
+        let deadline = self.clock.now() + bound;
+        let first = self.preferred.load(Ordering::Relaxed);
+        let mut maybe_done = false;
+        let mut trouble = String::new();
+        for attempt in 0.. {
+            let left = deadline.since(self.clock.now());
+            if left.is_zero() {
+                break;
+            }
+            let index = (first + attempt) % self.all.len();
+            let endpoint = &self.all[index];
+            let failure = match endpoint.attempt(&self.clock, left.min(share), &work).await {
+                Ok(answer) => {
+                    self.preferred.store(index, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Err(failure) => failure,
+            };
+            self.preferred.store((index + 1) % self.all.len(), Ordering::Relaxed);
+            match failure {
+                Failure::Final(error) => {
+                    self.preferred.store(index, Ordering::Relaxed);
+                    return Err(error);
+                }
+                Failure::NotSent(why) => trouble = format!("{}: {why}", endpoint.url),
+                Failure::MaybeDone(why) => {
+                    tracing::debug!(endpoint = endpoint.url, "no answer from etcd: {why}");
+                    maybe_done = true;
+                }
+            }
+            if maybe_done && resend == Resend::IfNotSent {
+                break;
+            }
+            if (attempt + 1) % self.all.len() == 0 {
+                self.clock.sleep(PAUSE.min(deadline.since(self.clock.now()))).await;
+            }
+        }
+        Err(if maybe_done { DcsError::Timeout(bound) } else { DcsError::Unavailable(trouble) })
+    }
+
+    fn bound(&self) -> Duration {
+        Duration::from_millis(self.bound_ms.load(Ordering::Relaxed)).max(MIN_SHARE)
+    }
+}
+
+struct Endpoint {
+    url: String,
+    options: ConnectOptions,
+    /// Made at first use, dropped when it stops answering: a connection to a host that went away without a word
+    /// would otherwise be tried until TCP gives up.
+    client: Mutex<Option<Client>>,
+}
+
+/// Why an attempt failed, split by what may be done next.
+enum Failure {
+    /// Certainly not carried out.
+    NotSent(String),
+    /// Nobody knows.
+    MaybeDone(String),
+    /// The store has spoken; another endpoint would say the same.
+    Final(DcsError),
+}
+
+impl Endpoint {
+    async fn attempt<T, W, F, C>(&self, clock: &C, limit: Duration, work: &W) -> Result<T, Failure>
+    where
+        C: Clock,
+        W: Fn(Client) -> F + Send + Sync,
+        F: Future<Output = Result<T, Error>> + Send,
+        T: Send,
+    {
+        let deadline = clock.now() + limit;
+        let client = match clock.within(limit, self.client(limit)).await {
+            Some(Ok(client)) => client,
+            Some(Err(error)) => return Err(not_connected(error)),
+            None => return Err(Failure::NotSent(format!("no answer to the login within {limit:?}"))),
+        };
+        let Some(result) = clock.within(deadline.since(clock.now()), work(client)).await else {
+            self.forget();
+            return Err(Failure::MaybeDone(format!("{}: no answer within {limit:?}", self.url)));
+        };
+        result.map_err(|error| {
+            if is_about_the_login(&error) {
+                self.forget();
+                return Failure::NotSent("the login was not valid any more".to_owned());
+            }
+            classify(error)
+        })
+    }
+
+    async fn client(&self, limit: Duration) -> Result<Client, Error> {
+        if let Some(client) = self.client.lock().clone() {
+            return Ok(client);
+        }
+        let options = self.options.clone().with_connect_timeout(limit * 4 / 5);
+        let client = Client::connect([&self.url], Some(options)).await?;
+        *self.client.lock() = Some(client.clone());
+        Ok(client)
+    }
+
+    fn forget(&self) {
+        *self.client.lock() = None;
+    }
+}
+
+/// Connecting is lazy, except for the login.
+fn not_connected(error: Error) -> Failure {
+    match classify(error) {
+        Failure::Final(error) => Failure::Final(error),
+        Failure::NotSent(why) | Failure::MaybeDone(why) => Failure::NotSent(why),
+    }
+}
+
+/// The token expired or was made before users or roles changed. Checked by etcd before anything is done.
+fn is_about_the_login(error: &Error) -> bool {
+    let Error::GRpcStatus(status) = error else { return false };
+    let message = status.message();
+    status.code() == Code::Unauthenticated
+        || ["invalid auth token", "revision of auth store is old", "user name is empty"]
+            .iter()
+            .any(|text| message.contains(text))
+}
+
+fn classify(error: Error) -> Failure {
+    let status = match error {
+        Error::GRpcStatus(status) => status,
+        // etcd answers a keep-alive of a lease it does not have with a TTL of 0; the client makes this of it.
+        Error::LeaseKeepAliveError(text) if text.contains("not found") => return Failure::Final(DcsError::LeaseLost),
+        Error::InvalidArgs(_) | Error::InvalidUri(_) | Error::InvalidMetadataValue(_) => {
+            return Failure::Final(DcsError::Refused(error.to_string()));
+        }
+        other => return Failure::MaybeDone(other.to_string()),
+    };
+    let message = status.message();
+    match status.code() {
+        Code::NotFound if message.contains("lease not found") => Failure::Final(DcsError::LeaseLost),
+        Code::Unavailable if has_not_connected(&status) => Failure::NotSent(root_cause(&status)),
+        // Said before the request is proposed. Every other kind of unavailability may come after it.
+        Code::Unavailable if message.ends_with("etcdserver: no leader") => Failure::NotSent(message.to_owned()),
+        Code::ResourceExhausted if message.contains("too many requests") => Failure::NotSent(message.to_owned()),
+        Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::Unauthenticated
+        | Code::Unimplemented
+        | Code::OutOfRange
+        | Code::ResourceExhausted => Failure::Final(DcsError::Refused(message.to_owned())),
+        _ => Failure::MaybeDone(format!("{:?}: {message}", status.code())),
+    }
+}
+
+fn has_not_connected(status: &tonic::Status) -> bool {
+    causes(status).any(|cause| cause.is::<tonic::ConnectError>())
+}
+
+fn root_cause(status: &tonic::Status) -> String {
+    causes(status).last().map_or_else(|| status.message().to_owned(), ToString::to_string)
+}
+
+fn causes(status: &tonic::Status) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(std::error::Error::source(status), |error| error.source())
+}
+
+fn connect_options(url: &str, config: &Etcd, tls: &TlsOptions) -> ConnectOptions {
+    let mut options = ConnectOptions::new()
+        // Without it a member that lost the quorum leaves watches and keep-alives silent for ever.
+        .with_require_leader(true)
+        .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
+        .with_keep_alive_while_idle(false)
+        .with_auto_token_refresh(true);
+    if url.starts_with("https://") {
+        options = options.with_tls(tls.clone());
+    }
+    if let Some((user, password)) = &config.authentication {
+        options = options.with_user(user, password.reveal());
+    }
+    options
+}
+
+fn tls_options(config: &Etcd) -> Result<TlsOptions, DcsError> {
+    let mut tls = TlsOptions::new();
+    let system_roots = || SYSTEM_ROOTS.iter().map(Path::new).find(|path| path.exists());
+    if !config.endpoints.iter().any(|url| url.starts_with("https://")) {
+        return Ok(tls);
+    }
+    if let Some(roots) = config.cacert.as_deref().or_else(system_roots) {
+        tls = tls.ca_certificate(Certificate::from_pem(pem("etcd3.cacert", roots)?));
+    }
+    if let Some(cert) = &config.cert {
+        let key = config.key.as_ref().unwrap_or(cert);
+        tls = tls.identity(Identity::from_pem(pem("etcd3.cert", cert)?, pem("etcd3.key", key)?));
+    }
+    Ok(tls)
+}
+
+fn pem(setting: &str, path: &Path) -> Result<Vec<u8>, DcsError> {
+    std::fs::read(path).map_err(|error| DcsError::Refused(format!("{setting}: {}: {error}", path.display())))
+}
