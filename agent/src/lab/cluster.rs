@@ -133,7 +133,8 @@ impl Cluster {
     /// # Errors
     /// It does not come up.
     pub async fn router(&self) -> Result<Proxy> {
-        Proxy::router(&self.lab, Ports::any(&self.lab)?, &self.spec.scope, &self.etcd, &json!({})).await
+        Proxy::router(&self.lab, Program::router()?, Ports::any(&self.lab)?, &self.spec.scope, &self.etcd, &json!({}))
+            .await
     }
 
     /// PostgreSQL of every node, past any proxy.

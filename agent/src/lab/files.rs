@@ -66,7 +66,7 @@ pub(super) fn router_yml(scope: &str, ports: &Ports, etcd: &[String], extra: &Va
         "etcd3": { "hosts": etcd },
         "ports": [
             { "name": "read-write", "listen": loopback(ports.read_write), "target": "leader" },
-            { "name": "read-only", "listen": loopback(ports.read_only), "target": "replica" },
+            { "name": "read-only", "listen": loopback(ports.read_only), "target": "replica", "no_candidate": "hold" },
         ],
         "admin": loopback(ports.admin),
     });

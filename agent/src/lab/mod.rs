@@ -6,6 +6,7 @@
 //! reads through them and knows afterwards what was promised, [`wait`] waits with a bound and says what it waited for.
 
 pub mod cluster;
+pub mod demo;
 pub mod etcd;
 mod files;
 pub mod node;

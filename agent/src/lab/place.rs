@@ -30,6 +30,7 @@ struct Inner {
     /// Held for its standard input, whose end tells it that we are gone.
     guard: Child,
     success: AtomicBool,
+    keep: AtomicBool,
 }
 
 /// A user that servers run as.
@@ -55,7 +56,8 @@ impl Lab {
                 return Err(error);
             }
         };
-        let inner = Inner { dir, user, tools, ports: Ports::claim()?, guard, success: AtomicBool::new(false) };
+        let (success, keep) = (AtomicBool::new(false), AtomicBool::new(false));
+        let inner = Inner { dir, user, tools, ports: Ports::claim()?, guard, success, keep };
         Ok(Self(Arc::new(inner)))
     }
 
@@ -80,6 +82,11 @@ impl Lab {
     /// Everything went well: keep nothing.
     pub fn success(&self) {
         self.0.success.store(true, Ordering::Relaxed);
+    }
+
+    /// Keep everything, the data too, whatever happens. The processes end nevertheless.
+    pub fn keep(&self) {
+        self.0.keep.store(true, Ordering::Relaxed);
     }
 
     /// Makes the directory `name`, owned by the lab's user.
@@ -165,7 +172,11 @@ impl Lab {
 impl Drop for Inner {
     fn drop(&mut self) {
         process::kill_below(&self.dir);
-        if self.success.load(Ordering::Relaxed) {
+        if self.keep.load(Ordering::Relaxed) {
+            // The guard would remove the data.
+            let _ = self.guard.kill();
+            println!("data, logs and configuration are kept in {}", self.dir.display());
+        } else if self.success.load(Ordering::Relaxed) {
             let _ = fs::remove_dir_all(&self.dir);
         } else {
             remove_data(&self.dir);

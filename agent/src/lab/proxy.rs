@@ -60,13 +60,20 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// Starts `trunkline-router` in front of `scope`; `extra` is laid over its configuration.
+    /// Starts `program`, a `trunkline-router`, in front of `scope`; `extra` is laid over its configuration.
     ///
     /// # Errors
     /// See [`Proxy::start`].
-    pub async fn router(lab: &Lab, ports: Ports, scope: &str, etcd: &[String], extra: &Value) -> Result<Self> {
+    pub async fn router(
+        lab: &Lab,
+        program: Program,
+        ports: Ports,
+        scope: &str,
+        etcd: &[String],
+        extra: &Value,
+    ) -> Result<Self> {
         let config = super::files::router_yml(scope, &ports, etcd, extra);
-        Self::start(lab, "router", Program::router()?, ports, &config).await
+        Self::start(lab, "router", program, ports, &config).await
     }
 
     /// Its ports.

@@ -141,6 +141,18 @@ impl Record {
         None
     }
 
+    /// Reads that a primary answered although it was known as such: it had acknowledged the newest write when the read
+    /// began. A standby that is promoted while it answers is nobody's fault.
+    pub fn misled(&self, reads: &[Read]) -> Vec<Read> {
+        let mut writes: Vec<&Write> = self.writes.iter().collect();
+        writes.sort_unstable_by_key(|write| write.acked);
+        let known_primary = |read: &Read| {
+            let before = writes.partition_point(|write| write.acked < read.sent);
+            before > 0 && writes[before - 1].port == read.port
+        };
+        reads.iter().filter(|read| !read.standby && known_primary(read)).copied().collect()
+    }
+
     /// This record and another one's rows together.
     pub fn with(mut self, other: Record) -> Record {
         self.writes.extend(other.writes);
@@ -196,5 +208,14 @@ mod tests {
 
         let same_timeline = [(0, 1, 1, 1), (2, 3, 2, 1)];
         assert!(record(&same_timeline).two_primaries().is_some());
+    }
+
+    #[test]
+    fn a_read_is_misled_when_it_reaches_a_known_primary() {
+        let record = record(&[(0, 1, 1, 1), (10, 20, 2, 2)]);
+        let read = |sent, port, standby| Read { sent: at(sent), answered: at(sent + 5), port, standby };
+        assert_eq!(record.misled(&[read(5, 1, false)]).len(), 1);
+        assert_eq!(record.misled(&[read(25, 2, false)]).len(), 1);
+        assert_eq!(record.misled(&[read(5, 2, true), read(15, 2, false), read(0, 1, false)]), []);
     }
 }
