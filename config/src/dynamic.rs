@@ -4,6 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::report::{Notice, Origins, Report};
+use crate::section::Section;
+use crate::{postgres, tags};
+
 /// Typed settings with Patroni's defaults for what is absent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -85,6 +89,385 @@ impl Default for Settings {
             ignore_slots: Vec::new(),
             standby_cluster: None,
             postgresql: Map::new(),
+        }
+    }
+}
+
+/// Shortest lease: etcd rounds shorter ones up.
+pub const MIN_TTL: i64 = 2;
+
+/// Longest time that any of these settings can mean: a year.
+const MAX_SECONDS: i64 = 31_536_000;
+
+const KNOWN: &[&str] = &[
+    "ttl",
+    "loop_wait",
+    "retry_timeout",
+    "maximum_lag_on_failover",
+    "maximum_lag_on_syncnode",
+    "max_timelines_history",
+    "primary_start_timeout",
+    "master_start_timeout",
+    "primary_stop_timeout",
+    "master_stop_timeout",
+    "primary_race_backoff",
+    "synchronous_mode",
+    "synchronous_mode_strict",
+    "synchronous_node_count",
+    "failsafe_mode",
+    "check_timeline",
+    "pause",
+    "member_slots_ttl",
+    "slots",
+    "permanent_slots",
+    "permanent_replication_slots",
+    "ignore_slots",
+    "standby_cluster",
+    "postgresql",
+];
+
+impl Settings {
+    /// Reads the value of the `config` key. What is absent, or not what it should be, has Patroni's default; the latter is
+    /// told. Never fails: a mistyped setting must not stop a cluster.
+    pub fn from_value(value: &Value) -> (Self, Vec<Notice>) {
+        let report = Report::new(Origins::new("dynamic configuration"));
+        let Value::Object(map) = value else {
+            if !value.is_null() {
+                report.notice("", "is no map; the defaults are used");
+            }
+            return (Self::default(), report.into_notices());
+        };
+        let settings = read(&Section::root(map, &report));
+        (settings, report.into_notices())
+    }
+}
+
+/// The dynamic configuration that a new cluster starts with: `bootstrap.dcs`, and where it does not say: `ttl` 5,
+/// `loop_wait` 1, `retry_timeout` 1. A given `loop_wait` or `retry_timeout` makes an absent `ttl` longer.
+pub fn new_cluster(bootstrap_dcs: &Map<String, Value>) -> Value {
+    let given = |key: &str| bootstrap_dcs.get(key).filter(|value| !value.is_null());
+    let number = |key: &str| given(key).and_then(whole);
+    let mut config = Map::new();
+    let mut fill = |key: &str, seconds: i64| {
+        config.insert(key.to_owned(), given(key).cloned().unwrap_or_else(|| Value::from(seconds)));
+    };
+    let (loop_wait, retry_timeout) = (number("loop_wait").unwrap_or(1), number("retry_timeout").unwrap_or(1));
+    fill("ttl", loop_wait.saturating_add(retry_timeout.saturating_mul(2)).max(5));
+    fill("loop_wait", 1);
+    fill("retry_timeout", 1);
+    config.extend(
+        bootstrap_dcs.iter().filter(|(key, _)| !TIMES.contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone())),
+    );
+    Value::Object(config)
+}
+
+const TIMES: &[&str] = &["ttl", "loop_wait", "retry_timeout"];
+
+/// A whole number, given as number or text.
+pub(crate) fn whole(value: &Value) -> Option<i64> {
+    match value {
+        Value::Number(number) => crate::guc::parse_int(&number.to_string(), None),
+        Value::String(text) => crate::guc::parse_int(text, None),
+        _ => None,
+    }
+}
+
+fn read(root: &Section<'_>) -> Settings {
+    root.unknown(KNOWN);
+    if let Some(postgresql) = root.section("postgresql") {
+        postgres::unknown_keys(&postgresql);
+    }
+    let default = Settings::default();
+    let (ttl, loop_wait, retry_timeout) = read_times(root, &default);
+    let strict = root.boolean("synchronous_mode_strict").unwrap_or(false);
+    let standby_cluster = read_standby_cluster(root);
+    let synchronous_mode = match &standby_cluster {
+        // Commits come from elsewhere.
+        Some(_) => SynchronousMode::Off,
+        None => root.choice("synchronous_mode", SYNCHRONOUS).unwrap_or_default(),
+    };
+    let count = root.integer("synchronous_node_count", 0..=1000, None).and_then(|count| usize::try_from(count).ok());
+    Settings {
+        ttl,
+        loop_wait,
+        retry_timeout,
+        maximum_lag_on_failover: bytes(root, "maximum_lag_on_failover").unwrap_or(default.maximum_lag_on_failover),
+        maximum_lag_on_syncnode: root
+            .integer("maximum_lag_on_syncnode", -1..=i64::MAX, Some("B"))
+            .filter(|lag| *lag > 0)
+            .map(i64::unsigned_abs),
+        max_timelines_history: root
+            .integer("max_timelines_history", 0..=1_000_000, None)
+            .and_then(|lines| usize::try_from(lines).ok())
+            .unwrap_or(default.max_timelines_history),
+        primary_start_timeout: seconds(root, either(root, "primary_start_timeout", "master_start_timeout"))
+            .unwrap_or(default.primary_start_timeout),
+        primary_stop_timeout: seconds(root, either(root, "primary_stop_timeout", "master_stop_timeout"))
+            .filter(|limit| !limit.is_zero()),
+        primary_race_backoff: seconds(root, "primary_race_backoff").unwrap_or(default.primary_race_backoff),
+        synchronous_mode,
+        synchronous_mode_strict: strict,
+        synchronous_node_count: count.unwrap_or(default.synchronous_node_count).max(usize::from(strict)),
+        failsafe_mode: root.boolean("failsafe_mode").unwrap_or(false),
+        check_timeline: root.boolean("check_timeline").unwrap_or(false),
+        pause: root.boolean("pause").unwrap_or(false),
+        member_slots_ttl: seconds(root, "member_slots_ttl").unwrap_or(default.member_slots_ttl),
+        slots: read_slots(root),
+        ignore_slots: read_ignored_slots(root),
+        standby_cluster,
+        postgresql: root.copy("postgresql"),
+    }
+}
+
+/// The words of `synchronous_mode`.
+pub(crate) const SYNCHRONOUS: &[(&str, SynchronousMode)] = &[
+    ("on", SynchronousMode::On),
+    ("off", SynchronousMode::Off),
+    ("true", SynchronousMode::On),
+    ("false", SynchronousMode::Off),
+    ("yes", SynchronousMode::On),
+    ("no", SynchronousMode::Off),
+    ("1", SynchronousMode::On),
+    ("0", SynchronousMode::Off),
+    ("quorum", SynchronousMode::Quorum),
+];
+
+fn bytes(root: &Section<'_>, key: &str) -> Option<u64> {
+    root.integer(key, 0..=i64::MAX, Some("B")).map(i64::unsigned_abs)
+}
+
+fn seconds(root: &Section<'_>, key: &str) -> Option<Duration> {
+    root.seconds(key, 0..=MAX_SECONDS, Some("s"))
+}
+
+/// The present name of a setting, or the old one where only that is given.
+fn either<'k>(root: &Section<'_>, name: &'k str, old: &'k str) -> &'k str {
+    if root.map().contains_key(name) { name } else { old }
+}
+
+/// `ttl`, `loop_wait`, `retry_timeout`, adjusted so that `loop_wait + 2 × retry_timeout ≤ ttl`: a leader must have had two
+/// tries at renewing before its lease ends.
+fn read_times(root: &Section<'_>, default: &Settings) -> (Duration, Duration, Duration) {
+    let at_least = |key: &str, minimum: i64, default: Duration| {
+        let Some(seconds) = root.integer(key, i64::MIN..=MAX_SECONDS, Some("s")) else { return default };
+        if seconds < minimum {
+            root.notice(key, format!("{seconds} s is too short; {minimum} s is used"));
+        }
+        Duration::from_secs(seconds.max(minimum).unsigned_abs())
+    };
+    let ttl = at_least("ttl", MIN_TTL, default.ttl);
+    let given = (at_least("loop_wait", 1, default.loop_wait), at_least("retry_timeout", 1, default.retry_timeout));
+    let (loop_wait, retry_timeout) = fit(ttl, given.0, given.1);
+    if (loop_wait, retry_timeout) != given {
+        root.notice(
+            "ttl",
+            format!(
+                "loop_wait + 2 * retry_timeout must not exceed ttl ({} s); loop_wait {} s and retry_timeout {} s are used",
+                ttl.as_secs_f64(),
+                loop_wait.as_secs_f64(),
+                retry_timeout.as_secs_f64()
+            ),
+        );
+    }
+    (ttl, loop_wait, retry_timeout)
+}
+
+/// Patroni's way of shortening, in whole seconds where there is room for one.
+fn fit(ttl: Duration, loop_wait: Duration, retry_timeout: Duration) -> (Duration, Duration) {
+    const SECOND: Duration = Duration::from_secs(1);
+    if SECOND + 2 * retry_timeout > ttl {
+        let rest = ttl.saturating_sub(SECOND) / 2;
+        let whole = Duration::from_secs(rest.as_secs());
+        return (SECOND, if whole.is_zero() { rest } else { whole });
+    }
+    (loop_wait.min(ttl - 2 * retry_timeout), retry_timeout)
+}
+
+/// Present only where it says whom to follow.
+fn read_standby_cluster(root: &Section<'_>) -> Option<Map<String, Value>> {
+    let section = root.section("standby_cluster")?;
+    section.unknown(&[
+        "host",
+        "port",
+        "primary_slot_name",
+        "create_replica_methods",
+        "restore_command",
+        "archive_cleanup_command",
+        "recovery_min_apply_delay",
+    ]);
+    let says = |key: &&str| section.get(key).is_some_and(tags::truthy);
+    if ["host", "port", "restore_command"].iter().any(|key| says(key)) {
+        return Some(section.map().clone());
+    }
+    root.notice("standby_cluster", "has no effect without host, port or restore_command");
+    None
+}
+
+/// The first of the three names that has any.
+fn read_slots(root: &Section<'_>) -> Map<String, Value> {
+    let names = ["permanent_replication_slots", "permanent_slots", "slots"];
+    let Some(key) = names.into_iter().find(|key| root.get(key).is_some_and(tags::truthy)) else { return Map::new() };
+    let Some(section) = root.section(key) else { return Map::new() };
+    let mut slots = Map::new();
+    for (name, definition) in section.map() {
+        if !is_slot_name(name) {
+            section.wrong::<()>(name, "a slot's name has 1 to 63 of a-z, 0-9 and _");
+        } else if tags::truthy(definition) && !definition.is_object() {
+            section.wrong::<()>(name, "a map (type, database, plugin) is expected");
+        } else {
+            slots.insert(name.clone(), definition.clone());
+        }
+    }
+    slots
+}
+
+fn is_slot_name(name: &str) -> bool {
+    (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+fn read_ignored_slots(root: &Section<'_>) -> Vec<Map<String, Value>> {
+    match root.get("ignore_slots") {
+        Some(Value::Array(items)) if items.iter().all(Value::is_object) => {
+            items.iter().filter_map(Value::as_object).cloned().collect()
+        }
+        Some(value) if tags::truthy(value) => {
+            root.wrong("ignore_slots", "a list of maps (name, type, database, plugin) is expected").unwrap_or_default()
+        }
+        _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn notices(value: Value) -> Vec<String> {
+        Settings::from_value(&value).1.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn nothing_given_means_patronis_defaults() {
+        for value in [json!({}), Value::Null] {
+            assert_eq!(Settings::from_value(&value), (Settings::default(), vec![]));
+        }
+        assert_eq!(notices(json!([1])), ["dynamic configuration: is no map; the defaults are used"]);
+    }
+
+    #[test]
+    fn times_fit_into_the_lease() {
+        let cases = [
+            // ttl, loop_wait, retry_timeout -> loop_wait, retry_timeout in ms, whether it is told
+            ((30, 10, 10), (10_000, 10_000), false),
+            ((5, 1, 1), (1_000, 1_000), false),
+            ((5, 1, 2), (1_000, 2_000), false),
+            ((5, 10, 2), (1_000, 2_000), true),
+            ((5, 10, 10), (1_000, 2_000), true),
+            ((20, 10, 10), (1_000, 9_000), true),
+            ((20, 10, 6), (8_000, 6_000), true),
+            ((2, 1, 1), (1_000, 500), true),
+            ((3, 1, 1), (1_000, 1_000), false),
+        ];
+        for ((ttl, loop_wait, retry_timeout), expected, told) in cases {
+            let value = json!({"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry_timeout.to_string()});
+            let (settings, notices) = Settings::from_value(&value);
+            let used = (settings.loop_wait.as_millis(), settings.retry_timeout.as_millis());
+            assert_eq!(used, expected, "{value}");
+            assert_eq!(!notices.is_empty(), told, "{notices:?}");
+        }
+        let (settings, notices) = Settings::from_value(&json!({"ttl": 1, "loop_wait": 0, "retry_timeout": -3}));
+        assert_eq!(settings.ttl, Duration::from_secs(2));
+        assert_eq!(notices.len(), 4);
+    }
+
+    #[test]
+    fn words_aliases_and_limits() {
+        let read = |value| Settings::from_value(&value).0;
+        assert_eq!(read(json!({"synchronous_mode": "quorum"})).synchronous_mode, SynchronousMode::Quorum);
+        assert_eq!(read(json!({"synchronous_mode": "On"})).synchronous_mode, SynchronousMode::On);
+        assert_eq!(read(json!({"synchronous_mode": true})).synchronous_mode, SynchronousMode::On);
+        assert_eq!(read(json!({"synchronous_mode": "maybe"})).synchronous_mode, SynchronousMode::Off);
+        let standby = json!({"synchronous_mode": true, "standby_cluster": {"host": "h"}});
+        assert_eq!(read(standby).synchronous_mode, SynchronousMode::Off);
+
+        assert_eq!(read(json!({"master_start_timeout": 5})).primary_start_timeout.as_secs(), 5);
+        let both = json!({"master_start_timeout": 5, "primary_start_timeout": 0});
+        assert_eq!(read(both).primary_start_timeout.as_secs(), 0);
+        assert_eq!(read(json!({"primary_stop_timeout": 0})).primary_stop_timeout, None);
+        assert_eq!(read(json!({"maximum_lag_on_syncnode": 0})).maximum_lag_on_syncnode, None);
+        assert_eq!(read(json!({"maximum_lag_on_syncnode": 10})).maximum_lag_on_syncnode, Some(10));
+        assert_eq!(read(json!({"synchronous_node_count": 0})).synchronous_node_count, 0);
+        assert_eq!(
+            read(json!({"synchronous_node_count": 0, "synchronous_mode_strict": true})).synchronous_node_count,
+            1
+        );
+        assert_eq!(read(json!({"member_slots_ttl": "1h"})).member_slots_ttl.as_secs(), 3600);
+        assert_eq!(read(json!({"standby_cluster": {"primary_slot_name": "x"}})).standby_cluster, None);
+        assert_eq!(
+            read(json!({"permanent_slots": {}, "slots": {"a": null}})).slots,
+            Map::from_iter([("a".into(), Value::Null)])
+        );
+        assert!(read(json!({"pause": "on"})).pause);
+    }
+
+    #[test]
+    fn bad_values_keep_their_defaults_and_are_told() {
+        let value = json!({
+            "ttl": "soon", "maximum_lag_on_failover": -1, "pause": [], "slots": {"Bad-Name": {}, "good": {}, "odd": "x"},
+            "ignore_slots": "x", "postgresql": 5, "looop_wait": 1, "primary_start_timeout": 1.0e300,
+        });
+        let (settings, _) = Settings::from_value(&value);
+        assert_eq!(settings.slots.keys().collect::<Vec<_>>(), ["good"]);
+        assert_eq!(Settings { slots: Map::new(), ..settings }, Settings::default());
+        assert_eq!(
+            notices(value),
+            [
+                "dynamic configuration: looop_wait: unknown key, ignored; loop_wait was meant?",
+                "dynamic configuration: postgresql: 5 is ignored: a section (key: value) is expected",
+                "dynamic configuration: ttl: \"soon\" is ignored: a whole number from -9223372036854775808 to 31536000 is expected",
+                "dynamic configuration: maximum_lag_on_failover: -1 is ignored: a whole number of at least 0 is expected",
+                "dynamic configuration: primary_start_timeout: 1e+300 is ignored: a whole number from 0 to 31536000 is expected",
+                "dynamic configuration: pause: [] is ignored: on, off, true, false, yes or no is expected",
+                "dynamic configuration: slots.Bad-Name: {…} is ignored: a slot's name has 1 to 63 of a-z, 0-9 and _",
+                "dynamic configuration: slots.odd: \"x\" is ignored: a map (type, database, plugin) is expected",
+                "dynamic configuration: ignore_slots: \"x\" is ignored: a list of maps (name, type, database, plugin) is expected",
+                "dynamic configuration: postgresql: 5 is ignored: a section (key: value) is expected",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_new_cluster_starts_fast() {
+        let map = |value| serde_json::from_value::<Map<String, Value>>(value).expect("a map");
+        let cases = [
+            (json!({}), json!({"ttl": 5, "loop_wait": 1, "retry_timeout": 1})),
+            (json!({"ttl": 30, "pause": true}), json!({"ttl": 30, "loop_wait": 1, "retry_timeout": 1, "pause": true})),
+            (json!({"loop_wait": 10}), json!({"ttl": 12, "loop_wait": 10, "retry_timeout": 1})),
+            (json!({"retry_timeout": "10"}), json!({"ttl": 21, "loop_wait": 1, "retry_timeout": "10"})),
+            (json!({"ttl": null}), json!({"ttl": 5, "loop_wait": 1, "retry_timeout": 1})),
+        ];
+        for (given, expected) in cases {
+            assert_eq!(new_cluster(&map(given)), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_relation_always_holds(ttl in -5i64..100, loop_wait in -5i64..100, retry_timeout in -5i64..100) {
+            let value = json!({"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry_timeout});
+            let (settings, _) = Settings::from_value(&value);
+            prop_assert!(settings.loop_wait + 2 * settings.retry_timeout <= settings.ttl);
+            prop_assert!(settings.loop_wait >= Duration::from_secs(1) && !settings.retry_timeout.is_zero());
+        }
+
+        #[test]
+        fn no_value_panics(text in "[0-9a-z.-]{0,24}", number in any::<f64>(), whole in any::<i64>()) {
+            for value in [json!(text), json!(number), json!(whole), json!([text]), json!({&text: whole})] {
+                let map: Map<String, Value> = KNOWN.iter().map(|key| ((*key).to_owned(), value.clone())).collect();
+                let _ = (new_cluster(&map), Settings::from_value(&Value::Object(map)));
+            }
         }
     }
 }

@@ -1,8 +1,16 @@
 //! `router.yml`.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
-use crate::local::Etcd;
+use serde_json::Value;
+
+use crate::env::Env;
+use crate::local::{self, Etcd};
+use crate::report::{Errors, Notice};
+use crate::section::Section;
+use crate::{document, etcd};
 
 /// The router's configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,4 +93,328 @@ pub struct Limits {
     pub stale_after: Duration,
     /// How long sessions may go on at shutdown.
     pub drain_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_sessions: 20_000,
+            max_held: 10_000,
+            hold_timeout: Duration::from_secs(30),
+            release_rate: 2_000,
+            startup_timeout: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(1),
+            stale_after: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl RouterConfig {
+    /// Reads `router.yml`, with `PATRONI_SCOPE`, `PATRONI_NAMESPACE`, `PATRONI_ETCD3_*` and `PATRONI_LOG_*` over it; without
+    /// a file, those alone. Unknown keys become notices.
+    ///
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn load(path: Option<&Path>, env: &Env) -> Result<(Self, Vec<Notice>), Errors> {
+        let (map, report) = document::load(path, &env.only(VARIABLES));
+        let config = if map.is_empty() { None } else { read(&Section::root(&map, &report)) };
+        match (config, report.finish()) {
+            (_, Err(errors)) => Err(errors),
+            (Some(config), Ok(notices)) => Ok((config, notices)),
+            // What could not be read has always left a problem behind.
+            (None, Ok(_)) => Err(Errors(Vec::new())),
+        }
+    }
+}
+
+/// Others are for an agent that shares the environment.
+const VARIABLES: &[&str] = &["PATRONI_SCOPE", "PATRONI_NAMESPACE", "PATRONI_ETCD3_", "PATRONI_ETCD_", "PATRONI_LOG_"];
+
+const KNOWN: &[&str] = &["scope", "namespace", "etcd3", "etcd", "ports", "admin", "threads", "limits", "log"];
+
+fn read(root: &Section<'_>) -> Option<RouterConfig> {
+    root.unknown(KNOWN);
+    let scope = match root.has("scope") {
+        true => root.name("scope"),
+        false => root.missing("scope", "the cluster's name", Some("give scope: … or PATRONI_SCOPE")),
+    };
+    let namespace = local::read_namespace(root);
+    let etcd = etcd::read(root, true);
+    let ports = read_ports(root);
+    let admin = read_admin(root);
+    if let Some(admin) = &admin {
+        for port in ports.iter().flatten().filter(|port| port.listen == *admin) {
+            root.wrong::<()>("admin", format!("port {} listens there already", port.name));
+        }
+    }
+    let threads = root.integer("threads", 0..=1024, None).and_then(|threads| usize::try_from(threads).ok());
+    let limits = read_limits(root);
+    let log = local::read_log(root);
+    Some(RouterConfig {
+        scope: scope?,
+        namespace,
+        etcd: etcd?,
+        ports: ports?,
+        admin,
+        threads: threads.unwrap_or(0),
+        limits,
+        log,
+    })
+}
+
+/// Where no ports are given: one for writes, one for reads.
+fn default_ports() -> Vec<Port> {
+    let port = |name: &str, listen: &str, target| Port {
+        name: name.to_owned(),
+        listen: listen.to_owned(),
+        target,
+        no_candidate: default_no_candidate(target),
+        max_lag: None,
+    };
+    vec![port("rw", "0.0.0.0:5000", Target::Leader), port("ro", "0.0.0.0:5001", Target::Replica)]
+}
+
+/// Writes wait for a leader; reads are answered by the leader rather than not at all.
+fn default_no_candidate(target: Target) -> NoCandidate {
+    match target {
+        Target::Leader => NoCandidate::Hold,
+        Target::Replica | Target::Sync | Target::Async | Target::Any => NoCandidate::Leader,
+    }
+}
+
+fn read_ports(root: &Section<'_>) -> Option<Vec<Port>> {
+    let items = match root.get("ports") {
+        None => return Some(default_ports()),
+        Some(Value::Array(items)) if !items.is_empty() => items,
+        Some(_) => return root.wrong_with("ports", "a list of ports is expected", Some(EXAMPLE)),
+    };
+    let read = |(position, item): (usize, &Value)| match item {
+        Value::Object(map) => read_port(&Section::at(map, format!("ports[{position}]"), root.report())),
+        _ => {
+            let path = format!("ports[{position}]");
+            root.report().problem(&path, Some(item.to_string()), "a port is expected", Some(EXAMPLE.to_owned()));
+            None
+        }
+    };
+    let ports: Vec<Option<Port>> = items.iter().enumerate().map(read).collect();
+    let mut names = BTreeMap::new();
+    let mut listens = BTreeMap::new();
+    for (position, port) in ports.iter().enumerate() {
+        let Some(port) = port else { continue };
+        let once = |seen: &mut BTreeMap<String, usize>, key: &str, value: &str| {
+            if let Some(first) = seen.insert(value.to_owned(), position) {
+                let path = format!("ports[{position}].{key}");
+                root.report().problem(
+                    &path,
+                    Some(format!("{value:?}")),
+                    format!("is that of ports[{first}] already"),
+                    None,
+                );
+            }
+        };
+        once(&mut names, "name", &port.name);
+        once(&mut listens, "listen", &port.listen);
+    }
+    ports.into_iter().collect()
+}
+
+const EXAMPLE: &str = "write - {name: rw, listen: '0.0.0.0:5000', target: leader}";
+
+const TARGETS: &[(&str, Target)] = &[
+    ("leader", Target::Leader),
+    ("replica", Target::Replica),
+    ("sync", Target::Sync),
+    ("async", Target::Async),
+    ("any", Target::Any),
+];
+
+const NO_CANDIDATE: &[(&str, NoCandidate)] =
+    &[("hold", NoCandidate::Hold), ("leader", NoCandidate::Leader), ("refuse", NoCandidate::Refuse)];
+
+fn read_port(section: &Section<'_>) -> Option<Port> {
+    section.unknown(&["name", "listen", "target", "no_candidate", "max_lag"]);
+    let needed = |key: &str, what: &str| {
+        if !section.has(key) {
+            section.missing::<()>(key, what, Some(EXAMPLE));
+        }
+    };
+    needed("name", "its name in logs and metrics");
+    needed("listen", "where it listens");
+    needed("target", "leader, replica, sync, async or any");
+    let name = section.name("name");
+    let listen = section.address("listen");
+    let target = section.choice("target", TARGETS);
+    let no_candidate = section.choice("no_candidate", NO_CANDIDATE);
+    if target == Some(Target::Leader) && no_candidate == Some(NoCandidate::Leader) {
+        section.wrong::<()>("no_candidate", "hold or refuse is expected where the target is the leader");
+    }
+    let max_lag = section.bytes("max_lag");
+    if target == Some(Target::Leader) && max_lag.is_some() {
+        section.notice("max_lag", "has no effect where the target is the leader");
+    }
+    let target = target?;
+    let no_candidate = no_candidate.unwrap_or_else(|| default_no_candidate(target));
+    Some(Port { name: name?, listen: listen?, target, no_candidate, max_lag })
+}
+
+/// `admin: {listen: …}`, or just the address.
+fn read_admin(root: &Section<'_>) -> Option<String> {
+    if root.get("admin")?.is_string() {
+        return root.address("admin");
+    }
+    let section = root.section("admin")?;
+    section.unknown(&["listen"]);
+    match section.has("listen") {
+        true => section.address("listen"),
+        false => section.missing("listen", "where /metrics and /health listen", Some("write listen: '0.0.0.0:8010'")),
+    }
+}
+
+fn read_limits(root: &Section<'_>) -> Limits {
+    let default = Limits::default();
+    let Some(section) = root.section("limits") else { return default };
+    section.unknown(&[
+        "max_sessions",
+        "max_held",
+        "hold_timeout",
+        "release_rate",
+        "startup_timeout",
+        "connect_timeout",
+        "stale_after",
+        "drain_timeout",
+    ]);
+    let number = |key: &str, least: i64, default: usize| {
+        section.integer(key, least..=10_000_000, None).and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
+    };
+    let duration = |key: &str, default: Duration| section.duration(key).unwrap_or(default);
+    // A zero here would refuse everybody.
+    let some_time = |key: &str, default: Duration| match section.duration(key) {
+        Some(time) if time.is_zero() => section.wrong(key, "must be longer than 0").unwrap_or(default),
+        time => time.unwrap_or(default),
+    };
+    Limits {
+        max_sessions: number("max_sessions", 1, default.max_sessions),
+        max_held: number("max_held", 0, default.max_held),
+        hold_timeout: duration("hold_timeout", default.hold_timeout),
+        release_rate: u32::try_from(number("release_rate", 1, default.release_rate as usize)).unwrap_or(u32::MAX),
+        startup_timeout: some_time("startup_timeout", default.startup_timeout),
+        connect_timeout: some_time("connect_timeout", default.connect_timeout),
+        stale_after: some_time("stale_after", default.stale_after),
+        drain_timeout: duration("drain_timeout", default.drain_timeout),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn load(text: &str) -> Result<(RouterConfig, Vec<String>), String> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("router.yml");
+        fs::write(&file, text).expect("written");
+        let short = |text: String| text.replace(&file.display().to_string(), "router.yml");
+        let loaded = RouterConfig::load(Some(&file), &Env::default());
+        let (config, notices) = loaded.map_err(|errors| short(errors.to_string()))?;
+        Ok((config, notices.iter().map(|notice| short(notice.to_string())).collect()))
+    }
+
+    const MINIMAL: &str = "scope: demo\netcd3: {hosts: ['127.0.0.1:2379']}\n";
+
+    #[test]
+    fn the_least_file_has_sensible_defaults() {
+        let (config, notices) = load(MINIMAL).expect("loads");
+        assert_eq!(notices, Vec::<String>::new());
+        assert_eq!((config.scope.as_str(), config.namespace.as_str()), ("demo", "service"));
+        assert_eq!(config.limits, Limits::default());
+        let ports: Vec<_> = config.ports.iter().map(|p| (p.name.as_str(), p.listen.as_str(), p.no_candidate)).collect();
+        assert_eq!(ports, [("rw", "0.0.0.0:5000", NoCandidate::Hold), ("ro", "0.0.0.0:5001", NoCandidate::Leader)]);
+        assert_eq!((config.admin, config.threads), (None, 0));
+    }
+
+    #[test]
+    fn everything_can_be_said() {
+        let text = format!(
+            "{MINIMAL}namespace: /db/
+ports:
+- {{name: rw, listen: '0.0.0.0:6000', target: leader, no_candidate: refuse}}
+- {{name: ro, listen: '[::]:6001', target: sync, max_lag: 16MB}}
+- {{name: all, listen: '0.0.0.0:6002', target: any, no_candidate: hold, max_lag: 100}}
+admin: {{listen: '127.0.0.1:8010'}}
+threads: 2
+limits: {{max_sessions: 10, max_held: 0, hold_timeout: 500ms, release_rate: 5, startup_timeout: 1min, stale_after: 2.5}}
+log: {{level: debug, type: json}}
+"
+        );
+        let (config, notices) = load(&text).expect("loads");
+        assert_eq!(notices, Vec::<String>::new());
+        assert_eq!(config.namespace, "db");
+        assert_eq!(config.ports[0].no_candidate, NoCandidate::Refuse);
+        assert_eq!(config.ports[1].max_lag, Some(16 << 20));
+        assert_eq!((config.ports[1].target, config.ports[1].no_candidate), (Target::Sync, NoCandidate::Leader));
+        assert_eq!(config.ports[2].no_candidate, NoCandidate::Hold);
+        assert_eq!(config.admin.as_deref(), Some("127.0.0.1:8010"));
+        assert_eq!(config.limits.hold_timeout, Duration::from_millis(500));
+        assert_eq!(config.limits.startup_timeout, Duration::from_secs(60));
+        assert_eq!(config.limits.stale_after, Duration::from_millis(2500));
+        assert_eq!((config.limits.max_sessions, config.limits.max_held, config.limits.release_rate), (10, 0, 5));
+        assert!(config.log.json && config.log.level == "DEBUG");
+    }
+
+    #[test]
+    fn everything_wrong_is_told_at_once() {
+        let text = "
+etcd3: {hosts: [nowhere:x]}
+ports:
+- {name: rw, listen: '5000', target: leader, no_candidate: leader}
+- {name: ro, listen: '0.0.0.0:1', target: standby}
+- {name: ro, listen: '0.0.0.0:2', target: any, max_lag: 5s}
+- {name: ro, listen: '0.0.0.0:2', target: any}
+- {listen: '0.0.0.0:3'}
+- nothing
+admin: {listen: '0.0.0.0:2'}
+threads: many
+limits: {hold_timeout: 5 apples, max_sessions: 0, stale_after: 0}
+";
+        let expected = "\
+router.yml: scope: missing: the cluster's name; give scope: … or PATRONI_SCOPE
+router.yml: etcd3.hosts = [\"nowhere:x\"]: host:port, or a list of them, is expected
+router.yml: ports[0].listen = \"5000\": host:port is expected, with a port from 1 to 65535
+router.yml: ports[0].no_candidate = \"leader\": hold or refuse is expected where the target is the leader
+router.yml: ports[1].target = \"standby\": one of leader, replica, sync, async, any is expected
+router.yml: ports[2].max_lag = \"5s\": a size is expected: bytes, or a number with kB, MB, GB or TB
+router.yml: ports[4].name: missing: its name in logs and metrics; write - {name: rw, listen: '0.0.0.0:5000', target: leader}
+router.yml: ports[4].target: missing: leader, replica, sync, async or any; write - {name: rw, listen: '0.0.0.0:5000', target: leader}
+router.yml: ports[5] = \"nothing\": a port is expected; write - {name: rw, listen: '0.0.0.0:5000', target: leader}
+router.yml: ports[3].name = \"ro\": is that of ports[2] already
+router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
+router.yml: threads = \"many\": a whole number from 0 to 1024 is expected
+router.yml: limits.max_sessions = 0: a whole number from 1 to 10000000 is expected
+router.yml: limits.hold_timeout = \"5 apples\": a duration is expected: 500ms, 5s, 1min, 2h or a number of seconds
+router.yml: limits.stale_after = 0: must be longer than 0";
+        assert_eq!(load(text).expect_err("wrong"), expected);
+    }
+
+    #[test]
+    fn unknown_keys_are_only_noticed() {
+        let text = format!("{MINIMAL}limits: {{hold_timout: 5s}}\nmetrics: on\n");
+        let (_, notices) = load(&text).expect("loads");
+        assert_eq!(
+            notices,
+            [
+                "router.yml: metrics: unknown key, ignored",
+                "router.yml: limits.hold_timout: unknown key, ignored; hold_timeout was meant?"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_environment_alone_is_enough() {
+        let variables = [("PATRONI_SCOPE", "demo"), ("PATRONI_ETCD3_HOST", "h"), ("PATRONI_RESTAPI_LISTEN", "x:1")];
+        let (config, notices) = RouterConfig::load(None, &variables.into_iter().collect()).expect("loads");
+        assert_eq!(notices, []);
+        assert_eq!(config.etcd.endpoints, ["http://h:2379"]);
+    }
 }
