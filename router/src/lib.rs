@@ -1,1 +1,36 @@
-//! x
+//! `trunkline-router`: one address that always leads to the right server.
+//!
+//! | question | file |
+//! | --- | --- |
+//! | where may a session go, and whose sessions must end? | [`table`] (pure) |
+//! | where does an event of the DCS become a route? | [`follow`], [`probe`] |
+//! | what is the first packet? | [`startup`] (pure) |
+//! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`cancel`], [`reply`] |
+//! | where do bytes move? | [`relay`] |
+//! | which sessions are there, and who ends them? | [`sessions`] |
+//! | who listens, and how does the process stop or hand over? | [`accept`], [`server`] |
+//! | what does an operator see? | [`admin`], [`metrics`] |
+//!
+//! The router reads the DCS and never writes to it, knows no password and speaks no SQL: it looks at the first packet of
+//! a client, and after that at nothing.
+
+pub mod accept;
+pub mod admin;
+pub mod balance;
+pub mod cancel;
+pub mod follow;
+pub mod hold;
+pub mod metrics;
+pub mod probe;
+pub mod relay;
+pub mod reply;
+pub mod router;
+pub mod server;
+pub mod search;
+pub mod session;
+pub mod sessions;
+pub mod socket;
+pub mod startup;
+pub mod table;
+
+pub use router::Router;

@@ -1,0 +1,243 @@
+//! Moves bytes between a client and a server until both directions have ended.
+//!
+//! Two independent halves, each "read → write → pass the end on, once". A half copies through a buffer that all sessions
+//! of the thread share, which is best for the small messages of which most sessions consist; once it streams, it moves
+//! pages by splice(2) through a pipe borrowed from a pool ([`splice`]). Both are correct by themselves, so a pool
+//! that is empty costs nothing but speed.
+//!
+//! What must never be lost:
+//! * *Backpressure*: a half holds at most one buffer or one pipe of unwritten bytes and reads nothing more until they are
+//!   written.
+//! * *Half-close*: the end of one direction is passed on behind its last byte; the other direction goes on.
+//! * *Last words*: PostgreSQL may say why it ends a session and close while the client is still sending. A failed write
+//!   therefore ends only its own half; what the failing side had sent before is delivered first, and what its peer
+//!   still sends is read and thrown away: closing a socket with unread bytes would reset it and destroy the last words.
+
+mod copy;
+mod splice;
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+pub use splice::Pool;
+
+use crate::metrics::Meter;
+use crate::socket;
+
+/// How long a client may go on without saying anything once its server has closed. PostgreSQL never closes one direction
+/// only, so this just waits for the client to notice.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// Steps a session may take before others of its thread get their turn.
+const STEPS: usize = 16;
+
+/// From this many bytes sent without any answer, the server's receive window may be closed by a server that is alive but
+/// busy (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
+const UNANSWERED: u64 = 32 << 10;
+
+/// Who ended the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The client closed.
+    Client,
+    /// The server closed.
+    Server,
+    /// The client's connection broke.
+    ClientLost,
+    /// The server's connection broke.
+    ServerLost,
+}
+
+/// Relays until both directions have ended, and says which side ended first.
+pub async fn relay(client: &TcpStream, server: &TcpStream, pool: &Pool, meter: &Meter) -> End {
+    let mut relay = Relay {
+        up: Half::new(client, server),
+        down: Half::new(server, client),
+        unanswered: Some(0),
+        linger: None,
+        end: None,
+    };
+    poll_fn(|cx| relay.poll(cx, pool, meter)).await
+}
+
+struct Relay<'a> {
+    up: Half<'a>,
+    down: Half<'a>,
+    /// Bytes sent since the server last said anything; `None` once the user timeout has been turned off.
+    unanswered: Option<u64>,
+    linger: Option<Pin<Box<tokio::time::Sleep>>>,
+    end: Option<End>,
+}
+
+impl Relay<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
+        for _ in 0..STEPS {
+            // Both are polled even if the first can go on: each must be registered for its own wake-up.
+            let up = self.up.poll_step(cx, pool);
+            let down = self.down.poll_step(cx, pool);
+            self.account(&up, &down, meter);
+            self.note_end();
+            if let Some(end) = self.finished() {
+                return Poll::Ready(end);
+            }
+            if up.is_pending() && down.is_pending() {
+                return self.poll_linger(cx);
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn account(&mut self, up: &Poll<usize>, down: &Poll<usize>, meter: &Meter) {
+        let moved = |step: &Poll<usize>| if let Poll::Ready(bytes) = step { *bytes as u64 } else { 0 };
+        let (up, down) = (moved(up), moved(down));
+        if up > 0 {
+            meter.up(up);
+            self.linger = None;
+        }
+        if down > 0 {
+            meter.down(down);
+        }
+        let Some(unanswered) = self.unanswered.as_mut() else { return };
+        *unanswered = if down > 0 { 0 } else { *unanswered + up };
+        if *unanswered > UNANSWERED {
+            socket::forget_user_timeout(self.up.to);
+            self.unanswered = None;
+        }
+    }
+
+    fn note_end(&mut self) {
+        if self.end.is_some() {
+            return;
+        }
+        self.end = match (self.up.stop, self.down.stop) {
+            (Some(Stop::Read), _) => Some(End::ClientLost),
+            (_, Some(Stop::Read)) => Some(End::ServerLost),
+            (Some(Stop::Eof), _) => Some(End::Client),
+            (_, Some(Stop::Eof)) => Some(End::Server),
+            (Some(Stop::Write), _) => Some(End::ServerLost),
+            (_, Some(Stop::Write)) => Some(End::ClientLost),
+            (None, None) => None,
+        };
+    }
+
+    /// Over, when the client has nothing more to say and nothing more can be said to it.
+    fn finished(&self) -> Option<End> {
+        let over = self.up.ended() && (self.down.ended() || self.down.stop == Some(Stop::Write));
+        self.end.filter(|_| over)
+    }
+
+    /// Once the server has closed, the client's silence is limited.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        if !self.down.ended() {
+            return Poll::Pending;
+        }
+        let linger = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        match linger.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(self.end.unwrap_or(End::Server)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+/// Why a half stopped moving bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// The source ended, which has been passed on.
+    Eof,
+    /// The source broke.
+    Read,
+    /// The destination broke: what the source still sends is thrown away.
+    Write,
+}
+
+/// One direction.
+struct Half<'a> {
+    from: &'a TcpStream,
+    to: &'a TcpStream,
+    way: splice::Way,
+    /// Read and not yet written.
+    rest: Vec<u8>,
+    stop: Option<Stop>,
+    /// The source ended after the destination had broken.
+    drained: bool,
+}
+
+impl<'a> Half<'a> {
+    fn new(from: &'a TcpStream, to: &'a TcpStream) -> Self {
+        Self { from, to, way: splice::Way::default(), rest: Vec::new(), stop: None, drained: false }
+    }
+
+    /// Nothing will be read from the source any more.
+    fn ended(&self) -> bool {
+        matches!(self.stop, Some(Stop::Eof | Stop::Read)) || self.drained
+    }
+
+    /// One read and what can be written of it. Ready: bytes read, and there may be more at once.
+    fn poll_step(&mut self, cx: &mut Context<'_>, pool: &Pool) -> Poll<usize> {
+        if self.ended() {
+            return Poll::Pending;
+        }
+        if self.stop == Some(Stop::Write) {
+            return self.poll_discard(cx);
+        }
+        let step = match self.way.streams() {
+            true => self.poll_splice(cx, pool),
+            false => self.poll_copy(cx),
+        };
+        match step {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(0)) => {
+                self.finish(Stop::Eof);
+                Poll::Ready(0)
+            }
+            Poll::Ready(Ok(bytes)) => Poll::Ready(bytes),
+            Poll::Ready(Err(stop)) => {
+                self.finish(stop);
+                Poll::Ready(0)
+            }
+        }
+    }
+
+    /// The last step. Also after a broken read the destination hears an orderly end behind its last byte.
+    fn finish(&mut self, stop: Stop) {
+        self.stop = Some(stop);
+        self.rest = Vec::new();
+        self.way = splice::Way::default();
+        if stop != Stop::Write {
+            // An error means that the destination is gone, which the other half finds out by itself.
+            let _ = rustix::net::shutdown(self.to, rustix::net::Shutdown::Write);
+        }
+    }
+}
+
+/// Runs `operation` when `stream` is ready for it, and waits if it isn't.
+fn poll_io(
+    cx: &mut Context<'_>,
+    stream: &TcpStream,
+    interest: Interest,
+    mut operation: impl FnMut() -> io::Result<usize>,
+) -> Poll<io::Result<usize>> {
+    loop {
+        let ready = match interest.is_readable() {
+            true => stream.poll_read_ready(cx),
+            false => stream.poll_write_ready(cx),
+        };
+        match ready {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+            Poll::Ready(Ok(())) => {}
+        }
+        match stream.try_io(interest, &mut operation) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return Poll::Ready(outcome),
+        }
+    }
+}

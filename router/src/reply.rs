@@ -1,0 +1,88 @@
+//! What the router says to a client itself: an ErrorResponse with an SQLSTATE and a sentence without addresses.
+
+use bytes::BytesMut;
+use pgwire::messages::Message;
+use pgwire::messages::response::ErrorResponse;
+
+use crate::startup::Malformed;
+
+/// A refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// No server could take the session in time (`cannot_connect_now`).
+    NoServer,
+    /// The router is going away (`cannot_connect_now`: another router, or the same one later, will do).
+    ShuttingDown,
+    /// Too many connections wait already (`too_many_connections`).
+    TooManyHeld,
+    /// The first packet is none (`protocol_violation`, or `feature_not_supported` for another version).
+    Malformed(Malformed),
+    /// The client spoke before its SSLRequest or GSSENCRequest was answered (`protocol_violation`).
+    EarlyData,
+    /// The first packet did not come in time (`protocol_violation`).
+    TooSlow,
+}
+
+impl Refusal {
+    /// The SQLSTATE.
+    pub fn sqlstate(self) -> &'static str {
+        match self {
+            Refusal::NoServer | Refusal::ShuttingDown => "57P03",
+            Refusal::TooManyHeld => "53300",
+            Refusal::Malformed(Malformed::Version(..)) => "0A000",
+            Refusal::Malformed(_) | Refusal::EarlyData | Refusal::TooSlow => "08P01",
+        }
+    }
+
+    /// The sentence.
+    pub fn sentence(self) -> String {
+        match self {
+            Refusal::NoServer => "no server is available for this connection at the moment; try again".into(),
+            Refusal::ShuttingDown => "the router is shutting down; connect again".into(),
+            Refusal::TooManyHeld => "too many connections are waiting for a server already".into(),
+            Refusal::Malformed(what) => what.to_string(),
+            Refusal::EarlyData => "received data before the answer to an encryption request".into(),
+            Refusal::TooSlow => "no complete startup packet was received in time".into(),
+        }
+    }
+
+    /// The ErrorResponse, ready to be sent.
+    pub fn packet(self) -> Vec<u8> {
+        let field = |code: u8, text: &str| (code, text.to_owned());
+        let response = ErrorResponse::new(vec![
+            field(b'S', "FATAL"),
+            field(b'V', "FATAL"),
+            field(b'C', self.sqlstate()),
+            field(b'M', &self.sentence()),
+        ]);
+        let mut bytes = BytesMut::new();
+        // Encoding into memory fails on nothing that is possible here; an empty answer is a plain close.
+        response.encode(&mut bytes).map(|()| bytes.to_vec()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_are_error_responses() {
+        for refusal in [
+            Refusal::NoServer,
+            Refusal::TooManyHeld,
+            Refusal::Malformed(Malformed::Length),
+            Refusal::Malformed(Malformed::Version(2, 0)),
+            Refusal::EarlyData,
+            Refusal::TooSlow,
+            Refusal::ShuttingDown,
+        ] {
+            let packet = refusal.packet();
+            assert_eq!(packet[0], b'E');
+            let length = u32::from_be_bytes([packet[1], packet[2], packet[3], packet[4]]);
+            assert_eq!(length as usize + 1, packet.len());
+            let text = String::from_utf8_lossy(&packet);
+            assert!(text.contains(&format!("\0C{}\0", refusal.sqlstate())), "{text:?}");
+            assert!(text.ends_with("\0\0"), "{text:?}");
+        }
+    }
+}

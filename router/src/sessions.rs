@@ -1,0 +1,197 @@
+//! Which sessions there are, whose they are, and the one place that ends them from outside.
+//!
+//! A session is registered before the first byte of its client reaches the server, under the same lock that a change of
+//! leadership takes. So there is no moment in which a session of a deposed leader could slip through: either it is found
+//! and ended, or it is refused and its client, which has no state yet, is sent elsewhere.
+//!
+//! Ending means shutting down both sockets, which needs nothing of the server, nor of the thread that relays: a frozen
+//! host with a healthy-looking connection makes no difference. The relay notices by itself and cleans up.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use trunkline_common::MemberName;
+
+use crate::socket;
+use crate::table::{Backend, Epoch};
+
+/// Why a session was ended from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Cut {
+    /// Its server is not the leader any more.
+    LeaderChanged = 1,
+    /// The router stops, and the time for draining is over.
+    Drained = 2,
+}
+
+/// All sessions that have a server.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    reign: Option<Epoch>,
+    next: u64,
+    live: HashMap<u64, Live>,
+    load: HashMap<MemberName, usize>,
+}
+
+#[derive(Debug)]
+struct Live {
+    port: Arc<str>,
+    backend: Arc<Backend>,
+    /// The epoch the session belongs to: that of its opening, or the one its standby began by being promoted.
+    epoch: Option<Epoch>,
+    client: Arc<TcpStream>,
+    server: Arc<TcpStream>,
+    cut: Arc<AtomicU8>,
+}
+
+/// A registered session; dropping it ends the registration.
+#[derive(Debug)]
+pub struct Session {
+    id: u64,
+    cut: Arc<AtomicU8>,
+    sessions: Arc<Sessions>,
+}
+
+impl Session {
+    /// Why it was ended from outside, if it was.
+    pub fn cut(&self) -> Option<Cut> {
+        match self.cut.load(Ordering::Acquire) {
+            1 => Some(Cut::LeaderChanged),
+            2 => Some(Cut::Drained),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let mut inner = self.sessions.inner.lock();
+        let Some(live) = inner.live.remove(&self.id) else { return };
+        if let Some(load) = inner.load.get_mut(&live.backend.member) {
+            *load = load.saturating_sub(1);
+        }
+    }
+}
+
+impl Sessions {
+    /// Registers a session; `None` if its server has stopped being the leader it was chosen as.
+    pub fn begin(
+        self: &Arc<Self>,
+        port: &Arc<str>,
+        backend: &Arc<Backend>,
+        client: &Arc<TcpStream>,
+        server: &Arc<TcpStream>,
+    ) -> Option<Session> {
+        let mut inner = self.inner.lock();
+        if backend.epoch.is_some() && backend.epoch != inner.reign {
+            return None;
+        }
+        let id = inner.next;
+        inner.next += 1;
+        // Chosen as a standby, promoted since: from now on a session of the leader.
+        let epoch = inner.reign.clone().filter(|reign| reign.member == backend.member);
+        let cut = Arc::new(AtomicU8::new(0));
+        let live = Live {
+            port: port.clone(),
+            backend: backend.clone(),
+            epoch,
+            client: client.clone(),
+            server: server.clone(),
+            cut: cut.clone(),
+        };
+        inner.live.insert(id, live);
+        *inner.load.entry(backend.member.clone()).or_default() += 1;
+        Some(Session { id, cut, sessions: self.clone() })
+    }
+
+    /// From now on only sessions of `reign` may talk to a leader; ends those of any other, and says how many.
+    pub fn set_reign(&self, reign: Option<Epoch>) -> usize {
+        let mut inner = self.inner.lock();
+        if inner.reign == reign {
+            return 0;
+        }
+        inner.reign = reign;
+        let Inner { reign, live, .. } = &mut *inner;
+        let mut ended = 0;
+        for session in live.values_mut() {
+            match (&session.epoch, &reign) {
+                (Some(own), reign) if Some(own) != reign.as_ref() => {
+                    session.end(Cut::LeaderChanged);
+                    ended += 1;
+                }
+                (None, Some(reign)) if reign.member == session.backend.member => session.epoch = Some(reign.clone()),
+                _ => {}
+            }
+        }
+        ended
+    }
+
+    /// Ends every session, and says how many.
+    pub fn end_all(&self, cut: Cut) -> usize {
+        let inner = self.inner.lock();
+        inner.live.values().for_each(|session| session.end(cut));
+        inner.live.len()
+    }
+
+    /// How many sessions `member` has through this router.
+    pub fn load(&self, member: &MemberName) -> usize {
+        self.inner.lock().load.get(member).copied().unwrap_or(0)
+    }
+
+    /// Sessions by member, those without any included once they had one.
+    pub fn loads(&self) -> Vec<(MemberName, usize)> {
+        let inner = self.inner.lock();
+        let mut loads: Vec<_> = inner.load.iter().map(|(member, load)| (member.clone(), *load)).collect();
+        loads.sort();
+        loads
+    }
+
+    /// The servers that `port` has sessions on.
+    pub fn backends_of(&self, port: &str) -> Vec<Arc<Backend>> {
+        let inner = self.inner.lock();
+        let mut found: Vec<Arc<Backend>> = Vec::new();
+        for live in inner.live.values().filter(|live| *live.port == *port) {
+            if !found.iter().any(|known| known.host == live.backend.host && known.port == live.backend.port) {
+                found.push(live.backend.clone());
+            }
+        }
+        found
+    }
+
+    /// How many sessions there are.
+    pub fn len(&self) -> usize {
+        self.inner.lock().live.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many sessions each port has on each member.
+    pub fn by_port(&self) -> BTreeMap<(Arc<str>, MemberName), usize> {
+        let inner = self.inner.lock();
+        let mut counts = BTreeMap::new();
+        for live in inner.live.values() {
+            *counts.entry((live.port.clone(), live.backend.member.clone())).or_default() += 1;
+        }
+        counts
+    }
+}
+
+impl Live {
+    fn end(&self, cut: Cut) {
+        self.cut.store(cut as u8, Ordering::Release);
+        socket::abort(&self.server);
+        socket::close_both_ways(&self.client);
+    }
+}

@@ -1,0 +1,211 @@
+//! The first packet of a client, from its bytes alone.
+//!
+//! Sans I/O: [`read`] is given what has been collected so far and says how much more to read, *and no more than that*.
+//! Whatever follows the first packet stays in the socket, where the relay finds it.
+//!
+//! Rules are PostgreSQL's own (`ProcessStartupPacket` in backend_startup.c, and "Message Formats" in the protocol
+//! chapter): length and code are big-endian, the length counts itself.
+
+/// The longest packet: PostgreSQL's `MAX_STARTUP_PACKET_LENGTH` of 10 000 bytes after the length word.
+pub const MAX_PACKET: usize = 10_004;
+
+/// The shortest packet: length and code. Nothing can be said before these are here.
+pub const MIN_PACKET: usize = 8;
+
+const SSL_REQUEST: u32 = 80_877_103;
+const GSSENC_REQUEST: u32 = 80_877_104;
+const CANCEL_REQUEST: u32 = 80_877_102;
+
+/// A record type of TLS: the first byte of a ClientHello.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What is known after the bytes so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Read exactly this many bytes more.
+    Need(usize),
+    /// The packet is whole.
+    Packet(Packet),
+}
+
+/// What a client wants first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packet {
+    /// TLS, please: the server answers with one byte, before which the client must send nothing.
+    SslRequest,
+    /// GSSAPI encryption, please: as above.
+    GssEncRequest,
+    /// TLS without asking (PostgreSQL 17, `sslnegotiation=direct`): what was read is the head of a ClientHello.
+    DirectTls,
+    /// A session, in plain text.
+    Startup {
+        /// The minor version of protocol 3 that the client asks for. Which ones it knows is the server's business.
+        minor: u16,
+    },
+    /// Stop what another session does. The key (4 to 256 bytes) is the server's business.
+    Cancel,
+}
+
+impl Packet {
+    /// Whether the client must be silent until it is answered. Bytes that are there already were sent by somebody who
+    /// wants them taken for encrypted ones (CVE-2021-23214).
+    pub fn awaits_answer(self) -> bool {
+        matches!(self, Packet::SslRequest | Packet::GssEncRequest)
+    }
+}
+
+/// Why this is no first packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// The length is out of bounds: not PostgreSQL's protocol at all.
+    #[error("invalid length of startup packet")]
+    Length,
+    /// A request of fixed length has another one.
+    #[error("invalid length of negotiation or cancel request")]
+    RequestLength,
+    /// The list of parameters has no end.
+    #[error("invalid startup packet layout: expected terminator as last byte")]
+    Layout,
+    /// A protocol other than 3, such as 2.0.
+    #[error("unsupported frontend protocol {0}.{1}: this server supports 3.0 and later minor versions")]
+    Version(u16, u16),
+}
+
+/// Looks at the bytes collected so far.
+pub fn read(bytes: &[u8]) -> Result<Progress, Malformed> {
+    let Some((head, _)) = bytes.split_first_chunk::<MIN_PACKET>() else {
+        return Ok(Progress::Need(MIN_PACKET - bytes.len()));
+    };
+    let [l0, l1, l2, l3, c0, c1, c2, c3] = *head;
+    // A startup packet of more than 369 MB begins like this, and no such packet is legal.
+    if l0 == TLS_HANDSHAKE && l1 == 3 {
+        return Ok(Progress::Packet(Packet::DirectTls));
+    }
+    let length = u32::from_be_bytes([l0, l1, l2, l3]) as usize;
+    if !(MIN_PACKET..=MAX_PACKET).contains(&length) {
+        return Err(Malformed::Length);
+    }
+    let code = u32::from_be_bytes([c0, c1, c2, c3]);
+    check_length(code, length)?;
+    if bytes.len() < length {
+        return Ok(Progress::Need(length - bytes.len()));
+    }
+    packet(code, &bytes[MIN_PACKET..length]).map(Progress::Packet)
+}
+
+/// What can be refused before the rest is read.
+fn check_length(code: u32, length: usize) -> Result<(), Malformed> {
+    let legal = match code {
+        SSL_REQUEST | GSSENC_REQUEST => length == MIN_PACKET,
+        // Process id and a key of 4 to 256 bytes (protocol 3.2).
+        CANCEL_REQUEST => (MIN_PACKET + 4 + 4..=MIN_PACKET + 4 + 256).contains(&length),
+        _ => return version(code).map(|_| ()),
+    };
+    if legal { Ok(()) } else { Err(Malformed::RequestLength) }
+}
+
+fn packet(code: u32, body: &[u8]) -> Result<Packet, Malformed> {
+    match code {
+        SSL_REQUEST => Ok(Packet::SslRequest),
+        GSSENC_REQUEST => Ok(Packet::GssEncRequest),
+        CANCEL_REQUEST => Ok(Packet::Cancel),
+        _ if body.last() != Some(&0) => Err(Malformed::Layout),
+        _ => Ok(Packet::Startup { minor: version(code)? }),
+    }
+}
+
+fn version(code: u32) -> Result<u16, Malformed> {
+    match ((code >> 16) as u16, code as u16) {
+        (3, minor) => Ok(minor),
+        (major, minor) => Err(Malformed::Version(major, minor)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+    use pgwire::messages::cancel::CancelRequest;
+    use pgwire::messages::startup::{SecretKey, Startup};
+    use pgwire::messages::{DecodeContext, Message};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn request(length: u32, code: u32, body: &[u8]) -> Vec<u8> {
+        [&length.to_be_bytes()[..], &code.to_be_bytes(), body].concat()
+    }
+
+    #[test]
+    fn each_kind_is_told_apart() {
+        let startup = request(15, 0x3_0000, b"user\0\0\0");
+        for (bytes, expected) in [
+            (request(8, SSL_REQUEST, b""), Ok(Progress::Packet(Packet::SslRequest))),
+            (request(8, GSSENC_REQUEST, b""), Ok(Progress::Packet(Packet::GssEncRequest))),
+            (request(16, CANCEL_REQUEST, b"pidkkeyk"), Ok(Progress::Packet(Packet::Cancel))),
+            (request(268, CANCEL_REQUEST, &[7; 260]), Ok(Progress::Packet(Packet::Cancel))),
+            (startup, Ok(Progress::Packet(Packet::Startup { minor: 0 }))),
+            (request(9, 0x3_0002, b"\0"), Ok(Progress::Packet(Packet::Startup { minor: 2 }))),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01".to_vec(), Ok(Progress::Packet(Packet::DirectTls))),
+            (request(12, SSL_REQUEST, b"more"), Err(Malformed::RequestLength)),
+            (request(12, CANCEL_REQUEST, b"pidk"), Err(Malformed::RequestLength)),
+            (request(269, CANCEL_REQUEST, &[7; 261]), Err(Malformed::RequestLength)),
+            (request(8, 0x3_0000, b""), Err(Malformed::Layout)),
+            (request(9, 0x3_0000, b"x"), Err(Malformed::Layout)),
+            (request(9, 0x2_0000, b"\0"), Err(Malformed::Version(2, 0))),
+            (request(7, 0x3_0000, b""), Err(Malformed::Length)),
+            (request(10_005, 0x3_0000, b""), Err(Malformed::Length)),
+            (b"GET / HTTP/1.1\r\n".to_vec(), Err(Malformed::Length)),
+        ] {
+            assert_eq!(read(&bytes), expected, "{bytes:02x?}");
+        }
+    }
+
+    #[test]
+    fn never_asks_for_a_byte_beyond_the_packet() {
+        let bytes = request(17, 0x3_0000, b"user\0me\0\0");
+        for have in 0..bytes.len() {
+            let whole = if have < MIN_PACKET { MIN_PACKET } else { bytes.len() };
+            assert_eq!(read(&bytes[..have]), Ok(Progress::Need(whole - have)));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_get_an_answer_and_needs_are_bounded(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            if let Ok(Progress::Need(more)) = read(&bytes) {
+                prop_assert!(more > 0 && bytes.len() + more <= MAX_PACKET);
+            }
+        }
+
+        #[test]
+        fn agrees_with_pgwire_on_startups(
+            minor in 0u16..4,
+            parameters in proptest::collection::btree_map("[a-z]{1,12}", "[a-zA-Z0-9 =-]{0,40}", 0..12),
+        ) {
+            let mut message = Startup::new();
+            message.protocol_number_minor = minor;
+            message.parameters = parameters;
+            let mut bytes = BytesMut::new();
+            message.encode(&mut bytes).unwrap();
+            prop_assert_eq!(read(&bytes), Ok(Progress::Packet(Packet::Startup { minor })));
+            let decoded = Startup::decode(&mut bytes, &DecodeContext::default()).unwrap().unwrap();
+            prop_assert_eq!(decoded, message);
+        }
+
+        #[test]
+        fn agrees_with_pgwire_on_cancels(pid: i32, key in proptest::collection::vec(any::<u8>(), 4..=256)) {
+            let message = CancelRequest::new(pid, SecretKey::Bytes(key.into()));
+            let mut bytes = BytesMut::new();
+            message.encode(&mut bytes).unwrap();
+            prop_assert_eq!(read(&bytes), Ok(Progress::Packet(Packet::Cancel)));
+        }
+
+        #[test]
+        fn whatever_is_a_startup_here_is_one_for_pgwire(mut body in proptest::collection::vec(any::<u8>(), 1..200)) {
+            body.push(0);
+            let bytes = request(body.len() as u32 + 8, 0x3_0000, &body);
+            prop_assert_eq!(read(&bytes), Ok(Progress::Packet(Packet::Startup { minor: 0 })));
+            prop_assert!(Startup::decode(&mut BytesMut::from(&bytes[..]), &DecodeContext::default()).is_ok());
+        }
+    }
+}

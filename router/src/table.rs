@@ -1,0 +1,378 @@
+//! Where sessions may go, and whose must end: a pure function of one view of the cluster.
+//!
+//! Two questions are kept apart, because their answers differ for a while in every failover:
+//!
+//! * **Where does a new session go?** ([`RouteTable::leader`], [`RouteTable::standbys`]) To the leader only while the
+//!   leader key names it *and* its own record says `running` and `primary`: a holder of the key that still replays is not
+//!   writable yet, and a record that says `primary` without the key is left over (dcs-layout §6).
+//! * **Whose sessions may go on?** ([`RouteTable::reign`]) Those of the leader under whose [`Epoch`] they were opened.
+//!   - The key is absent, names another member or was created anew: the epoch is over. Who has lost the key may be
+//!     replaced at any moment, and a frozen host or a partitioned one would go on to answer old sessions.
+//!   - The holder's record denies being primary (`demoted`, `replica` …): over.
+//!   - The holder's record is missing, or says `primary` and another state (`stopping`, `restarting`): the epoch goes on,
+//!     there is just no place for new sessions. Nobody else can have been elected, so what becomes of the old sessions
+//!     is between the client and PostgreSQL.
+
+use std::sync::Arc;
+
+use trunkline_common::{ClusterView, Lsn, Member, MemberName, Revision, TimelineId};
+use trunkline_config::router::{NoCandidate, Port, Target};
+
+/// One uninterrupted time of leadership: a leader key as it was created. A key that its holder attaches to a new lease
+/// (a restarted agent) is the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Epoch {
+    /// Who leads.
+    pub member: MemberName,
+    /// When the leader key was created.
+    pub created: Revision,
+}
+
+/// A server that a session can be opened to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// Whose server.
+    pub member: MemberName,
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// The leader's epoch; `None` for a standby.
+    pub epoch: Option<Epoch>,
+    /// Whether the leader waits for it at commit.
+    pub sync: bool,
+    /// Bytes of WAL behind the leader's last published position; `None` where either is unknown.
+    pub lag: Option<u64>,
+    /// Its timeline, where known.
+    pub timeline: Option<TimelineId>,
+}
+
+impl Backend {
+    /// Whether a connection to one is a connection to the other.
+    pub fn same_server(&self, other: &Backend) -> bool {
+        (&self.member, &self.host, self.port, &self.epoch) == (&other.member, &other.host, other.port, &other.epoch)
+    }
+}
+
+/// How good the knowledge is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Certainty {
+    /// The DCS has not been read yet.
+    Nothing,
+    /// The DCS confirms it.
+    Confirmed,
+    /// The DCS has been silent for too long. Sessions go on; new ones go to the leader only while it proves itself.
+    Unconfirmed {
+        /// The leader says over its REST API that it is the primary.
+        proven: bool,
+    },
+}
+
+impl Certainty {
+    /// For logs, metrics and `/routes`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Certainty::Nothing => "nothing",
+            Certainty::Confirmed => "confirmed",
+            Certainty::Unconfirmed { proven: true } => "unconfirmed, leader proven",
+            Certainty::Unconfirmed { proven: false } => "unconfirmed",
+        }
+    }
+}
+
+/// Where sessions may go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteTable {
+    /// The store's revision it was made of.
+    pub revision: Revision,
+    /// How good the knowledge is.
+    pub certainty: Certainty,
+    /// Whose sessions may go on; see the module's documentation.
+    pub reign: Option<Epoch>,
+    /// Where new read-write sessions go.
+    pub leader: Option<Arc<Backend>>,
+    /// Standbys that may be read from, whatever their lag, by name.
+    pub standbys: Vec<Arc<Backend>>,
+    /// Every member, and why it is a candidate or not, in words.
+    pub verdicts: Vec<(MemberName, &'static str)>,
+}
+
+impl RouteTable {
+    /// The table before anything is known: everybody waits.
+    pub fn unknown() -> Self {
+        Self {
+            revision: Revision(0),
+            certainty: Certainty::Nothing,
+            reign: None,
+            leader: None,
+            standbys: Vec::new(),
+            verdicts: Vec::new(),
+        }
+    }
+
+    /// The table of a confirmed view.
+    pub fn from_view(view: &ClusterView) -> Self {
+        let reign = reign(view);
+        let mut table = Self {
+            revision: view.revision,
+            certainty: Certainty::Confirmed,
+            reign: reign.clone(),
+            leader: None,
+            standbys: Vec::new(),
+            verdicts: Vec::new(),
+        };
+        for (name, member) in &view.members {
+            let verdict = if view.is_leader(name) { leader_verdict(member) } else { standby_verdict(member) };
+            let (verdict, address) = match (verdict, member.host_port()) {
+                (Ok(_), None) => ("no usable conn_url", None),
+                (Ok(good), address) => (good, address),
+                (Err(bad), _) => (bad, None),
+            };
+            table.verdicts.push((name.clone(), verdict));
+            let Some((host, port)) = address else { continue };
+            let backend = Arc::new(Backend {
+                member: name.clone(),
+                host,
+                port,
+                epoch: reign.clone().filter(|epoch| epoch.member == *name),
+                sync: view.leader.as_ref().is_some_and(|leader| view.sync.leader.as_ref() == Some(&leader.name))
+                    && view.sync.lists(name),
+                lag: lag(view.status.optime, member),
+                timeline: member.timeline,
+            });
+            match view.is_leader(name) {
+                true => table.leader = Some(backend),
+                false => table.standbys.push(backend),
+            }
+        }
+        table
+    }
+
+    /// The same table once the DCS has been silent for too long.
+    pub fn unconfirmed(mut self, proven: bool) -> Self {
+        self.certainty = Certainty::Unconfirmed { proven };
+        if !proven {
+            self.leader = None;
+        }
+        self
+    }
+
+    /// The servers that a new session of `port` may go to, none of which is better than another.
+    pub fn candidates(&self, port: &Port) -> Vec<Arc<Backend>> {
+        let near = |backend: &&Arc<Backend>| match (port.max_lag, backend.lag) {
+            (None, _) => true,
+            (Some(limit), Some(lag)) => lag <= limit,
+            (Some(_), None) => false,
+        };
+        let standbys = self.standbys.iter().filter(near);
+        let chosen: Vec<_> = match port.target {
+            Target::Leader => return self.leader.iter().cloned().collect(),
+            Target::Replica => standbys.cloned().collect(),
+            Target::Sync => standbys.filter(|backend| backend.sync).cloned().collect(),
+            Target::Async => standbys.filter(|backend| !backend.sync).cloned().collect(),
+            Target::Any => standbys.chain(&self.leader).cloned().collect(),
+        };
+        match port.no_candidate {
+            NoCandidate::Leader if chosen.is_empty() => self.leader.iter().cloned().collect(),
+            _ => chosen,
+        }
+    }
+}
+
+fn reign(view: &ClusterView) -> Option<Epoch> {
+    let key = view.leader.as_ref()?;
+    let denies = |member: &Member| !matches!(member.role.as_str(), "primary" | "master");
+    if view.members.get(&key.name).is_some_and(denies) {
+        return None;
+    }
+    Some(Epoch { member: key.name.clone(), created: key.created })
+}
+
+fn leader_verdict(member: &Member) -> Result<&'static str, &'static str> {
+    match member.role.as_str() {
+        _ if member.claims_primary() => Ok("leader"),
+        "primary" | "master" => Err("leader, but its server is not running"),
+        "standby_leader" => Err("leader of a standby cluster: never writable"),
+        _ => Err("leader, but not promoted yet"),
+    }
+}
+
+fn standby_verdict(member: &Member) -> Result<&'static str, &'static str> {
+    if !member.is_running() {
+        return Err("not running");
+    }
+    if member.role != "replica" {
+        return Err("neither leader nor replica");
+    }
+    if member.tag_is_true("noloadbalance") {
+        return Err("tagged noloadbalance");
+    }
+    match member.replication_state.as_deref() {
+        Some("streaming") => Ok("streaming standby"),
+        _ => Err("not streaming"),
+    }
+}
+
+/// Both positions are published at most once per `loop_wait`, so a standby may look ahead of its leader: no lag then.
+fn lag(optime: Lsn, member: &Member) -> Option<u64> {
+    let at = member.xlog_location.or(member.receive_lsn).or(member.replay_lsn)?;
+    optime.is_valid().then(|| at.lag_behind(optime))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use trunkline_common::LeaseId;
+    use trunkline_common::cluster::{LeaderKey, Status, SyncState};
+
+    use super::*;
+
+    pub(crate) fn member(role: &str, state: &str) -> Member {
+        Member {
+            conn_url: Some("postgres://10.0.0.1:5433/postgres".into()),
+            role: role.into(),
+            state: state.into(),
+            replication_state: (role == "replica").then(|| "streaming".into()),
+            xlog_location: Some(Lsn(900)),
+            ..Member::default()
+        }
+    }
+
+    pub(crate) fn view(leader: Option<(&str, i64)>, members: &[(&str, Member)]) -> ClusterView {
+        ClusterView {
+            revision: Revision(50),
+            leader: leader.map(|(name, created)| LeaderKey {
+                name: name.into(),
+                lease: LeaseId(1),
+                created: Revision(created),
+                modified: Revision(created),
+            }),
+            members: members.iter().map(|(name, member)| ((*name).into(), member.clone())).collect(),
+            status: Status { optime: Lsn(1_000), ..Status::default() },
+            ..ClusterView::default()
+        }
+    }
+
+    fn epoch(member: &str, created: i64) -> Epoch {
+        Epoch { member: member.into(), created: Revision(created) }
+    }
+
+    fn port(target: Target, no_candidate: NoCandidate, max_lag: Option<u64>) -> Port {
+        Port { name: "p".into(), listen: "127.0.0.1:0".into(), target, no_candidate, max_lag }
+    }
+
+    fn names(backends: &[Arc<Backend>]) -> Vec<&str> {
+        backends.iter().map(|backend| backend.member.as_str()).collect()
+    }
+
+    #[test]
+    fn the_leader_is_key_and_running_and_primary() {
+        let url_less = Member { conn_url: None, ..member("primary", "running") };
+        for (what, holder, record, routed, reigns) in [
+            ("a healthy leader", Some("a"), Some(member("primary", "running")), true, true),
+            ("an old agent's word for it", Some("a"), Some(member("master", "running")), true, true),
+            ("no key", None, Some(member("primary", "running")), false, false),
+            ("left over after a clean stop (§6.2)", None, Some(member("primary", "stopped")), false, false),
+            ("another one's key", Some("b"), Some(member("primary", "running")), false, true),
+            ("elected, still replaying", Some("a"), Some(member("replica", "running")), false, false),
+            ("promotion not confirmed", Some("a"), Some(member("promoted", "running")), false, false),
+            ("demoted", Some("a"), Some(member("demoted", "stopping")), false, false),
+            ("a standby cluster", Some("a"), Some(member("standby_leader", "running")), false, false),
+            ("restarting in place", Some("a"), Some(member("primary", "restarting")), false, true),
+            ("stopping", Some("a"), Some(member("primary", "stopping")), false, true),
+            ("record missing", Some("a"), None, false, true),
+            ("no address", Some("a"), Some(url_less), false, true),
+        ] {
+            let members: Vec<_> = record.into_iter().map(|record| ("a", record)).collect();
+            let table = RouteTable::from_view(&view(holder.map(|name| (name, 7)), &members));
+            assert_eq!(table.leader.is_some(), routed, "{what}: where new sessions go");
+            let expected = holder.filter(|_| reigns).map(|name| epoch(name, 7));
+            assert_eq!(table.reign, expected, "{what}: whose sessions go on");
+            if let Some(leader) = table.leader {
+                assert_eq!(leader.epoch, table.reign, "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_created_anew_is_another_epoch_and_a_rewritten_one_is_not() {
+        let members = [("a", member("primary", "running"))];
+        let mut before = view(Some(("a", 7)), &members);
+        let first = RouteTable::from_view(&before);
+        if let Some(key) = before.leader.as_mut() {
+            key.lease = LeaseId(2);
+            key.modified = Revision(60);
+        }
+        assert_eq!(RouteTable::from_view(&before).reign, first.reign, "attached to a new lease");
+        assert_ne!(RouteTable::from_view(&view(Some(("a", 61)), &members)).reign, first.reign);
+    }
+
+    #[test]
+    fn standbys_stream_and_are_not_excluded() {
+        let archive = Member { replication_state: Some("in archive recovery".into()), ..member("replica", "running") };
+        let mut tagged = member("replica", "running");
+        tagged.tags.insert("noloadbalance".into(), true.into());
+        let table = RouteTable::from_view(&view(
+            Some(("a", 7)),
+            &[
+                ("a", member("primary", "running")),
+                ("b", member("replica", "running")),
+                ("c", archive),
+                ("d", tagged),
+                ("e", member("replica", "starting")),
+                ("f", member("primary", "running")),
+            ],
+        ));
+        assert_eq!(names(&table.standbys), ["b"]);
+        assert_eq!(table.standbys[0].lag, Some(100));
+        assert_eq!(table.standbys[0].epoch, None);
+        let why = |name: &str| table.verdicts.iter().find(|(n, _)| n.as_str() == name).map(|(_, why)| *why);
+        assert_eq!(why("c"), Some("not streaming"));
+        assert_eq!(why("d"), Some("tagged noloadbalance"));
+        assert_eq!(why("f"), Some("neither leader nor replica"));
+    }
+
+    #[test]
+    fn ports_choose_by_target_lag_and_fallback() {
+        let far = Member { xlog_location: Some(Lsn(100)), ..member("replica", "running") };
+        let blind = Member { xlog_location: None, ..member("replica", "running") };
+        let mut cluster = view(
+            Some(("a", 7)),
+            &[
+                ("a", member("primary", "running")),
+                ("b", member("replica", "running")),
+                ("c", far),
+                ("d", blind),
+            ],
+        );
+        cluster.sync = SyncState { leader: Some("a".into()), standbys: vec!["B".into()], ..SyncState::default() };
+        let table = RouteTable::from_view(&cluster);
+        for (target, no_candidate, max_lag, expected) in [
+            (Target::Leader, NoCandidate::Hold, None, vec!["a"]),
+            (Target::Replica, NoCandidate::Hold, None, vec!["b", "c", "d"]),
+            (Target::Replica, NoCandidate::Hold, Some(100), vec!["b"]),
+            (Target::Replica, NoCandidate::Hold, Some(99), vec![]),
+            (Target::Replica, NoCandidate::Leader, Some(99), vec!["a"]),
+            (Target::Sync, NoCandidate::Hold, None, vec!["b"]),
+            (Target::Async, NoCandidate::Hold, None, vec!["c", "d"]),
+            (Target::Any, NoCandidate::Hold, Some(500), vec!["b", "a"]),
+        ] {
+            let port = port(target, no_candidate, max_lag);
+            assert_eq!(names(&table.candidates(&port)), expected, "{port:?}");
+        }
+        cluster.sync.leader = Some("z".into());
+        let stale = RouteTable::from_view(&cluster);
+        assert!(stale.candidates(&port(Target::Sync, NoCandidate::Hold, None)).is_empty(), "another leader's list");
+    }
+
+    #[test]
+    fn unconfirmed_keeps_the_reign_and_asks_for_proof() {
+        let table = RouteTable::from_view(&view(
+            Some(("a", 7)),
+            &[("a", member("primary", "running")), ("b", member("replica", "running"))],
+        ));
+        let doubted = table.clone().unconfirmed(false);
+        assert_eq!((doubted.leader.is_some(), &doubted.reign), (false, &table.reign));
+        assert_eq!(names(&doubted.standbys), ["b"]);
+        assert_eq!(table.clone().unconfirmed(true).leader, table.leader);
+    }
+}
