@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn a_burst_is_allowed_and_then_a_rate() {
         let limit = CancelLimit::default();
-        let at = |millis| Instant::from_boot(Duration::from_millis(1_000_000 + millis));
+        let at = |millis: u64| Instant::from_boot(Duration::from_millis(1_000_000 + millis));
         let allowed = (0..300).filter(|_| limit.allow(1, at(0))).count();
         assert_eq!(allowed, 200);
         let allowed = (0..300).filter(|_| limit.allow(1, at(500))).count();

@@ -1,6 +1,7 @@
 //! What all sessions share.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -39,6 +40,7 @@ pub struct Router {
     tables: watch::Sender<Arc<RouteTable>>,
     permits: Arc<Semaphore>,
     capacity: u32,
+    connections: AtomicUsize,
     draining: watch::Sender<bool>,
     outage: Mutex<Outage>,
 }
@@ -77,6 +79,7 @@ impl Router {
             tables: watch::Sender::new(Arc::new(RouteTable::unknown())),
             permits: Arc::new(Semaphore::new(capacity as usize)),
             capacity,
+            connections: AtomicUsize::new(0),
             draining: watch::Sender::new(false),
             outage: Mutex::default(),
             limits,
@@ -178,8 +181,7 @@ impl Router {
     /// Returns how many had to be ended.
     pub async fn drain(&self, limit: Duration) -> usize {
         self.draining.send_replace(true);
-        let connections = self.capacity as usize - self.permits.available_permits();
-        info!(connections, ?limit, "draining");
+        info!(connections = self.connections(), ?limit, "draining");
         match tokio::time::timeout(limit, self.permits.acquire_many(self.capacity)).await {
             Ok(_) => 0,
             Err(_) => self.sessions.end_all(Cut::Drained),
@@ -188,6 +190,22 @@ impl Router {
 
     /// Connections accepted and not over, with or without a server.
     pub fn connections(&self) -> usize {
-        self.capacity as usize - self.permits.available_permits()
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Counts one more of them, until it is dropped.
+    pub fn connection(&self) -> Connection<'_> {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        Connection(&self.connections)
+    }
+}
+
+/// See [`Router::connection`].
+#[derive(Debug)]
+pub struct Connection<'a>(&'a AtomicUsize);
+
+impl Drop for Connection<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

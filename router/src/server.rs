@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use futures::future::join_all;
 use parking_lot::Mutex;
 use pingora_core::server::configuration::{Opt, ServerConf};
-use pingora_core::server::{ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora_core::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora_core::services::Service;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
@@ -158,7 +158,7 @@ fn inherited(fd: i32) -> OwnedFd {
 #[async_trait]
 impl Service for Relay {
     async fn start_service(&mut self, fds: Option<ListenFds>, _shutdown: ShutdownWatch, _listeners_per_fd: usize) {
-        let fds = fds.unwrap_or_default();
+        let fds = fds.unwrap_or_else(|| Arc::new(Mutex::new(Fds::new())));
         let router = self.router.clone();
         let serve = self.listeners.iter_mut().map(|listener| {
             let (router, listening, opened) = (router.clone(), listener.listening.clone(), listener.open(&fds));

@@ -48,6 +48,7 @@ pub async fn serve(
     peer: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) {
+    let connection = router.connection();
     router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
     if let Err(error) = socket::tune_client(&client) {
         debug!(port = &*listening.name, %peer, %error, "socket options refused");
@@ -63,7 +64,7 @@ pub async fn serve(
     };
     debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
     router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
-    drop(permit);
+    drop((connection, permit));
 }
 
 /// From a known first packet to the end of the session.

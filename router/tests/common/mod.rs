@@ -1,0 +1,203 @@
+//! A router in this process, fed with knowledge by hand, in front of fake servers.
+
+#![allow(dead_code)]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use trunkline_common::cluster::{LeaderKey, Status};
+use trunkline_common::dcs::follow::Knowledge;
+use trunkline_common::{Clock, ClusterView, LeaseId, Lsn, Member, Revision, SystemClock};
+use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+use trunkline_router::{Router, accept, follow};
+
+/// A start-up packet of protocol 3.0.
+pub const STARTUP: &[u8] = b"\0\0\0\x11\0\x03\0\0user\0me\0\0";
+/// An SSLRequest.
+pub const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+/// A CancelRequest.
+pub const CANCEL: &[u8] = b"\0\0\0\x10\x04\xd2\x16\x2epidkkeyk";
+
+/// Longer than anything here may take.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub fn limits() -> Limits {
+    Limits {
+        max_sessions: 1_000,
+        max_held: 100,
+        hold_timeout: Duration::from_secs(10),
+        release_rate: 0,
+        startup_timeout: Duration::from_secs(5),
+        connect_timeout: Duration::from_secs(2),
+        stale_after: Duration::from_secs(600),
+        drain_timeout: Duration::from_secs(5),
+    }
+}
+
+pub fn port(target: Target) -> Port {
+    Port {
+        name: format!("{target:?}").to_lowercase(),
+        listen: "127.0.0.1:0".into(),
+        target,
+        no_candidate: NoCandidate::Hold,
+        max_lag: None,
+    }
+}
+
+pub struct World {
+    pub router: Arc<Router>,
+    knowledge: watch::Sender<Knowledge>,
+    view: ClusterView,
+}
+
+impl World {
+    pub fn new(limits: Limits) -> Self {
+        let router = Router::new(limits).unwrap();
+        let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
+        tokio::spawn(follow::run(router.clone(), receiver));
+        let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
+        Self { router, knowledge: sender, view }
+    }
+
+    /// Opens a port; clients connect to the address.
+    pub async fn open(&self, port: Port) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(accept::serve(self.router.clone(), self.router.listening(&port), listener));
+        address
+    }
+
+    /// Changes the cluster in one step and returns once the router has taken note.
+    pub async fn change(&mut self, change: impl FnOnce(&mut ClusterView)) {
+        self.view.revision.0 += 1;
+        change(&mut self.view);
+        let (revision, mut tables) = (self.view.revision, self.router.tables());
+        self.confirm();
+        within(tables.wait_for(|table| table.revision >= revision)).await.unwrap();
+    }
+
+    pub fn confirm(&self) {
+        let confirmed_at = Some(SystemClock.now());
+        self.knowledge.send_replace(Knowledge { view: Some(Arc::new(self.view.clone())), confirmed_at, trouble: None });
+    }
+
+    /// The key and its holder's record, in one step.
+    pub async fn lead(&mut self, name: &str, at: SocketAddr) {
+        self.change(|view| {
+            view.leader = Some(key(name, view.revision));
+            view.members.insert(name.into(), member("primary", at));
+        })
+        .await;
+    }
+
+    pub async fn follow(&mut self, name: &str, at: SocketAddr) {
+        self.change(|view| {
+            view.members.insert(name.into(), member("replica", at));
+        })
+        .await;
+    }
+
+    pub async fn held(&self, count: usize) {
+        eventually(|| self.router.hold.held() == count).await;
+    }
+}
+
+pub fn key(name: &str, created: Revision) -> LeaderKey {
+    LeaderKey { name: name.into(), lease: LeaseId(1), created, modified: created }
+}
+
+pub fn member(role: &str, at: SocketAddr) -> Member {
+    Member {
+        conn_url: Some(format!("postgres://{at}/postgres")),
+        state: "running".into(),
+        role: role.into(),
+        replication_state: (role == "replica").then(|| "streaming".into()),
+        xlog_location: Some(Lsn(1_000)),
+        ..Member::default()
+    }
+}
+
+/// A server that accepts and does nothing by itself.
+pub struct Fake {
+    pub at: SocketAddr,
+    listener: TcpListener,
+}
+
+impl Fake {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self { at: listener.local_addr().unwrap(), listener }
+    }
+
+    /// The next connection, with its first packet read.
+    pub async fn session(&self) -> (TcpStream, Vec<u8>) {
+        let (mut stream, _) = within(self.listener.accept()).await.unwrap();
+        let mut length = [0; 4];
+        within(stream.read_exact(&mut length)).await.unwrap();
+        let mut packet = length.to_vec();
+        packet.resize(u32::from_be_bytes(length) as usize, 0);
+        within(stream.read_exact(&mut packet[4..])).await.unwrap();
+        (stream, packet)
+    }
+
+    /// Nobody connects for a while.
+    pub async fn stays_alone(&self) {
+        let accepted = tokio::time::timeout(Duration::from_millis(100), self.listener.accept()).await;
+        assert!(accepted.is_err(), "somebody connected");
+    }
+}
+
+/// Connects and sends `first`.
+pub async fn connect(to: SocketAddr, first: &[u8]) -> TcpStream {
+    let mut stream = within(TcpStream::connect(to)).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    stream.write_all(first).await.unwrap();
+    stream
+}
+
+/// A session through the router: the client's end and the server's.
+pub async fn session(to: SocketAddr, server: &Fake) -> (TcpStream, TcpStream) {
+    let client = connect(to, STARTUP).await;
+    let (server, packet) = server.session().await;
+    assert_eq!(packet, STARTUP);
+    (client, server)
+}
+
+/// Sends `bytes` at one end and expects them at the other.
+pub async fn passes(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
+    from.write_all(bytes).await.unwrap();
+    let mut got = vec![0; bytes.len()];
+    within(to.read_exact(&mut got)).await.unwrap();
+    assert!(got == bytes);
+}
+
+/// Everything until the end; a reset counts as one.
+pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+    let mut got = Vec::new();
+    let _ = within(stream.read_to_end(&mut got)).await;
+    got
+}
+
+/// The SQLSTATE of the ErrorResponse that ends the connection.
+pub async fn refused(stream: &mut TcpStream) -> String {
+    let answer = String::from_utf8_lossy(&rest(stream).await).into_owned();
+    assert!(answer.starts_with('E'), "{answer:?}");
+    answer.split('\0').find_map(|field| field.strip_prefix('C')).unwrap_or_default().to_owned()
+}
+
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("took too long")
+}
+
+pub async fn eventually(mut condition: impl FnMut() -> bool) {
+    within(async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await;
+}

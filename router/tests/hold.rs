@@ -1,0 +1,229 @@
+//! Connections that come while there is no server: held, released, refused, forgotten.
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use trunkline_common::{Clock, SystemClock};
+use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+
+#[tokio::test]
+async fn a_client_without_a_leader_is_held_and_then_served() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    let mut client = connect(rw, STARTUP).await;
+    world.held(1).await;
+    world.follow("a", server.at).await;
+    server.stays_alone().await;
+    let published = SystemClock.now();
+    world.lead("a", server.at).await;
+    let (mut session, packet) = server.session().await;
+    let took = SystemClock.now().since(published);
+    assert_eq!(packet, STARTUP, "the client's own bytes");
+    assert!(took < Duration::from_millis(250), "released on the event, not by a timer: {took:?}");
+    passes(&mut session, &mut client, b"R").await;
+    passes(&mut client, &mut session, b"p").await;
+    world.held(0).await;
+}
+
+#[tokio::test]
+async fn an_elected_standby_is_not_connected_to_before_it_says_primary() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    world
+        .change(|view| {
+            view.leader = Some(key("a", view.revision));
+            view.members.insert("a".into(), member("replica", server.at));
+        })
+        .await;
+    let _client = connect(rw, STARTUP).await;
+    world.held(1).await;
+    server.stays_alone().await;
+    world.lead("a", server.at).await;
+    server.session().await;
+}
+
+#[tokio::test]
+async fn expiry_is_told_with_an_sqlstate() {
+    let limits = Limits { hold_timeout: Duration::from_millis(150), ..limits() };
+    let world = World::new(limits);
+    let rw = world.open(port(Target::Leader)).await;
+    let mut plain = connect(rw, STARTUP).await;
+    assert_eq!(refused(&mut plain).await, "57P03");
+    // Who asked for TLS hears "no" and then the reason, in answer to its start-up packet.
+    let mut tls = connect(rw, SSL_REQUEST).await;
+    assert_eq!(within(tls.read_u8()).await.unwrap(), b'N');
+    tls.write_all(STARTUP).await.unwrap();
+    assert_eq!(refused(&mut tls).await, "57P03");
+    world.held(0).await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_gives_its_place_back_at_once() {
+    let world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let clients = [connect(rw, STARTUP).await, connect(rw, SSL_REQUEST).await];
+    world.held(2).await;
+    drop(clients);
+    world.held(0).await;
+    eventually(|| world.router.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn a_client_that_talks_and_then_goes_away_is_noticed_too() {
+    let world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let mut client = connect(rw, STARTUP).await;
+    world.held(1).await;
+    client.write_all(b"p\0\0\0\x05\0").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(world.router.hold.held(), 1, "talking ahead is allowed after a start-up packet");
+    drop(client);
+    world.held(0).await;
+}
+
+#[tokio::test]
+async fn early_data_is_refused() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    // While it is held …
+    let mut held = connect(rw, SSL_REQUEST).await;
+    world.held(1).await;
+    held.write_all(STARTUP).await.unwrap();
+    assert_eq!(refused(&mut held).await, "08P01");
+    // … and when there is a server.
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    let mut early = connect(rw, &[SSL_REQUEST, STARTUP].concat()).await;
+    assert_eq!(refused(&mut early).await, "08P01");
+    server.stays_alone().await;
+}
+
+#[tokio::test]
+async fn places_are_bounded() {
+    let mut world = World::new(Limits { max_held: 2, ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let held = [connect(rw, STARTUP).await, connect(rw, STARTUP).await];
+    world.held(2).await;
+    let mut third = connect(rw, STARTUP).await;
+    assert_eq!(refused(&mut third).await, "53300");
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    for _ in held {
+        server.session().await;
+    }
+}
+
+#[tokio::test]
+async fn held_clients_are_let_go_at_a_pace_and_the_first_at_once() {
+    let mut world = World::new(Limits { release_rate: 20, ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        clients.push(connect(rw, STARTUP).await);
+    }
+    world.held(6).await;
+    let server = Fake::start().await;
+    let published = SystemClock.now();
+    world.lead("a", server.at).await;
+    let mut sessions = vec![server.session().await];
+    let first = SystemClock.now().since(published);
+    assert!(first < Duration::from_millis(45), "{first:?}");
+    for _ in 1..6 {
+        sessions.push(server.session().await);
+    }
+    let last = SystemClock.now().since(published);
+    assert!(last >= Duration::from_millis(245), "five gaps of 50 ms: {last:?}");
+}
+
+#[tokio::test]
+async fn a_refused_connect_is_a_reason_to_wait_not_an_error() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let gone = Fake::start().await;
+    let at = gone.at;
+    drop(gone);
+    world.lead("a", at).await;
+    let _client = connect(rw, STARTUP).await;
+    world.held(1).await;
+    // It comes back where it was, without any news from the DCS …
+    let listener = tokio::net::TcpListener::bind(at).await.unwrap();
+    let accepted = within(listener.accept()).await.unwrap();
+    drop(accepted);
+    drop(listener);
+    // … or another one is elected.
+    let _second = connect(rw, STARTUP).await;
+    world.held(1).await;
+    let other = Fake::start().await;
+    world.lead("b", other.at).await;
+    other.session().await;
+}
+
+#[tokio::test]
+async fn a_port_may_refuse_or_use_the_leader_instead() {
+    let mut world = World::new(limits());
+    let refusing = Port { no_candidate: NoCandidate::Refuse, ..port(Target::Replica) };
+    let refusing = world.open(refusing).await;
+    let mut client = connect(refusing, STARTUP).await;
+    assert_eq!(refused(&mut client).await, "57P03");
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    let falling_back = world.open(Port { no_candidate: NoCandidate::Leader, ..port(Target::Replica) }).await;
+    session(falling_back, &leader).await;
+    let standby = Fake::start().await;
+    world.follow("b", standby.at).await;
+    session(falling_back, &standby).await;
+}
+
+#[tokio::test]
+async fn slow_and_senseless_clients_are_bounded() {
+    let world = World::new(Limits { startup_timeout: Duration::from_millis(100), ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let mut slow = connect(rw, &STARTUP[..9]).await;
+    assert_eq!(refused(&mut slow).await, "08P01");
+    let mut silent = connect(rw, b"").await;
+    assert_eq!(refused(&mut silent).await, "08P01");
+    for (garbage, sqlstate) in [
+        (&b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"[..], "08P01"),
+        (&b"\xff\xff\xff\xff\xff\xff\xff\xff"[..], "08P01"),
+        (&b"\0\0\0\x09\0\x02\0\0\0"[..], "0A000"),
+        (&b"\0\0\0\x09\0\x03\0\0x"[..], "08P01"),
+    ] {
+        let mut client = connect(rw, garbage).await;
+        assert_eq!(refused(&mut client).await, sqlstate, "{garbage:?}");
+    }
+    eventually(|| world.router.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn draining_refuses_the_held_and_waits_for_sessions() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let ro = world.open(port(Target::Replica)).await;
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    let (client, server_end) = session(rw, &server).await;
+    let mut held = connect(ro, STARTUP).await;
+    world.held(1).await;
+    let router = world.router.clone();
+    let drained = tokio::spawn(async move { router.drain(PATIENCE).await });
+    assert_eq!(refused(&mut held).await, "57P03");
+    assert!(!drained.is_finished(), "the session goes on");
+    drop((client, server_end));
+    assert_eq!(within(drained).await.unwrap(), 0, "over as soon as the last session is");
+}
+
+#[tokio::test]
+async fn draining_ends_what_takes_too_long() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    let (mut client, _server_end) = session(rw, &server).await;
+    assert_eq!(world.router.drain(Duration::from_millis(50)).await, 1);
+    assert_eq!(rest(&mut client).await, b"");
+}
