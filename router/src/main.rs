@@ -1,1 +1,139 @@
-fn main() {}
+//! `trunkline-router [--validate] router.yml`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use tracing::{error, info, warn};
+use trunkline_common::SystemClock;
+use trunkline_common::dcs::etcd::EtcdDcs;
+use trunkline_common::dcs::follow::Follower;
+use trunkline_common::dcs::paths::Paths;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_config::{Env, RouterConfig};
+use trunkline_router::admin::Admin;
+use trunkline_router::server::{Background, Handover, Plan};
+use trunkline_router::{Router, admin, follow, server, socket};
+
+/// How long a request to etcd may take, over all endpoints, before knowledge counts as doubtful.
+const DCS_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Leads applications to the right server of a PostgreSQL cluster.
+#[derive(Debug, Parser)]
+#[command(name = "trunkline-router", version)]
+struct Arguments {
+    /// router.yml; without it, the PATRONI_* environment alone.
+    config: Option<PathBuf>,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    validate: bool,
+    /// Unix socket by which a new process takes the listening sockets of this one over.
+    #[arg(long, value_name = "PATH")]
+    upgrade_sock: Option<String>,
+    /// Take them over from the running process, which is to be sent SIGQUIT.
+    #[arg(long, requires = "upgrade_sock")]
+    upgrade: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let config = match RouterConfig::load(arguments.config.as_deref(), &Env::of_process()) {
+        Ok((config, notices)) => {
+            notices.iter().for_each(|notice| eprintln!("{notice}"));
+            config
+        }
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if arguments.validate {
+        return ExitCode::SUCCESS;
+    }
+    let handover = Handover { socket: arguments.upgrade_sock, take: arguments.upgrade };
+    match run(config, handover) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: RouterConfig, handover: Handover) -> anyhow::Result<()> {
+    init_log(&config);
+    let router = Router::new(config.limits)?;
+    let ports = config.ports.iter().map(|port| router.listening(port)).collect();
+    let threads = match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    // With a hand-over the old process has the admin port until it ends.
+    let admin = match (&config.admin, handover.take) {
+        (Some(listen), take) => Some((listen.clone(), bind_admin(listen, take)?)),
+        (None, _) => None,
+    };
+    check_etcd(&config)?;
+    let background = background(config, router.clone(), admin);
+    server::run(Plan { router, ports, threads, background, handover })?;
+    Ok(())
+}
+
+fn bind_admin(listen: &str, shared: bool) -> anyhow::Result<std::net::TcpListener> {
+    let bind = || {
+        let address = socket::resolve(listen)?;
+        if !shared {
+            socket::check_free(address)?;
+        }
+        socket::listen(address)
+    };
+    bind().with_context(|| format!("the admin port can't listen on {listen}"))
+}
+
+/// What can't work with this configuration (certificate files) is said before anything listens.
+fn check_etcd(config: &RouterConfig) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(EtcdDcs::connect(&config.etcd, SystemClock, DCS_TIMEOUT)).context("etcd3")?;
+    Ok(())
+}
+
+/// Follows the cluster and serves the admin port.
+fn background(
+    config: RouterConfig,
+    router: std::sync::Arc<Router>,
+    admin: Option<(String, std::net::TcpListener)>,
+) -> Background {
+    Box::pin(async move {
+        let dcs = match EtcdDcs::connect(&config.etcd, SystemClock, DCS_TIMEOUT).await {
+            Ok(dcs) => dcs,
+            // The same has just worked in `check_etcd`.
+            Err(error) => return error!(%error, "etcd3"),
+        };
+        let paths = Paths::new(&config.namespace, &config.scope);
+        info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
+        let knowledge = Follower::spawn(ClusterStore::new(dcs, paths), SystemClock);
+        if let Some((listen, listener)) = admin {
+            let admin = Admin { router: router.clone(), ports: config.ports.into(), knowledge: knowledge.clone() };
+            tokio::spawn(async move {
+                let served = match tokio::net::TcpListener::from_std(listener) {
+                    Ok(listener) => admin::serve(admin, listener).await,
+                    Err(error) => Err(error),
+                };
+                warn!(listen, ?served, "the admin port is closed");
+            });
+        }
+        follow::run(router, knowledge).await;
+    })
+}
+
+fn init_log(config: &RouterConfig) {
+    let level = match config.log.level.to_ascii_uppercase().as_str() {
+        "DEBUG" => tracing::Level::DEBUG,
+        "WARNING" => tracing::Level::WARN,
+        "ERROR" | "CRITICAL" => tracing::Level::ERROR,
+        _ => tracing::Level::INFO,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+}

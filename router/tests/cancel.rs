@@ -1,5 +1,7 @@
 //! Cancel requests reach every server that may have the session.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::*;

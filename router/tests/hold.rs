@@ -1,5 +1,7 @@
 //! Connections that come while there is no server: held, released, refused, forgotten.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::Duration;

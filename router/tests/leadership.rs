@@ -1,5 +1,7 @@
 //! What a change of leadership does to sessions, and what it must not do.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Bytes: all of them, in order, in both directions, to the last one.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::time::Duration;

@@ -127,9 +127,10 @@ impl Relay<'_> {
         };
     }
 
-    /// Over, when the client has nothing more to say and nothing more can be said to it.
+    /// Over, when the client has nothing more to say and there is nothing more, or no way, to say to it.
     fn finished(&self) -> Option<End> {
-        let over = self.up.ended() && (self.down.ended() || self.down.stop == Some(Stop::Write));
+        let deaf = self.up.stop == Some(Stop::Read) || self.down.stop == Some(Stop::Write);
+        let over = self.up.ended() && (self.down.ended() || deaf);
         self.end.filter(|_| over)
     }
 

@@ -1,6 +1,6 @@
 //! A router in this process, fed with knowledge by hand, in front of fake servers.
 
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
