@@ -103,9 +103,7 @@ impl Admin {
     }
 
     fn members(&self, table: &RouteTable) -> Value {
-        let row = |(name, verdict): &(trunkline_common::MemberName, &str)| {
-            json!({"name": name.as_str(), "verdict": verdict, "sessions": self.router.sessions.load(name)})
-        };
+        let row = |(name, verdict): &(trunkline_common::MemberName, &str)| json!({"name": name.as_str(), "verdict": verdict, "sessions": self.router.sessions.load(name)});
         table.verdicts.iter().map(row).collect()
     }
 

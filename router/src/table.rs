@@ -337,12 +337,7 @@ pub(crate) mod tests {
         let blind = Member { xlog_location: None, ..member("replica", "running") };
         let mut cluster = view(
             Some(("a", 7)),
-            &[
-                ("a", member("primary", "running")),
-                ("b", member("replica", "running")),
-                ("c", far),
-                ("d", blind),
-            ],
+            &[("a", member("primary", "running")), ("b", member("replica", "running")), ("c", far), ("d", blind)],
         );
         cluster.sync = SyncState { leader: Some("a".into()), standbys: vec!["B".into()], ..SyncState::default() };
         let table = RouteTable::from_view(&cluster);
