@@ -9,6 +9,7 @@ pub mod dcs;
 pub mod id;
 pub mod lsn;
 pub mod timeline;
+pub mod tls;
 
 pub use clock::{Clock, Instant, SystemClock, TokioClock};
 pub use cluster::{ClusterView, Member};

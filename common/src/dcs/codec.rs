@@ -207,8 +207,8 @@ impl Reader<'_> {
     }
 }
 
-fn settings(_value: &Value) -> Settings {
-    Settings::default()
+fn settings(value: &Value) -> Settings {
+    Settings::from_value(value).0
 }
 
 fn is_member_name(name: &str) -> bool {
