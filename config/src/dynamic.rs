@@ -137,7 +137,9 @@ impl Settings {
             }
             return (Self::default(), report.into_notices());
         };
-        let settings = read(&Section::root(map, &report));
+        let root = Section::root(map, &report);
+        let times = read_times(&root, &Self::default());
+        let settings = read(&root, times);
         (settings, report.into_notices())
     }
 }
@@ -172,13 +174,25 @@ pub(crate) fn whole(value: &Value) -> Option<i64> {
     }
 }
 
-fn read(root: &Section<'_>) -> Settings {
+/// For `--validate`: reports what [`Settings::from_value`] would only adjust, too.
+pub(crate) fn check(root: &Section<'_>) {
+    let least = [("ttl", MIN_TTL), ("loop_wait", 1), ("retry_timeout", 1)];
+    let [ttl, loop_wait, retry_timeout] = least.map(|(key, least)| root.integer(key, least..=MAX_SECONDS, Some("s")));
+    let needed = loop_wait.unwrap_or(0).saturating_add(retry_timeout.unwrap_or(0).saturating_mul(2));
+    if let Some(ttl) = ttl.filter(|ttl| needed > *ttl) {
+        let expected = format!("loop_wait + 2 * retry_timeout must not exceed ttl, but {needed} > {ttl}");
+        root.wrong_with::<()>("ttl", expected, Some("make ttl longer, or the others shorter"));
+    }
+    let default = Settings::default();
+    read(root, (default.ttl, default.loop_wait, default.retry_timeout));
+}
+
+fn read(root: &Section<'_>, (ttl, loop_wait, retry_timeout): (Duration, Duration, Duration)) -> Settings {
     root.unknown(KNOWN);
     if let Some(postgresql) = root.section("postgresql") {
         postgres::unknown_keys(&postgresql);
     }
     let default = Settings::default();
-    let (ttl, loop_wait, retry_timeout) = read_times(root, &default);
     let strict = root.boolean("synchronous_mode_strict").unwrap_or(false);
     let standby_cluster = read_standby_cluster(root);
     let synchronous_mode = match &standby_cluster {
@@ -296,7 +310,7 @@ fn read_standby_cluster(root: &Section<'_>) -> Option<Map<String, Value>> {
         "recovery_min_apply_delay",
     ]);
     let says = |key: &&str| section.get(key).is_some_and(tags::truthy);
-    if ["host", "port", "restore_command"].iter().any(|key| says(key)) {
+    if ["host", "port", "restore_command"].iter().any(says) {
         return Some(section.map().clone());
     }
     root.notice("standby_cluster", "has no effect without host, port or restore_command");
@@ -425,15 +439,14 @@ mod tests {
             notices(value),
             [
                 "dynamic configuration: looop_wait: unknown key, ignored; loop_wait was meant?",
+                "dynamic configuration: ttl: \"soon\" is ignored: a whole number of at most 31536000 is expected",
                 "dynamic configuration: postgresql: 5 is ignored: a section (key: value) is expected",
-                "dynamic configuration: ttl: \"soon\" is ignored: a whole number from -9223372036854775808 to 31536000 is expected",
                 "dynamic configuration: maximum_lag_on_failover: -1 is ignored: a whole number of at least 0 is expected",
                 "dynamic configuration: primary_start_timeout: 1e+300 is ignored: a whole number from 0 to 31536000 is expected",
                 "dynamic configuration: pause: [] is ignored: on, off, true, false, yes or no is expected",
                 "dynamic configuration: slots.Bad-Name: {…} is ignored: a slot's name has 1 to 63 of a-z, 0-9 and _",
                 "dynamic configuration: slots.odd: \"x\" is ignored: a map (type, database, plugin) is expected",
                 "dynamic configuration: ignore_slots: \"x\" is ignored: a list of maps (name, type, database, plugin) is expected",
-                "dynamic configuration: postgresql: 5 is ignored: a section (key: value) is expected",
             ]
         );
     }

@@ -20,6 +20,7 @@ pub mod secret;
 mod section;
 pub mod tags;
 mod units;
+pub mod validate;
 pub mod yaml;
 mod yaml_scalar;
 mod yaml_text;

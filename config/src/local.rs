@@ -1,13 +1,15 @@
 //! `patroni.yml`: what belongs to one node.
 
+mod read;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+pub(crate) use self::read::{read_ctl, read_log, read_namespace, read_root};
 use crate::env::Env;
-use crate::report::{Errors, Notice, Report};
-use crate::section::Section;
-use crate::{Secret, document, etcd, options, postgres};
+use crate::report::{Errors, Notice};
+use crate::{Secret, document};
 
 /// One node's configuration: the file with the environment over it.
 #[derive(Debug, Clone, PartialEq)]
@@ -148,9 +150,6 @@ impl Default for Log {
     }
 }
 
-/// The placeholder that Patroni puts into `synchronous_standby_names`; no member may be named so.
-const RESERVED_NAME: &str = "__patroni_strict_sync_replica_placeholder__";
-
 impl Local {
     /// Reads a file, or a directory of `*.yml`, with the environment over it; without one, `PATRONI_CONFIGURATION` or the
     /// environment alone. Unknown keys and other oddities become notices.
@@ -158,7 +157,8 @@ impl Local {
     /// # Errors
     /// Everything that is wrong, at once.
     pub fn load(path: Option<&Path>, env: &Env) -> Result<(Self, Vec<Notice>), Errors> {
-        let (local, report) = Self::read(path, env);
+        let (map, report) = document::load(path, env);
+        let local = if map.is_empty() { None } else { read_root(&map, &report, env) };
         match (local, report.finish()) {
             (_, Err(errors)) => Err(errors),
             (Some(local), Ok(notices)) => Ok((local, notices)),
@@ -167,289 +167,9 @@ impl Local {
         }
     }
 
-    /// What could be read, with everything that is to be said about it.
-    pub(crate) fn read(path: Option<&Path>, env: &Env) -> (Option<Self>, Report) {
-        let (map, report) = document::load(path, env);
-        if map.is_empty() {
-            return (None, report);
-        }
-        let local = read_root(&map, &report, env);
-        (local, report)
-    }
-
     /// The REST API's URL for other members, such as `http://10.0.0.1:8008`.
     pub fn api_url(&self) -> String {
         let scheme = if self.restapi.certfile.is_some() { "https" } else { "http" };
         format!("{scheme}://{}", self.restapi.connect_address)
-    }
-}
-
-const KNOWN: &[&str] = &[
-    "scope",
-    "name",
-    "namespace",
-    "thread_pool_size",
-    "thread_stack_size",
-    "log",
-    "restapi",
-    "ctl",
-    "etcd",
-    "etcd3",
-    "bootstrap",
-    "postgresql",
-    "watchdog",
-    "tags",
-    "citus",
-    "consul",
-    "zookeeper",
-    "exhibitor",
-    "kubernetes",
-    "raft",
-    "ttl",
-    "loop_wait",
-    "retry_timeout",
-    "standby_cluster",
-];
-
-fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) -> Option<Local> {
-    let root = Section::root(map, report);
-    root.unknown(KNOWN);
-    for key in ["ttl", "loop_wait", "retry_timeout", "standby_cluster"] {
-        if root.has(key) {
-            root.notice(key, "has no effect in a local file; it belongs to the dynamic configuration (bootstrap.dcs)");
-        }
-    }
-    if root.has("citus") {
-        root.notice("citus", "Citus is not supported; ignored");
-    }
-    if !root.has("bootstrap") {
-        root.notice("bootstrap", "without this section the node never initialises a new cluster");
-    }
-    let scope = required_name(&root, "scope", "the cluster's name", "PATRONI_SCOPE");
-    let name = read_name(&root);
-    let namespace = read_namespace(&root);
-    let restapi = read_restapi(&root);
-    let ctl = read_ctl(&root);
-    let etcd = etcd::read(&root, true);
-    let bootstrap = root.section("bootstrap").map(|section| read_bootstrap(&section));
-    let postgresql = postgres::read_local(&root, env);
-    let tags = root.copy("tags");
-    check_tags(&root);
-    let log = read_log(&root);
-    Some(Local {
-        scope: scope?,
-        name: name?,
-        namespace,
-        restapi: restapi?,
-        ctl,
-        etcd: etcd?,
-        postgresql: postgresql?,
-        bootstrap,
-        tags,
-        watchdog: root.copy("watchdog"),
-        log,
-        raw: Value::Object(map.clone()),
-    })
-}
-
-fn required_name(root: &Section<'_>, key: &str, what: &str, variable: &str) -> Option<String> {
-    if !root.has(key) {
-        return root.missing(key, what, Some(&format!("give {key}: … or {variable}")));
-    }
-    root.name(key)
-}
-
-fn read_name(root: &Section<'_>) -> Option<String> {
-    let name = match root.section("postgresql").filter(|postgresql| !root.has("name") && postgresql.has("name")) {
-        // Where files of Patroni 0.x had it.
-        Some(postgresql) => postgresql.name("name"),
-        None => required_name(root, "name", "this member's name", "PATRONI_NAME"),
-    }?;
-    if name == RESERVED_NAME {
-        return root.wrong("name", "this name is reserved");
-    }
-    if name.contains('/') {
-        return root.wrong("name", "must not contain a slash, as it is part of a key in etcd");
-    }
-    Some(name)
-}
-
-/// Slashes at its ends mean nothing; an empty one is Patroni's, too.
-pub(crate) fn read_namespace(root: &Section<'_>) -> String {
-    root.text("namespace").map_or_else(|| "service".to_owned(), |namespace| namespace.trim_matches('/').to_owned())
-}
-
-const KNOWN_RESTAPI: &[&str] = &[
-    "listen",
-    "connect_address",
-    "authentication",
-    "certfile",
-    "keyfile",
-    "keyfile_password",
-    "cafile",
-    "ciphers",
-    "verify_client",
-    "allowlist",
-    "allowlist_include_members",
-    "http_extra_headers",
-    "https_extra_headers",
-    "request_queue_size",
-    "server_tokens",
-    "thread_pool_size",
-];
-
-fn read_restapi(root: &Section<'_>) -> Option<RestApi> {
-    let Some(section) = root.section("restapi") else {
-        if root.has("restapi") {
-            return None;
-        }
-        return root.missing("restapi.listen", "where the REST API listens", Some(LISTEN_EXAMPLE));
-    };
-    section.unknown(KNOWN_RESTAPI);
-    let listen = match section.has("listen") {
-        true => section.address("listen"),
-        false => section.missing("listen", "where the REST API listens", Some(LISTEN_EXAMPLE)),
-    };
-    let connect_address = match section.has("connect_address") {
-        true => section.address("connect_address"),
-        false => listen.clone(),
-    };
-    let words =
-        [("none", VerifyClient::None), ("optional", VerifyClient::Optional), ("required", VerifyClient::Required)];
-    let verify_client = section.choice("verify_client", &words).unwrap_or_default();
-    let (certfile, cafile) = (section.file("certfile"), section.file("cafile"));
-    if verify_client != VerifyClient::None && certfile.is_some() && cafile.is_none() {
-        section.missing::<()>("cafile", "verify_client needs to know who may have signed client certificates", None);
-    }
-    let api = RestApi {
-        listen: String::new(),
-        connect_address: String::new(),
-        authentication: section.user_and_password("authentication"),
-        certfile,
-        keyfile: section.file("keyfile"),
-        cafile,
-        verify_client,
-        allowlist: section.lines("allowlist").unwrap_or_default(),
-        allowlist_include_members: section.boolean("allowlist_include_members").unwrap_or(false),
-        http_extra_headers: section.headers("http_extra_headers"),
-        https_extra_headers: section.headers("https_extra_headers"),
-    };
-    for ignored in ["ciphers", "request_queue_size", "keyfile_password"] {
-        if section.has(ignored) {
-            section.notice(ignored, "not supported; ignored");
-        }
-    }
-    Some(RestApi { listen: listen?, connect_address: connect_address?, ..api })
-}
-
-const LISTEN_EXAMPLE: &str = "give restapi: {listen: '0.0.0.0:8008'} or PATRONI_RESTAPI_LISTEN";
-
-/// `ctl`, with what it takes over from `restapi`.
-pub(crate) fn read_ctl(root: &Section<'_>) -> Ctl {
-    let restapi = root.section("restapi").filter(|restapi| !restapi.map().is_empty());
-    let own = root.section("ctl");
-    if let Some(own) = &own {
-        own.unknown(&["insecure", "cacert", "certfile", "keyfile", "keyfile_password", "authentication"]);
-        if own.has("keyfile_password") {
-            own.notice("keyfile_password", "not supported; ignored");
-        }
-    }
-    let own = own.as_ref();
-    let authentication = own.filter(|own| own.has("authentication")).or(restapi.as_ref());
-    Ctl {
-        insecure: own.and_then(|own| own.boolean("insecure")).unwrap_or(false),
-        cacert: own.and_then(|own| own.file("cacert")).or_else(|| restapi.as_ref().and_then(|api| api.file("cafile"))),
-        certfile: own.and_then(|own| own.file("certfile")),
-        keyfile: own.and_then(|own| own.file("keyfile")),
-        authentication: authentication.and_then(|section| quiet_user(section, "authentication")),
-    }
-}
-
-/// Like [`Section::user_and_password`] for what is reported elsewhere.
-fn quiet_user(section: &Section<'_>, key: &str) -> Option<(String, Secret)> {
-    let map = section.get(key)?.as_object()?;
-    let text = |key| match map.get(key) {
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(Value::Number(number)) => Some(number.to_string()),
-        _ => None,
-    };
-    Some((text("username")?, Secret::new(text("password")?)))
-}
-
-fn read_bootstrap(section: &Section<'_>) -> Bootstrap {
-    if !section.has("dcs") {
-        section.notice("dcs", "missing; a new cluster starts with the defaults");
-    }
-    if section.has("users") {
-        section.notice("users", "ignored, as in Patroni since 4.0; use post_bootstrap");
-    }
-    let method = section.text("method").unwrap_or_else(|| "initdb".to_owned());
-    let custom = section.map().get(&method).and_then(|custom| custom.get("command")).is_some();
-    if method != "initdb" && !custom {
-        section.notice("method", format!("{method} has no section with a command here; initdb is used"));
-    }
-    Bootstrap {
-        dcs: section.copy("dcs"),
-        method: if custom { method } else { "initdb".to_owned() },
-        initdb: options::initdb(section),
-        pg_hba: section.lines("pg_hba").unwrap_or_default(),
-        post_bootstrap: section.text("post_bootstrap").or_else(|| section.text("post_init")),
-        raw: section.map().clone(),
-    }
-}
-
-fn check_tags(root: &Section<'_>) {
-    let Some(tags) = root.section("tags") else { return };
-    for (never, priority) in [("nofailover", "failover_priority"), ("nosync", "sync_priority")] {
-        let Some(number) = tags.integer(priority, i64::MIN..=i64::MAX, None) else { continue };
-        let Some(flag) = tags.get(never) else { continue };
-        let set = crate::tags::truthy(flag);
-        if set == (number > 0) {
-            let word = if set { "True" } else { "False" };
-            // The words are Patroni's: its acceptance suite looks for them.
-            let message = format!(
-                "Conflicting configuration between {never}: {word} and {priority}: {number}. Defaulting to {never}: {word}"
-            );
-            tags.notice(never, message);
-        }
-    }
-}
-
-const LEVELS: &[(&str, &str)] = &[
-    ("debug", "DEBUG"),
-    ("info", "INFO"),
-    ("warning", "WARNING"),
-    ("warn", "WARNING"),
-    ("error", "ERROR"),
-    ("critical", "CRITICAL"),
-    ("fatal", "CRITICAL"),
-];
-
-/// `log`, of a node or of the router.
-pub(crate) fn read_log(root: &Section<'_>) -> Log {
-    let default = Log::default();
-    let Some(section) = root.section("log") else { return default };
-    section.unknown(&[
-        "type",
-        "level",
-        "traceback_level",
-        "format",
-        "dateformat",
-        "static_fields",
-        "max_queue_size",
-        "dir",
-        "mode",
-        "file_num",
-        "file_size",
-        "loggers",
-        "deduplicate_heartbeat_logs",
-    ]);
-    // A list of fields is for JSON, whose fields are fixed here.
-    let format = if section.get("format").is_some_and(Value::is_array) { None } else { section.text("format") };
-    Log {
-        json: section.choice("type", &[("plain", false), ("json", true)]).unwrap_or(default.json),
-        level: section.choice("level", LEVELS).map_or(default.level, str::to_owned),
-        format: format.unwrap_or(default.format),
-        dir: section.file("dir"),
     }
 }

@@ -126,8 +126,12 @@ impl Report {
         self.push(Problem { source, path: path.to_owned(), value, expected: expected.into(), remedy });
     }
 
+    /// A value that is read twice is told once.
     pub fn push(&self, problem: Problem) {
-        self.problems.borrow_mut().push(problem);
+        let mut problems = self.problems.borrow_mut();
+        if !problems.contains(&problem) {
+            problems.push(problem);
+        }
     }
 
     pub fn notice(&self, path: &str, message: impl Into<String>) {

@@ -242,6 +242,7 @@ fn masked_url(text: &str) -> String {
 fn range_text(allowed: &RangeInclusive<i64>) -> String {
     match (*allowed.start(), *allowed.end()) {
         (i64::MIN, i64::MAX) => "a whole number is expected".to_owned(),
+        (i64::MIN, to) => format!("a whole number of at most {to} is expected"),
         (from, i64::MAX) => format!("a whole number of at least {from} is expected"),
         (from, to) => format!("a whole number from {from} to {to} is expected"),
     }

@@ -16,6 +16,9 @@ pub use crate::yaml_text::to_yaml;
 /// Longest text that is read: far above any configuration, far below what could hurt.
 const MAX_BYTES: usize = 4 * 1024 * 1024;
 
+/// Most parts of a document that aliases may repeat: an alias bomb ends here, soon.
+const MAX_ALIASED: usize = 20_000;
+
 /// Text that is no YAML, with the place where it stops being so.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -50,12 +53,14 @@ fn read(text: &str, duplicates: DuplicateKeyPolicy) -> Result<Value, YamlError> 
         return Err(YamlError(format!("{} bytes are too many; at most {MAX_BYTES} are read", text.len())));
     }
     let options = || {
-        serde_saphyr::options! {
+        let mut options = serde_saphyr::options! {
             legacy_octal_numbers: true,
             duplicate_keys: duplicates,
             non_finite_float_policy: NonFiniteFloatPolicy::AsString,
             with_snippet: false,
-        }
+        };
+        options.alias_limits.max_total_replayed_events = MAX_ALIASED;
+        options
     };
     let first: Value = serde_saphyr::from_str_with_options(text, options()).map_err(|error| one_line(&error))?;
     let spelled = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
@@ -147,7 +152,8 @@ fn meaning(seen: &Value, text: String, place: Place) -> Value {
         (Kind::Int | Kind::Float, Value::Number(_)) => seen.clone(),
         _ => return Value::String(text),
     };
-    if place == Place::Parameters && typed.to_string() != text { Value::String(text) } else { typed }
+    let canonical = typed.to_string();
+    if place == Place::Parameters && canonical != text { Value::String(text) } else { typed }
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ fn is_float(unsigned: &str) -> bool {
         return true;
     }
     let Some((whole, rest)) = unsigned.split_once('.') else { return false };
-    if !whole.is_empty() && !(whole.as_bytes()[0].is_ascii_digit() && all(whole, digit_or_underscore)) {
+    if whole.starts_with('_') || !whole.bytes().all(digit_or_underscore) {
         return false;
     }
     let (fraction, exponent) = match rest.find(['e', 'E']) {

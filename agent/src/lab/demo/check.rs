@@ -7,10 +7,7 @@ use comfy_table::{Table, presets};
 use trunkline_common::{Clock, SystemClock};
 
 use super::{Demo, Outcome};
-use crate::lab::workload::{Read, Readers, Record, Writers};
-
-/// Pause between two rows of a writer: what the outages are measured with.
-const PACE: Duration = Duration::from_millis(2);
+use crate::lab::workload::Load;
 
 /// How long a fault may take until writes go on and until the cluster is whole again.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -20,13 +17,7 @@ const ROWS: usize = 100;
 
 /// Runs all of it and prints what came out.
 pub(super) async fn run(demo: &mut Demo) -> Result<Outcome> {
-    let password = demo.password().to_owned();
-    let load = Load {
-        writers: Writers::start(&demo.read_write(), 1, 2, PACE),
-        direct: Writers::direct(&demo.cluster.targets(), 101, PACE),
-        readers: Readers::start(&demo.router.read_only(&password), 1, Duration::from_millis(10)),
-    };
-    load.writers.progress(ROWS, LIMIT).await.context("before any fault")?;
+    let load = Load::start(&mut demo.cluster, &demo.router).await.context("before any fault")?;
 
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
@@ -37,73 +28,15 @@ pub(super) async fn run(demo: &mut Demo) -> Result<Outcome> {
         table.add_row([fault.name(), &format!("{} ms", outage.as_millis()), &before, &after]);
     }
 
-    let promised = load.end().await;
+    let seen = load.end().await;
     println!("\n{table}");
     let leader = demo.cluster.leader(LIMIT).await?;
-    let missing = promised.all.missing(&demo.cluster.nodes[leader].target(&password)).await?;
-    let wrong = promised.wrong(missing.len());
-    println!("{}", promised.summary());
+    let wrong = seen.wrong(&demo.cluster.nodes[leader].target(demo.password())).await?;
+    println!("{}", seen.summary());
     for sentence in &wrong {
         println!("WRONG: {sentence}");
     }
     Ok(if wrong.is_empty() { Outcome::Done } else { Outcome::Wrong })
-}
-
-/// The clients.
-struct Load {
-    writers: Writers,
-    direct: Writers,
-    readers: Readers,
-}
-
-impl Load {
-    async fn end(self) -> Promised {
-        let routed = self.writers.stop().await;
-        let all = routed.clone().with(self.direct.stop().await);
-        Promised { routed, all, reads: self.readers.stop().await }
-    }
-}
-
-/// What the clients saw.
-struct Promised {
-    /// What was acknowledged through the router.
-    routed: Record,
-    /// That, and what was acknowledged past it.
-    all: Record,
-    /// The answers on the read-only port.
-    reads: Vec<Read>,
-}
-
-impl Promised {
-    fn wrong(&self, missing: usize) -> Vec<String> {
-        let mut wrong = Vec::new();
-        if missing > 0 {
-            wrong.push(format!("{missing} of {} acknowledged rows are missing", self.all.writes.len()));
-        }
-        if let Some(found) = self.all.two_primaries() {
-            wrong.push(format!("two nodes took writes at the same time: {found}"));
-        }
-        let misled = self.routed.misled(&self.reads).len();
-        if misled > 0 {
-            wrong.push(format!("{misled} of {} reads on the read-only port came from the primary", self.reads.len()));
-        }
-        if self.reads.is_empty() {
-            wrong.push("nothing could be read on the read-only port".to_owned());
-        }
-        wrong
-    }
-
-    fn summary(&self) -> String {
-        let standby = self.reads.iter().filter(|read| read.standby).count();
-        format!(
-            "{} acknowledged rows ({} through the router, {} statements there failed and were repeated as new ones); \
-             {standby} of {} reads came from standbys",
-            self.all.writes.len(),
-            self.routed.writes.len(),
-            self.routed.failures,
-            self.reads.len(),
-        )
-    }
 }
 
 #[derive(Debug, Clone, Copy)]

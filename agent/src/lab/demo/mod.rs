@@ -5,13 +5,11 @@ mod live;
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::workload::{Target, create_table};
 use super::{Cluster, Etcd, Lab, Program, Proxy, Spec, proxy};
 
 /// Arguments of `trunklinectl demo`.
@@ -98,10 +96,6 @@ impl Demo {
     fn password(&self) -> &str {
         &self.cluster.spec().password
     }
-
-    fn read_write(&self) -> Target {
-        self.router.read_write(self.password())
-    }
 }
 
 async fn go(lab: &Lab, args: &DemoArgs, agent: Program, router: Program) -> Result<Outcome> {
@@ -116,13 +110,11 @@ async fn start(lab: &Lab, args: &DemoArgs, agent: Program, router: Program) -> R
     let etcd = Etcd::start(lab, 1).await?;
     println!("starting {} agents: the first one makes the cluster, the others copy it …", args.nodes);
     let spec = Spec::new(args.nodes.into(), &agent);
-    let mut cluster = Cluster::start(lab, &etcd.endpoints(), spec).await?;
+    let cluster = Cluster::start(lab, &etcd.endpoints(), spec).await?;
     println!("starting the router …");
     let ports = proxy::Ports { read_write: args.rw_port, read_only: args.ro_port, admin: lab.port()? };
     let scope = &cluster.spec().scope;
     let router = Proxy::router(lab, router, ports, scope, &etcd.endpoints(), &json!({})).await?;
-    let leader = cluster.leader(Duration::from_secs(10)).await?;
-    create_table(&cluster.nodes[leader].target(&cluster.spec().password)).await?;
     Ok(Demo { cluster, router, _etcd: etcd })
 }
 

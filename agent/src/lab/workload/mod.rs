@@ -3,6 +3,7 @@
 //! [`Writers`] insert rows through a port and record every acknowledged one; [`Record`] then says how long writes stood
 //! still around a fault, which acknowledged rows are gone, and whether two nodes took writes at the same time.
 
+mod load;
 mod record;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use trunkline_common::{Clock, SystemClock};
 
+pub use load::{Load, Seen};
 pub use record::{Read, Record, TwoPrimaries, Write};
 
 use super::cluster::SUPERUSER;

@@ -1,0 +1,282 @@
+//! From a decision to its effect: one transaction, or a task.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use tracing::{info, warn};
+use trunkline_common::cluster::{LeaderKey, SyncState};
+use trunkline_common::dcs::store::{Outcome, SyncWrite};
+use trunkline_common::dcs::{Dcs, DcsError};
+use trunkline_common::{Clock, MemberName, Revision};
+use trunkline_config::dynamic::{SynchronousMode, new_cluster};
+
+use super::decide::{Action, Decision, DemoteMode};
+use super::situation::DivergenceState;
+use super::task::{BootstrapPlan, HandOverPlan, TaskKind};
+use super::{Ha, Next, sync};
+use crate::peer::Peers;
+use crate::postgres::{PgStatus, Postgres, StartAs};
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    pub(super) async fn act(&mut self, decision: Decision) -> Next {
+        if let Some(cause) = cause(&decision.action) {
+            *self.transitions.entry((decision.action.label(), cause)).or_default() += 1;
+        }
+        match decision.action {
+            Action::Wait | Action::Ask(_) => {
+                self.idle_upkeep().await;
+                Next::Wait
+            }
+            Action::Exit => Next::Exit,
+            Action::Lead => self.lead().await,
+            Action::Confirm => self.confirm().await,
+            Action::Acquire(write) => self.acquire(write).await,
+            Action::Release => self.release().await,
+            Action::ClearFailover => self.clear_failover().await,
+            Action::Promote(write) => self.promote(write).await,
+            Action::Bootstrap => self.bootstrap().await,
+            Action::Follow(upstream) => {
+                if let Err(error) = self.parts.postgres.follow(upstream).await {
+                    warn!("PostgreSQL could not be pointed at its new upstream: {error}");
+                }
+                Next::Wait
+            }
+            action => self.start_task(action),
+        }
+    }
+
+    /// The decisions whose whole effect is a task.
+    fn start_task(&mut self, action: Action) -> Next {
+        let hands = self.hands();
+        match action {
+            Action::HandOver => {
+                let Some(plan) = self.hand_over_plan(self.requested_candidate()) else { return Next::Wait };
+                self.spawn(TaskKind::HandOver, hands.hand_over(plan));
+            }
+            Action::Demote(mode) => {
+                let until = self.lease.session().fence_at.filter(|_| mode == DemoteMode::Offline);
+                self.spawn(TaskKind::Demote, hands.demote(until));
+            }
+            Action::Clone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, false)),
+            Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
+            Action::Start(role) => {
+                let names = self.names_at_start(&role);
+                self.spawn(TaskKind::Start, hands.start(role, names, Some("on_start")));
+            }
+            Action::CheckDivergence(upstream) => self.spawn(TaskKind::CheckDivergence, hands.compare(upstream)),
+            Action::Rewind(upstream) => self.spawn(TaskKind::Rewind, hands.rewind(upstream)),
+            _ => {}
+        }
+        Next::Wait
+    }
+
+    /// The transaction that makes a leader. What it wrote is put into our copy of the view: the promotion must not wait
+    /// for the watch to tell us what we did.
+    async fn acquire(&mut self, write: Option<SyncWrite>) -> Next {
+        let (Some(view), Some(lease)) = (self.view.clone(), self.lease.session().lease) else { return Next::Wait };
+        let acquired =
+            self.parts.store.acquire_leader(&self.me.name, lease.id, view.sync.revision, write.clone()).await;
+        match acquired {
+            Ok(Outcome::Done(revision)) => {
+                if !self.lease.lead(lease) {
+                    warn!("acquired the leader key with a lease that is lost already");
+                    return Next::Wait;
+                }
+                info!("acquired session lock as a leader");
+                let mut view = (*view).clone();
+                view.revision = revision;
+                let key =
+                    LeaderKey { name: self.me.name.clone(), lease: lease.id, created: revision, modified: revision };
+                view.leader = Some(key);
+                if let Some(write) = write {
+                    view.sync = written(&self.me.name, &write, revision);
+                }
+                let request = view.failover.take();
+                self.view = Some(Arc::new(view));
+                if request.is_some() {
+                    self.clear_failover().await;
+                }
+                Next::Again
+            }
+            Ok(Outcome::Conflict) => {
+                info!("lost the race for the leader key, or the view was out of date");
+                Next::Wait
+            }
+            Err(DcsError::LeaseLost) => Next::Wait,
+            Err(error) => {
+                warn!("the leader key could not be acquired: {error}");
+                Next::Wait
+            }
+        }
+    }
+
+    /// An agent restarted under its own leader key, or a lease was lost and found: prove it before acting as leader.
+    async fn confirm(&mut self) -> Next {
+        let Some(lease) = self.lease.session().lease else { return Next::Wait };
+        match self.parts.store.confirm_leader(&self.me.name, lease.id).await {
+            Ok(Outcome::Done(_)) if self.lease.lead(lease) => Next::Again,
+            Ok(_) => {
+                // The key went away since the view was made. The next view says who has it.
+                Next::Wait
+            }
+            Err(error) => {
+                warn!("the leader key could not be confirmed: {error}");
+                Next::Wait
+            }
+        }
+    }
+
+    async fn release(&mut self) -> Next {
+        self.lease.resign();
+        match self.parts.store.release_leader(&self.me.name, None).await {
+            Ok(_) => info!("released the leader key"),
+            Err(error) => warn!("the leader key could not be released, it ends with its lease: {error}"),
+        }
+        // Not into the race again at once: whoever can take over shall.
+        let pause = self.settings().loop_wait.min(Duration::from_secs(1));
+        self.memory.abstain_until = Some(self.parts.clock.now() + pause);
+        Next::Wait
+    }
+
+    pub(super) async fn clear_failover(&mut self) -> Next {
+        let Some(view) = self.view.clone() else { return Next::Wait };
+        match self.parts.store.put_failover(&json!({}), Some(view.failover_revision)).await {
+            Ok(Outcome::Done(_)) => {
+                let mut view = (*view).clone();
+                view.failover = None;
+                self.view = Some(Arc::new(view));
+            }
+            Ok(Outcome::Conflict) => info!("the failover request has changed meanwhile and is left alone"),
+            Err(error) => warn!("the failover request could not be cleared: {error}"),
+        }
+        Next::Wait
+    }
+
+    async fn promote(&mut self, write: Option<SyncWrite>) -> Next {
+        let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
+        if self.memory.abstain_until.is_some_and(|until| self.parts.clock.now() < until) {
+            info!("this node could not be promoted; giving the leader key back");
+            return self.release().await;
+        }
+        if let Some(write) = write {
+            match self.parts.store.put_sync(write.clone()).await {
+                Ok(Outcome::Done(revision)) => {
+                    let mut written_view = (*view).clone();
+                    written_view.sync = written(&self.me.name, &write, revision);
+                    self.view = Some(Arc::new(written_view));
+                }
+                Ok(Outcome::Conflict) => {
+                    info!("the sync key has changed; not promoting on an old list");
+                    return Next::Wait;
+                }
+                Err(error) => {
+                    warn!("the sync key could not be written; not promoting: {error}");
+                    return Next::Wait;
+                }
+            }
+        }
+        let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
+        let hands = self.hands();
+        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names));
+        Next::Wait
+    }
+
+    async fn bootstrap(&mut self) -> Next {
+        let (Some(bootstrap), Some(lease)) = (self.parts.local.bootstrap.clone(), self.lease.session().lease) else {
+            return Next::Wait;
+        };
+        match self.parts.store.begin_bootstrap().await {
+            Ok(Outcome::Done(_)) => {}
+            Ok(Outcome::Conflict) => {
+                info!("another member was faster to bootstrap the cluster");
+                return Next::Wait;
+            }
+            Err(error) => {
+                warn!("the initialize key could not be created: {error}");
+                return Next::Wait;
+            }
+        }
+        let plan = BootstrapPlan {
+            initdb: bootstrap.initdb.clone(),
+            hba: bootstrap.pg_hba.clone(),
+            post_bootstrap: bootstrap.post_bootstrap.clone(),
+            config: new_cluster(&bootstrap.dcs),
+            config_seen: self.view.as_ref().and_then(|view| view.config.as_ref()).map_or(Revision(0), |c| c.revision),
+        };
+        let hands = self.hands();
+        self.spawn(TaskKind::Bootstrap, hands.bootstrap(plan, lease));
+        Next::Wait
+    }
+
+    fn requested_candidate(&self) -> Option<MemberName> {
+        self.view.as_ref()?.failover.as_ref()?.candidate.clone()
+    }
+
+    /// Who could take over, and how long to give them.
+    pub(super) fn hand_over_plan(&self, candidate: Option<MemberName>) -> Option<HandOverPlan> {
+        let view = self.view.clone()?;
+        let synchronous = view.settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active();
+        let wanted = |name: &MemberName| match &candidate {
+            Some(candidate) => candidate == name,
+            None => *name != self.me.name && (!synchronous || view.sync.lists(name)),
+        };
+        let candidates = view.members.iter().filter(|(name, member)| wanted(name) && !member.nofailover());
+        let candidates =
+            candidates.filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?))).collect();
+        Some(HandOverPlan {
+            candidates,
+            checkpoint_first: true,
+            stop_limit: view.settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300)),
+            candidate_limit: Duration::from_secs(10),
+            view,
+        })
+    }
+
+    /// `synchronous_standby_names` for a start. A primary that comes back in place must wait for exactly those that the
+    /// `sync` key promises to have everything; a standby waits for nobody.
+    pub(super) fn names_at_start(&self, role: &StartAs) -> String {
+        match (&self.view, role) {
+            (Some(view), StartAs::Primary) => sync::names_in_key(view, &self.configured_names()),
+            _ => String::new(),
+        }
+    }
+
+    pub(super) fn configured_names(&self) -> String {
+        let config = self.parts.postgres.config();
+        config.parameters.get("synchronous_standby_names").cloned().unwrap_or_default()
+    }
+
+    /// The running standby follows somebody: doubts are cleared by streaming.
+    pub(super) fn settle_divergence(&mut self) {
+        if let PgStatus::Running(running) = &self.pg
+            && running.replication_state.as_deref() == Some("streaming")
+            && self.memory.divergence != DivergenceState::NotAsked
+        {
+            self.memory.divergence = DivergenceState::NotAsked;
+        }
+    }
+}
+
+/// What is counted, and under which cause; steady states are not.
+fn cause(action: &Action) -> Option<&'static str> {
+    match action {
+        Action::Promote(_) => Some("leader_key"),
+        Action::Acquire(_) => Some("no_leader"),
+        Action::Release => Some("postgresql_down"),
+        Action::HandOver => Some("requested"),
+        Action::Demote(DemoteMode::LostKey) => Some("lost_key"),
+        Action::Demote(DemoteMode::Offline) => Some("dcs_away"),
+        Action::Demote(DemoteMode::Sick) => Some("postgresql_sick"),
+        Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),
+        _ => None,
+    }
+}
+
+/// The `sync` key as we have just written it.
+fn written(me: &MemberName, write: &SyncWrite, revision: Revision) -> SyncState {
+    let Some(value) = &write.value else { return SyncState::default() };
+    let listed = value.get("sync_standby").and_then(|names| names.as_str()).unwrap_or_default();
+    let standbys = listed.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+    SyncState { leader: Some(me.clone()), standbys, quorum: 0, revision }
+}

@@ -1,0 +1,194 @@
+//! What operators ask for, through REST or a signal.
+
+use std::time::Duration;
+
+use chrono::DateTime;
+use serde_json::Value;
+use tracing::{info, warn};
+use trunkline_common::Clock;
+use trunkline_common::dcs::Dcs;
+
+use super::situation::{clone_source, leader_upstream, upstream};
+use super::task::{START_LIMIT, TaskEnd, TaskKind};
+use super::{Ha, publish};
+use crate::node::{Command, Refusal, Reply, RestartFilter};
+use crate::peer::Peers;
+use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    pub(super) async fn command(&mut self, command: Command) {
+        match command {
+            Command::Wake => {}
+            Command::Reload => self.reload().await,
+            Command::Restart(filter, reply) => self.restart(filter, reply),
+            Command::ScheduleRestart(schedule, reply) => {
+                let _ = reply.send(self.schedule_restart(schedule));
+            }
+            Command::CancelRestart(reply) => {
+                let _ = reply.send(self.scheduled_restart.take().is_some());
+            }
+            Command::Reinitialize { force, from_leader, reply } => {
+                let _ = reply.send(self.reinitialize(force, from_leader));
+            }
+            Command::FailsafePoll { leader, reply, .. } => {
+                info!("{leader} asked whether it may lead without the DCS; failsafe mode is not supported yet");
+                let _ = reply.send(false);
+            }
+        }
+    }
+
+    async fn reload(&mut self) {
+        match (self.parts.reload)() {
+            Ok(local) => {
+                info!("reloaded the configuration");
+                // What can't change in a running agent stays as it is; everything else is applied by the next turn.
+                self.parts.local = local;
+                self.configured = None;
+            }
+            Err(problems) => warn!("the configuration file has errors, the old one stays in force:\n{problems}"),
+        }
+    }
+
+    fn restart(&mut self, filter: RestartFilter, reply: tokio::sync::oneshot::Sender<Reply>) {
+        let role = match self.restart_role(&filter) {
+            Ok(role) => role,
+            Err(refusal) => {
+                let _ = reply.send(Err(refusal));
+                return;
+            }
+        };
+        let names = self.names_at_start(&role);
+        let limit = filter.timeout.map_or(START_LIMIT, Duration::from_secs);
+        let hands = self.hands();
+        self.spawn(TaskKind::Restart, async move {
+            let end = hands.restart(role, names, limit).await;
+            let answer = match &end {
+                TaskEnd::Failed { why, .. } => Err(refusal(503, format!("restart failed: {why}"))),
+                _ => Ok("restarted successfully".to_owned()),
+            };
+            let _ = reply.send(answer);
+            end
+        });
+    }
+
+    /// The role to come back in, if the filters fit and nothing else is going on.
+    fn restart_role(&self, filter: &RestartFilter) -> Result<StartAs, Refusal> {
+        if let Some(task) = &self.task {
+            return Err(refusal(503, format!("{} already in progress", task.kind.label())));
+        }
+        let role = publish::role_text(&self.pg, &self.memory);
+        let PgStatus::Running(running) = &self.pg else {
+            let Some(view) = &self.view else { return Err(refusal(503, "the DCS has not been read yet")) };
+            // Down: "restart" starts it, as what it was.
+            return match &self.pg {
+                PgStatus::Stopped(_) => Ok(StartAs::Standby(upstream(&self.me, view))),
+                _ => Err(refusal(503, "PostgreSQL is not in a state to be restarted")),
+            };
+        };
+        if filter.role.as_deref().is_some_and(|wanted| wanted != role) {
+            return Err(refusal(503, "restart conditions are not satisfied: the role differs"));
+        }
+        if filter.older_than.is_some_and(|version| running.server_version >= version) {
+            return Err(refusal(503, "restart conditions are not satisfied: the version is new enough"));
+        }
+        if filter.pending && running.pending_restart.is_empty() {
+            return Err(refusal(503, "restart conditions are not satisfied: no restart is pending"));
+        }
+        match running.role {
+            PgRole::Primary => Ok(StartAs::Primary),
+            PgRole::Standby => Ok(StartAs::Standby(self.view.as_ref().and_then(|view| upstream(&self.me, view)))),
+        }
+    }
+
+    fn schedule_restart(&mut self, schedule: Value) -> Reply {
+        if self.scheduled_restart.is_some() {
+            return Err(refusal(409, "Another restart is already scheduled"));
+        }
+        self.scheduled_restart = Some(schedule);
+        Ok("Restart scheduled".to_owned())
+    }
+
+    /// Starts the planned restart when its time has come (ha-loop §12); a stale one is dropped.
+    pub(super) fn start_scheduled_restart(&mut self) {
+        let Some(schedule) = self.scheduled_restart.clone() else { return };
+        if self.task.is_some() || self.settings().pause {
+            return;
+        }
+        let Some(at) =
+            schedule.get("schedule").and_then(Value::as_str).and_then(|at| DateTime::parse_from_rfc3339(at).ok())
+        else {
+            warn!("the scheduled restart has no readable time and is dropped: {schedule}");
+            self.scheduled_restart = None;
+            return;
+        };
+        let Ok(late) = (self.parts.clock.wall() - at.to_utc()).to_std() else { return };
+        self.scheduled_restart = None;
+        if late > self.settings().loop_wait.mul_f32(1.5).max(Duration::from_secs(5)) {
+            warn!("the restart scheduled at {at} is {late:.0?} too old and is dropped");
+            return;
+        }
+        let text = |key: &str| schedule.get(key).and_then(Value::as_str).map(str::to_owned);
+        let filter = RestartFilter {
+            role: text("role"),
+            older_than: text("postgres_version").and_then(|version| server_version_num(&version)),
+            pending: schedule.get("restart_pending").is_some(),
+            timeout: schedule.get("timeout").and_then(Value::as_u64),
+        };
+        info!("starting the scheduled restart");
+        let (reply, _) = tokio::sync::oneshot::channel();
+        self.restart(filter, reply);
+    }
+
+    fn reinitialize(&mut self, force: bool, from_leader: bool) -> Reply {
+        let Some(view) = self.view.clone() else { return Err(refusal(503, "the DCS has not been read yet")) };
+        if view.leader.is_none() {
+            return Err(refusal(503, "Cluster has no leader, can not reinitialize"));
+        }
+        if view.is_leader(&self.me.name) {
+            return Err(refusal(503, "I am the leader, can not reinitialize"));
+        }
+        if let Some(task) = &self.task {
+            if !force {
+                return Err(refusal(503, format!("{} already in progress", task.kind.label())));
+            }
+            task.handle.abort();
+            self.task = None;
+        }
+        let source = if from_leader { leader_upstream(&self.me, &view) } else { clone_source(&self.me, &view) };
+        let Some(source) = source else {
+            return Err(refusal(503, "the leader's address is not known"));
+        };
+        info!("making this replica anew from {}", source.name);
+        let hands = self.hands();
+        self.spawn(TaskKind::Reinitialize, hands.clone_from(source, true));
+        Ok("reinitialize started".to_owned())
+    }
+}
+
+fn refusal(status: u16, text: impl Into<String>) -> Refusal {
+    Refusal { status, text: text.into() }
+}
+
+/// `15.4` → 150004, `9.6.3` → 90603, as in `server_version_num`.
+pub fn server_version_num(text: &str) -> Option<u32> {
+    let parts: Vec<u32> = text.split('.').map(|part| part.parse().ok()).collect::<Option<_>>()?;
+    match parts[..] {
+        [major, minor] if major >= 10 => Some(major * 10_000 + minor),
+        [major, minor, patch] if major < 10 => Some(major * 10_000 + minor * 100 + patch),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::server_version_num;
+
+    #[test]
+    fn versions_as_postgresql_counts_them() {
+        assert_eq!(server_version_num("15.4"), Some(150_004));
+        assert_eq!(server_version_num("9.6.3"), Some(90_603));
+        for bad in ["15", "9.6", "15.4.1", "x.y", ""] {
+            assert_eq!(server_version_num(bad), None, "{bad:?}");
+        }
+    }
+}

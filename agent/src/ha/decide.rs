@@ -1,0 +1,467 @@
+//! Who leads, and what this node does about it: the one place where it is decided. Pure.
+//!
+//! `decide` looks at one [`Situation`] and names one [`Decision`] with its reason. No clock, no I/O, no log: the loop in
+//! `ha` observes before it and acts after it, and the same words go to log, status and metric.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use trunkline_common::cluster::{FailoverRequest, Initialize};
+use trunkline_common::dcs::store::SyncWrite;
+use trunkline_common::{ClusterView, MemberName};
+use trunkline_config::dynamic::SynchronousMode;
+
+use super::election::{self, Takeover, Verdict};
+use super::situation::{DivergenceState, Situation, clone_source, leader_upstream, stopped_as_primary, upstream};
+use super::sync;
+use crate::postgres::{ControlData, PgRole, PgStatus, StartAs, Upstream};
+
+/// What to do, and why.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// The action.
+    pub action: Action,
+    /// The reason, with the numbers compared; goes to log and status.
+    pub reason: String,
+}
+
+/// One step. Whatever takes longer than a query or a transaction runs as a task beside the loop.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Nothing to do but to publish this node's state.
+    Wait,
+    /// Ask these members how they are, and decide again.
+    Ask(BTreeMap<MemberName, String>),
+    /// Lead on: keep status, slots, history and the synchronous set up to date.
+    Lead,
+    /// Prove that the leader key, ours by name, is ours by lease.
+    Confirm,
+    /// Try to create the leader key; `sync` goes into the same transaction.
+    Acquire(Option<SyncWrite>),
+    /// Promote the standby, the key being ours. `sync` has to be written first.
+    Promote(Option<SyncWrite>),
+    /// Give up the key: nothing here can write.
+    Release,
+    /// Step down in order, for a requested switchover: stop, hand the key over, follow.
+    HandOver,
+    /// Stop at once and come back as a standby.
+    Demote(DemoteMode),
+    /// Forget a failover request that can't be carried out.
+    ClearFailover,
+    /// Win or lose the right to initialise the cluster, and do it.
+    Bootstrap,
+    /// Copy a data directory.
+    Clone(Upstream),
+    /// Start the stopped server.
+    Start(StartAs),
+    /// Let the running standby follow another server.
+    Follow(Option<Upstream>),
+    /// Find out whether the local history is a prefix of the leader's.
+    CheckDivergence(Upstream),
+    /// Stop if need be, and pg_rewind.
+    Rewind(Upstream),
+    /// Replace the diverged data directory by a copy.
+    Reclone(Upstream),
+    /// End the agent: going on would do harm, and only a person can tell what is right.
+    Exit,
+}
+
+/// How a primary stops being one when it can't be done in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DemoteMode {
+    /// The key is ours no longer: not another write, stop at once.
+    LostKey,
+    /// The DCS does not answer and the lease runs out: sessions end in order while there is time.
+    Offline,
+    /// The server here is sick, somebody else can lead: stop at once, then give up the key.
+    Sick,
+}
+
+impl Action {
+    /// A name for metrics and logs.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Action::Wait => "wait",
+            Action::Ask(_) => "ask",
+            Action::Lead => "lead",
+            Action::Confirm => "confirm",
+            Action::Acquire(_) => "acquire",
+            Action::Promote(_) => "promote",
+            Action::Release => "release",
+            Action::HandOver => "hand_over",
+            Action::Demote(_) => "demote",
+            Action::ClearFailover => "clear_failover",
+            Action::Bootstrap => "bootstrap",
+            Action::Clone(_) => "clone",
+            Action::Start(_) => "start",
+            Action::Follow(_) => "follow",
+            Action::CheckDivergence(_) => "check_divergence",
+            Action::Rewind(_) => "rewind",
+            Action::Reclone(_) => "reclone",
+            Action::Exit => "exit",
+        }
+    }
+}
+
+fn is(action: Action, reason: impl Into<String>) -> Decision {
+    Decision { action, reason: reason.into() }
+}
+
+/// How long before the end of its lease a primary that can't renew begins to step down: early enough for a fast stop,
+/// late enough to outlive an election of the DCS's own leader (up to 3 s with etcd's default timers, at ttl 5).
+pub fn step_down_margin(ttl: Duration) -> Duration {
+    (ttl / 5).clamp(Duration::from_millis(600), Duration::from_secs(5))
+}
+
+/// Decides.
+pub fn decide(s: &Situation) -> Decision {
+    let Some(view) = s.view else {
+        return without_view(s);
+    };
+    if let Some(decision) = foreign_data(s, view) {
+        return decision;
+    }
+    if s.leads() {
+        return leader(s, view);
+    }
+    if view.is_leader(&s.me.name) {
+        return named_leader(s, view);
+    }
+    if view.leader.is_some() {
+        return follower(s, view);
+    }
+    leaderless(s, view)
+}
+
+/// The DCS has never been read by this process. A primary found running may be somebody's deposed leader: it gets as
+/// long as one attempt at the DCS takes, then it steps down.
+fn without_view(s: &Situation) -> Decision {
+    let patience = Duration::from_secs(2);
+    if s.is_primary() && s.now.since(s.memory.started_at) > patience {
+        return is(
+            Action::Demote(DemoteMode::LostKey),
+            "the DCS can't be read, so this primary can't know that it leads",
+        );
+    }
+    is(Action::Wait, "waiting for the DCS")
+}
+
+/// Data of another cluster must neither lead nor follow here (ha-loop §2 row 11).
+fn foreign_data(s: &Situation, view: &ClusterView) -> Option<Decision> {
+    let (Initialize::Done(cluster), Some(own)) = (&view.initialize, s.system_id()) else {
+        return None;
+    };
+    if *cluster == own {
+        return None;
+    }
+    let reason = format!("system identifier {own} of the data directory is not that of the cluster, {cluster}");
+    Some(if view.settings.pause { is(Action::Wait, reason) } else { is(Action::Exit, reason) })
+}
+
+/// The key is ours and its lease has time left.
+fn leader(s: &Situation, view: &ClusterView) -> Decision {
+    let settings = &view.settings;
+    let left = s.leader_until.map_or(Duration::ZERO, |until| until.since(s.now));
+    if s.is_primary() && left < step_down_margin(settings.ttl) && !settings.pause {
+        let reason = format!("the lease could not be renewed and ends in {left:.1?}");
+        return is(Action::Demote(DemoteMode::Offline), reason);
+    }
+    match s.pg {
+        PgStatus::NoData => is(Action::Release, "the data directory is empty"),
+        PgStatus::Broken(why) => is(Action::Release, format!("the data directory can't be used: {why}")),
+        PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
+        PgStatus::Stopped(_) if settings.pause => is(Action::Release, "paused, and PostgreSQL is down"),
+        PgStatus::Stopped(control) => recover_leader(s, view, control),
+        PgStatus::Starting => sick_leader(s, view, "PostgreSQL is starting"),
+        PgStatus::Unresponsive => sick_leader(s, view, "PostgreSQL does not answer"),
+        PgStatus::Running(running) if running.role == PgRole::Standby => {
+            if settings.standby_cluster.is_some() {
+                return is(Action::Wait, "standby_cluster is set: this leader stays a standby");
+            }
+            if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
+                return is(Action::Release, "paused, and PostgreSQL runs as a standby");
+            }
+            let write = sync::on_promotion(view, &s.me.name);
+            is(Action::Promote(write), "holding the leader key")
+        }
+        PgStatus::Running(_) => match &view.failover {
+            Some(request) => requested_handover(s, view, request),
+            None => is(Action::Lead, format!("no action. I am ({}), the leader with the lock", s.me.name)),
+        },
+    }
+}
+
+/// The leader's server is down: restart it in place, or let somebody else lead (`primary_start_timeout`).
+fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> Decision {
+    let patience = view.settings.primary_start_timeout;
+    if s.memory.demoted || s.down_for() >= patience || s.memory.failures > 0 {
+        match election::takeover(s, view, None, false) {
+            Takeover::Ask(members) => return is(Action::Ask(members), "PostgreSQL is down"),
+            Takeover::Possible(name) => {
+                return is(Action::Release, format!("PostgreSQL is down, and {name} can take over"));
+            }
+            Takeover::Impossible(why) if s.backing_off() => {
+                return is(Action::Wait, format!("PostgreSQL is down, and nobody can take over: {why}"));
+            }
+            Takeover::Impossible(_) => {}
+        }
+    }
+    if s.backing_off() {
+        return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));
+    }
+    if stopped_as_primary(control) {
+        is(Action::Start(StartAs::Primary), "PostgreSQL is down; starting it again as primary, the leader key is ours")
+    } else {
+        is(Action::Start(StartAs::Standby(None)), "PostgreSQL is down; starting it, to be promoted")
+    }
+}
+
+/// The leader's server is there but doesn't answer.
+fn sick_leader(s: &Situation, view: &ClusterView, what: &str) -> Decision {
+    let patience = view.settings.primary_start_timeout.max(view.settings.ttl);
+    if s.down_for() < patience || view.settings.pause {
+        return is(Action::Wait, format!("{what}, for {:.0?}", s.down_for()));
+    }
+    match election::takeover(s, view, None, false) {
+        Takeover::Ask(members) => is(Action::Ask(members), what),
+        Takeover::Possible(name) => is(Action::Demote(DemoteMode::Sick), format!("{what}, and {name} can take over")),
+        Takeover::Impossible(why) => is(Action::Wait, format!("{what}, and nobody can take over: {why}")),
+    }
+}
+
+/// A failover request seen by the running primary (ha-loop §9.2).
+fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverRequest) -> Decision {
+    let lead = |reason: String| is(Action::Lead, reason);
+    if let Some(at) = request.scheduled_at {
+        let late = (s.wall - at.to_utc()).to_std();
+        match late {
+            Err(_) => return lead(format!("a switchover is scheduled at {}", at.to_rfc3339())),
+            Ok(_) if view.settings.pause => return lead("paused: a scheduled switchover is left alone".to_owned()),
+            Ok(late) if late > view.settings.loop_wait.mul_f32(1.5).max(Duration::from_secs(5)) => {
+                return is(Action::ClearFailover, format!("the scheduled switchover is {late:.0?} too old"));
+            }
+            Ok(_) => {}
+        }
+    }
+    let candidate = request.candidate.as_ref();
+    if let Some(other) = request.leader.as_ref().filter(|leader| **leader != s.me.name) {
+        return is(Action::ClearFailover, format!("the request asks {other} to step down, which does not lead"));
+    }
+    if candidate == Some(&s.me.name) {
+        return is(Action::ClearFailover, "the requested candidate leads already");
+    }
+    if candidate.is_none() && view.settings.pause {
+        return is(Action::ClearFailover, "paused: a failover needs a candidate");
+    }
+    match election::takeover(s, view, candidate, request.leader.is_none()) {
+        Takeover::Ask(members) => is(Action::Ask(members), "a failover was requested"),
+        Takeover::Possible(name) => is(Action::HandOver, format!("a failover was requested, and {name} can take over")),
+        Takeover::Impossible(why) => is(Action::ClearFailover, format!("nobody can take over: {why}")),
+    }
+}
+
+/// The key bears our name, but this process does not hold it: an agent restarted, or a lease was lost and found.
+fn named_leader(s: &Situation, view: &ClusterView) -> Decision {
+    match s.pg {
+        PgStatus::NoData | PgStatus::Broken(_) => {
+            is(Action::Release, "the leader key bears our name, but there is no data")
+        }
+        PgStatus::Stopped(_) if s.dcs_away && !s.backing_off() && !view.settings.pause => {
+            is(Action::Start(StartAs::Standby(None)), "the DCS does not answer; starting as a standby to serve reads")
+        }
+        _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
+        _ if s.is_primary()
+            && !view.settings.pause
+            && s.now.since(s.memory.started_at) > view.settings.retry_timeout =>
+        {
+            is(Action::Demote(DemoteMode::LostKey), "the lease of the leader key could not be renewed")
+        }
+        _ => is(Action::Wait, "the leader key bears our name; waiting for a lease"),
+    }
+}
+
+/// Somebody else leads.
+fn follower(s: &Situation, view: &ClusterView) -> Decision {
+    let leader = view.leader.as_ref().map_or("nobody", |leader| leader.name.as_str());
+    match s.pg {
+        PgStatus::NoData => clone(s, view, leader),
+        PgStatus::Broken(why) => is(Action::Wait, format!("the data directory can't be used: {why}")),
+        PgStatus::Starting => is(Action::Wait, format!("PostgreSQL is starting; {leader} leads")),
+        PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
+        PgStatus::Unresponsive => is(Action::Wait, format!("PostgreSQL does not answer; {leader} leads")),
+        PgStatus::Running(running) if running.role == PgRole::Primary => {
+            if view.settings.pause {
+                return is(
+                    Action::Wait,
+                    format!("paused: continue to run as primary without the lock, {leader} leads"),
+                );
+            }
+            is(Action::Demote(DemoteMode::LostKey), format!("demoting self because {leader} holds the leader key"))
+        }
+        PgStatus::Stopped(_) => rejoin(s, view, leader),
+        PgStatus::Running(_) => follow(s, view, leader),
+    }
+}
+
+/// No data here: make a copy.
+fn clone(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
+    if view.settings.pause {
+        return is(Action::Wait, "paused: no data directory is created");
+    }
+    if s.backing_off() {
+        return is(Action::Wait, failed_lately(s, "the copy failed"));
+    }
+    let ready = view.leader_member().is_some_and(|member| member.claims_primary());
+    match clone_source(s.me, view) {
+        Some(source) if ready => {
+            is(Action::Clone(source.clone()), format!("no data here; copying from {}", source.name))
+        }
+        _ => is(Action::Wait, format!("no data here; waiting for {leader} to take connections")),
+    }
+}
+
+/// The server is down and somebody else leads: find out whether it can follow, mend it if not, start it.
+fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
+    let divergence = &s.memory.divergence;
+    if view.settings.pause && !matches!(divergence, DivergenceState::Rewind(_)) {
+        return is(Action::Wait, "paused: PostgreSQL is not started");
+    }
+    if s.backing_off() {
+        return is(Action::Wait, failed_lately(s, "PostgreSQL could not rejoin"));
+    }
+    let start = |reason: String| is(Action::Start(StartAs::Standby(upstream(s.me, view))), reason);
+    if *divergence == DivergenceState::NotAsked || !s.may_rewind() {
+        return start(format!("PostgreSQL is down; starting it to follow {leader}"));
+    }
+    let ready = view.leader_member().is_some_and(|member| member.claims_primary());
+    let Some(source) = leader_upstream(s.me, view).filter(|_| ready) else {
+        return is(Action::Wait, format!("waiting for {leader} to be promoted before following it"));
+    };
+    mend(s, view, source, divergence)
+}
+
+/// One rung after the other of the ladder: ask, rewind, copy anew where a setting allows it, or say what a person can do.
+fn mend(s: &Situation, view: &ClusterView, source: Upstream, divergence: &DivergenceState) -> Decision {
+    let no_checkpoint = view.leader_member().is_some_and(|leader| leader.checkpoint_after_promote == Some(false));
+    match divergence {
+        DivergenceState::NotAsked | DivergenceState::Check => {
+            let reason = format!("comparing the local history with that of {}", source.name);
+            is(Action::CheckDivergence(source), reason)
+        }
+        DivergenceState::Rewind(why) if s.me.use_pg_rewind && no_checkpoint => {
+            is(Action::Wait, format!("{why}; waiting for the first checkpoint of {} before rewinding", source.name))
+        }
+        DivergenceState::Rewind(why) if s.me.use_pg_rewind => is(Action::Rewind(source), why.clone()),
+        DivergenceState::Rewind(why) if s.me.reclone_diverged => is(Action::Reclone(source), why.clone()),
+        DivergenceState::RewindFailed(why) if s.me.reclone_unrewindable || s.me.reclone_diverged => {
+            is(Action::Reclone(source), format!("pg_rewind failed ({why}); copying anew"))
+        }
+        DivergenceState::Rewind(why) => is(Action::Wait, format!("{why}; neither pg_rewind nor a new copy is allowed")),
+        DivergenceState::RewindFailed(why) => is(
+            Action::Wait,
+            format!(
+                "pg_rewind failed ({why}); reinitialize this member, or set remove_data_directory_on_rewind_failure"
+            ),
+        ),
+    }
+}
+
+/// A running standby under somebody else's lead.
+fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
+    let Some(running) = s.running() else {
+        return is(Action::Wait, "PostgreSQL does not run");
+    };
+    let target = upstream(s.me, view);
+    let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
+    if address != running.upstream {
+        return is(Action::Follow(target), format!("following {leader}"));
+    }
+    if let DivergenceState::Rewind(_) | DivergenceState::RewindFailed(_) = s.memory.divergence
+        && let Some(source) = leader_upstream(s.me, view)
+    {
+        return mend(s, view, source, &s.memory.divergence);
+    }
+    let streaming = running.replication_state.as_deref() == Some("streaming");
+    let promoted = view.leader_member().filter(|member| member.claims_primary());
+    let stranded = promoted.is_some_and(|leader| leader.timeline > running.timeline) && !streaming;
+    if stranded
+        && s.may_rewind()
+        && !s.backing_off()
+        && let Some(source) = leader_upstream(s.me, view)
+    {
+        return is(Action::CheckDivergence(source), format!("not streaming, and {leader} is on a newer timeline"));
+    }
+    is(Action::Wait, format!("no action. I am ({}), a secondary, and following a leader ({leader})", s.me.name))
+}
+
+/// Nobody leads.
+fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
+    match s.pg {
+        PgStatus::NoData => return empty_and_leaderless(s, view),
+        PgStatus::Broken(why) => return is(Action::Wait, format!("the data directory can't be used: {why}")),
+        PgStatus::Stopped(_) => return start_leaderless(s, view),
+        PgStatus::Starting => return is(Action::Wait, "PostgreSQL is starting; nobody leads"),
+        PgStatus::Stopping => return is(Action::Wait, "PostgreSQL is stopping; nobody leads"),
+        PgStatus::Unresponsive => return is(Action::Wait, "PostgreSQL does not answer; nobody leads"),
+        PgStatus::Running(_) => {}
+    }
+    if !s.has_lease {
+        return match s.is_primary()
+            && !view.settings.pause
+            && s.now.since(s.memory.started_at) > view.settings.retry_timeout
+        {
+            true => is(Action::Demote(DemoteMode::LostKey), "this primary has no lease to lead with"),
+            false => is(Action::Wait, "waiting for a lease"),
+        };
+    }
+    match election::may_race(s, view) {
+        Verdict::Ask(members) => is(Action::Ask(members), "nobody leads"),
+        Verdict::Race(why) => is(Action::Acquire(sync::on_promotion(view, &s.me.name)), why),
+        Verdict::Yield(why) if s.is_primary() && !view.settings.pause => {
+            is(Action::Demote(DemoteMode::LostKey), format!("primary without the leader key: {why}"))
+        }
+        Verdict::Yield(why) => is(Action::Wait, why),
+    }
+}
+
+/// No data and no leader: initialise the cluster, if there is none yet.
+fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
+    match &view.initialize {
+        Initialize::Absent if !s.me.may_bootstrap => {
+            is(Action::Wait, "waiting for a leader to copy from (no bootstrap section in the configuration)")
+        }
+        Initialize::Absent if s.me.failover_priority() <= 0 => is(Action::Wait, "waiting for a leader (nofailover)"),
+        Initialize::Absent if view.settings.standby_cluster.is_some() => {
+            is(Action::Wait, "standby_cluster is set: bootstrapping one is not supported yet")
+        }
+        Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
+        Initialize::Absent if s.backing_off() => is(Action::Wait, failed_lately(s, "the bootstrap failed")),
+        Initialize::Absent => is(Action::Bootstrap, "trying to bootstrap a new cluster"),
+        Initialize::Running => is(Action::Wait, "another member is bootstrapping the cluster"),
+        _ => is(Action::Wait, "waiting for a leader to copy from"),
+    }
+}
+
+/// The server is down and nobody leads: up as a standby first, so that positions can be compared.
+fn start_leaderless(s: &Situation, view: &ClusterView) -> Decision {
+    if view.settings.pause {
+        return is(Action::Wait, "paused: PostgreSQL is not started, nobody leads");
+    }
+    if s.backing_off() {
+        return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));
+    }
+    is(Action::Start(StartAs::Standby(None)), "PostgreSQL is down and nobody leads; starting it as a standby")
+}
+
+fn failed_lately(s: &Situation, what: &str) -> String {
+    let why = s.memory.last_failure.as_deref().unwrap_or("no reason known");
+    format!("{what} ({} times so far): {why}", s.memory.failures)
+}
+
+/// Whether commits wait for standbys in this cluster.
+pub fn synchronous(view: &ClusterView) -> bool {
+    view.settings.synchronous_mode != SynchronousMode::Off && view.settings.standby_cluster.is_none()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,478 @@
+//! Situations in plain words, and what must hold in all of them.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use serde_json::json;
+use trunkline_common::cluster::{FailoverRequest, LeaderKey, Member, SyncState};
+use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
+
+use super::*;
+use crate::ha::situation::{Me, Memory, PeerAnswers};
+use crate::peer::PeerStatus;
+use crate::postgres::{ControlState, Running};
+
+const NOW: Instant = Instant::from_boot(Duration::from_secs(1000));
+const SYSTEM: SystemId = SystemId(7_000_000_000_000_000_001);
+
+/// Everything a situation borrows from, with a healthy cluster of a, b and c led by a as the start; we are b.
+#[derive(Debug, Clone)]
+struct World {
+    me: Me,
+    view: Option<ClusterView>,
+    leader_until: Option<Instant>,
+    has_lease: bool,
+    dcs_away: bool,
+    pg: PgStatus,
+    memory: Memory,
+    peers: Option<PeerAnswers>,
+}
+
+fn world() -> World {
+    let mut view = ClusterView {
+        revision: Revision(100),
+        initialize: Initialize::Done(SYSTEM),
+        leader: Some(key("a")),
+        ..ClusterView::default()
+    };
+    view.settings.ttl = Duration::from_secs(5);
+    view.settings.loop_wait = Duration::from_secs(1);
+    view.settings.retry_timeout = Duration::from_secs(1);
+    view.status.optime = Lsn(1000);
+    for (name, port) in [("a", 1), ("b", 2), ("c", 3)] {
+        let member = Member {
+            conn_url: Some(format!("postgres://127.0.0.1:{port}/postgres")),
+            api_url: Some(format!("http://127.0.0.1:800{port}/patroni")),
+            state: "running".to_owned(),
+            role: if name == "a" { "primary" } else { "replica" }.to_owned(),
+            timeline: Some(TimelineId(1)),
+            ..Member::default()
+        };
+        view.members.insert(name.into(), member);
+    }
+    World {
+        me: Me {
+            name: "b".into(),
+            tags: serde_json::Map::new(),
+            may_bootstrap: true,
+            use_pg_rewind: true,
+            use_slots: true,
+            reclone_diverged: false,
+            reclone_unrewindable: false,
+        },
+        view: Some(view),
+        leader_until: None,
+        has_lease: true,
+        dcs_away: false,
+        pg: standby(1000),
+        memory: Memory::default(),
+        peers: None,
+    }
+}
+
+fn key(name: &str) -> LeaderKey {
+    LeaderKey { name: name.into(), lease: LeaseId(7), created: Revision(50), modified: Revision(50) }
+}
+
+fn running(role: PgRole, lsn: u64) -> PgStatus {
+    PgStatus::Running(Running {
+        role,
+        system_id: SYSTEM,
+        timeline: Some(TimelineId(1)),
+        lsn: Lsn(lsn),
+        receive_lsn: None,
+        replay_lsn: None,
+        replay_timestamp: None,
+        replay_paused: false,
+        latest_end_lsn: None,
+        replication_state: (role == PgRole::Standby).then(|| "streaming".to_owned()),
+        upstream: (role == PgRole::Standby).then(|| "127.0.0.1:1".to_owned()),
+        server_version: 150_018,
+        postmaster_start_time: String::new(),
+        replication: Vec::new(),
+        synchronous_standby_names: String::new(),
+        pending_restart: std::collections::BTreeMap::new(),
+        slots: std::collections::BTreeMap::new(),
+    })
+}
+
+fn standby(lsn: u64) -> PgStatus {
+    running(PgRole::Standby, lsn)
+}
+
+fn primary(lsn: u64) -> PgStatus {
+    running(PgRole::Primary, lsn)
+}
+
+fn stopped(state: ControlState, standby: bool) -> PgStatus {
+    PgStatus::Stopped(ControlData { system_id: SYSTEM, state, timeline: TimelineId(1), checkpoint: Lsn(900), standby })
+}
+
+fn peer(lsn: u64) -> Option<PeerStatus> {
+    Some(PeerStatus {
+        in_recovery: true,
+        lsn: Lsn(lsn),
+        timeline: Some(TimelineId(1)),
+        failover_priority: 1,
+        watchdog_failed: false,
+    })
+}
+
+impl World {
+    fn decide(&self) -> Decision {
+        decide(&Situation {
+            now: NOW,
+            wall: chrono::DateTime::from_timestamp(1_900_000_000, 0).unwrap(),
+            me: &self.me,
+            view: self.view.as_ref(),
+            leader_until: self.leader_until,
+            has_lease: self.has_lease,
+            dcs_away: self.dcs_away,
+            pg: &self.pg,
+            memory: &self.memory,
+            peers: self.peers.as_ref(),
+        })
+    }
+
+    fn view(&mut self) -> &mut ClusterView {
+        self.view.as_mut().unwrap()
+    }
+
+    /// We hold the key.
+    fn leading(mut self) -> Self {
+        self.view().leader = Some(key("b"));
+        self.leader_until = Some(NOW + Duration::from_secs(4));
+        self.pg = primary(1000);
+        self
+    }
+
+    /// Nobody leads; the old leader's keys are gone with its lease.
+    fn leaderless(mut self) -> Self {
+        self.view().leader = None;
+        self.view().members.remove(&"a".into());
+        self
+    }
+
+    fn answers(mut self, answers: &[(&str, Option<PeerStatus>)]) -> Self {
+        self.peers = Some(answers.iter().map(|(name, status)| ((*name).into(), status.clone())).collect());
+        self
+    }
+
+    fn synchronous(mut self, leader: &str, standbys: &[&str]) -> Self {
+        self.view().settings.synchronous_mode = SynchronousMode::On;
+        self.view().sync = SyncState {
+            leader: Some(leader.into()),
+            standbys: standbys.iter().map(|name| (*name).to_owned()).collect(),
+            quorum: 0,
+            revision: Revision(60),
+        };
+        self
+    }
+
+    fn requested(mut self, leader: Option<&str>, candidate: Option<&str>) -> Self {
+        self.view().failover = Some(FailoverRequest {
+            leader: leader.map(Into::into),
+            candidate: candidate.map(Into::into),
+            scheduled_at: None,
+            scheduled_at_text: None,
+        });
+        self
+    }
+}
+
+#[test]
+fn steady_states_do_nothing() {
+    assert_eq!(world().decide().action, Action::Wait);
+    assert_eq!(world().decide().reason, "no action. I am (b), a secondary, and following a leader (a)");
+    assert_eq!(world().leading().decide().action, Action::Lead);
+    assert_eq!(world().leading().decide().reason, "no action. I am (b), the leader with the lock");
+}
+
+#[test]
+fn the_most_advanced_standby_takes_the_key_when_the_leader_is_gone() {
+    let alone = world().leaderless();
+    assert!(matches!(alone.decide().action, Action::Ask(members) if members.keys().map(|n| n.as_str()).eq(["c"])));
+    assert_eq!(alone.clone().answers(&[("c", peer(1000))]).decide().action, Action::Acquire(None));
+    assert_eq!(alone.clone().answers(&[("c", None)]).decide().action, Action::Acquire(None));
+    let behind = alone.answers(&[("c", peer(1001))]).decide();
+    assert_eq!(behind.action, Action::Wait);
+    assert!(behind.reason.contains("Wal position of c is ahead of my wal position"), "{}", behind.reason);
+}
+
+#[test]
+fn a_standby_too_far_behind_or_not_allowed_stays_out() {
+    let mut far = world().leaderless().answers(&[("c", None)]);
+    far.view().status.optime = Lsn(10_000_000);
+    assert_eq!(far.decide().action, Action::Wait);
+    assert!(far.decide().reason.contains("maximum_lag_on_failover"));
+    let mut barred = world().leaderless().answers(&[("c", None)]);
+    barred.me.tags = json!({ "nofailover": true }).as_object().unwrap().clone();
+    assert_eq!(barred.decide().reason, "following a different leader because I am not allowed to promote");
+}
+
+#[test]
+fn another_running_primary_stops_the_race() {
+    let mut old = peer(0).unwrap();
+    old.in_recovery = false;
+    assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Wait);
+}
+
+#[test]
+fn only_synchronous_nodes_race_in_synchronous_mode() {
+    let outside = world().leaderless().synchronous("a", &["c"]).decide();
+    assert_eq!(outside.action, Action::Wait);
+    // With nobody else in the set alive, there is nobody to ask, and the key and the list change in one transaction.
+    let inside = world().leaderless().synchronous("a", &["b"]).decide();
+    let Action::Acquire(Some(write)) = inside.action else { panic!("{inside:?}") };
+    assert_eq!(write.seen, Revision(60));
+    assert_eq!(write.value, Some(json!({ "leader": "b", "quorum": 0, "sync_standby": null })));
+}
+
+#[test]
+fn higher_priority_wins_at_equal_positions() {
+    let mut better = peer(1000).unwrap();
+    better.failover_priority = 2;
+    let decision = world().leaderless().answers(&[("c", Some(better))]).decide();
+    assert_eq!(decision.reason, "c has equally tolerable WAL position and priority 2, while this node has priority 1");
+}
+
+#[test]
+fn the_holder_of_the_key_promotes_and_nobody_else() {
+    let mut holder = world().leading();
+    holder.pg = standby(1000);
+    assert_eq!(holder.decide().action, Action::Promote(None));
+    holder.leader_until = Some(NOW);
+    assert_eq!(holder.decide().action, Action::Confirm);
+}
+
+#[test]
+fn a_crashed_primary_restarts_in_place_or_fails_over_as_configured() {
+    let mut crashed = world().leading();
+    crashed.pg = stopped(ControlState::InProduction, false);
+    crashed.memory.down_since = Some(NOW);
+    crashed.view().settings.primary_start_timeout = Duration::from_secs(300);
+    assert_eq!(crashed.decide().action, Action::Start(StartAs::Primary));
+    crashed.view().settings.primary_start_timeout = Duration::ZERO;
+    assert!(matches!(crashed.decide().action, Action::Ask(_)));
+    let healthy = crashed.clone().answers(&[("a", None), ("c", peer(1000))]);
+    assert_eq!(healthy.decide().action, Action::Release);
+    let nobody = crashed.answers(&[("a", None), ("c", None)]);
+    assert_eq!(nobody.decide().action, Action::Start(StartAs::Primary));
+}
+
+#[test]
+fn a_primary_that_cannot_renew_steps_down_before_its_lease_ends() {
+    let mut late = world().leading();
+    late.leader_until = Some(NOW + Duration::from_millis(900));
+    assert_eq!(late.decide().action, Action::Demote(DemoteMode::Offline));
+    late.view().settings.pause = true;
+    assert_eq!(late.decide().action, Action::Lead);
+}
+
+#[test]
+fn a_primary_beside_another_leader_stops_at_once() {
+    let mut second = world();
+    second.pg = primary(2000);
+    assert_eq!(second.decide().action, Action::Demote(DemoteMode::LostKey));
+    second.view().settings.pause = true;
+    assert_eq!(second.decide().action, Action::Wait);
+}
+
+#[test]
+fn a_switchover_needs_a_candidate_that_can() {
+    let asked = world().leading().requested(Some("b"), Some("c"));
+    assert!(matches!(asked.decide().action, Action::Ask(members) if members.len() == 1));
+    assert_eq!(asked.clone().answers(&[("c", peer(1000))]).decide().action, Action::HandOver);
+    assert_eq!(asked.answers(&[("c", None)]).decide().action, Action::ClearFailover);
+    assert_eq!(world().leading().requested(Some("a"), None).decide().action, Action::ClearFailover);
+    assert_eq!(world().leading().requested(None, Some("b")).decide().action, Action::ClearFailover);
+}
+
+#[test]
+fn after_a_switchover_the_candidate_leads_and_others_wait_for_it() {
+    let mut candidate = world().requested(Some("a"), Some("b"));
+    candidate.view().leader = None;
+    assert!(matches!(candidate.decide().action, Action::Acquire(_)));
+    let mut other = world().requested(Some("a"), Some("c"));
+    other.view().leader = None;
+    assert_eq!(other.answers(&[("c", peer(1000)), ("a", None)]).decide().action, Action::Wait);
+}
+
+#[test]
+fn a_deposed_primary_compares_rewinds_and_only_then_follows() {
+    let mut deposed = world();
+    deposed.pg = stopped(ControlState::InProduction, false);
+    deposed.memory.divergence = DivergenceState::Check;
+    assert!(matches!(deposed.decide().action, Action::CheckDivergence(source) if source.name == "a".into()));
+    deposed.memory.divergence = DivergenceState::Rewind("past the fork".to_owned());
+    assert!(matches!(deposed.decide().action, Action::Rewind(_)));
+    deposed.memory.divergence = DivergenceState::RewindFailed("no WAL".to_owned());
+    assert_eq!(deposed.decide().action, Action::Wait);
+    deposed.me.reclone_unrewindable = true;
+    assert!(matches!(deposed.decide().action, Action::Reclone(_)));
+    deposed.memory.divergence = DivergenceState::NotAsked;
+    assert!(matches!(deposed.decide().action, Action::Start(StartAs::Standby(Some(_)))));
+    // The new leader is not promoted yet: nothing to compare with.
+    deposed.memory.divergence = DivergenceState::Check;
+    deposed.view().members.get_mut(&"a".into()).unwrap().role = "replica".to_owned();
+    assert_eq!(deposed.decide().action, Action::Wait);
+}
+
+#[test]
+fn an_empty_node_bootstraps_or_copies() {
+    let mut empty = world().leaderless();
+    empty.pg = PgStatus::NoData;
+    empty.view().initialize = Initialize::Absent;
+    assert_eq!(empty.decide().action, Action::Bootstrap);
+    empty.view().initialize = Initialize::Running;
+    assert_eq!(empty.decide().action, Action::Wait);
+    let mut replica = world();
+    replica.pg = PgStatus::NoData;
+    assert!(matches!(replica.decide().action, Action::Clone(source) if source.name == "a".into()));
+}
+
+#[test]
+fn data_of_another_cluster_ends_the_agent() {
+    let mut foreign = world();
+    foreign.view().initialize = Initialize::Done(SystemId(1_234_567_890));
+    assert_eq!(foreign.decide().action, Action::Exit);
+    foreign.view().settings.pause = true;
+    assert_eq!(foreign.decide().action, Action::Wait);
+}
+
+#[test]
+fn without_the_dcs_a_found_primary_is_not_left_alone() {
+    let mut blind = world();
+    blind.view = None;
+    blind.pg = primary(1000);
+    blind.memory.started_at = NOW;
+    assert_eq!(blind.decide().action, Action::Wait);
+    blind.memory.started_at = NOW - Duration::from_secs(3);
+    assert_eq!(blind.decide().action, Action::Demote(DemoteMode::LostKey));
+}
+
+fn any_pg() -> impl Strategy<Value = PgStatus> {
+    let control = prop_oneof![
+        Just(ControlState::ShutDown),
+        Just(ControlState::InProduction),
+        Just(ControlState::InArchiveRecovery),
+        Just(ControlState::ShutDownInRecovery),
+    ];
+    prop_oneof![
+        Just(PgStatus::NoData),
+        Just(PgStatus::Broken("x".to_owned())),
+        Just(PgStatus::Starting),
+        Just(PgStatus::Stopping),
+        Just(PgStatus::Unresponsive),
+        (control, any::<bool>()).prop_map(|(state, standby)| stopped(state, standby)),
+        (900u64..1100).prop_map(standby),
+        (900u64..1100).prop_map(primary),
+    ]
+}
+
+fn any_name() -> impl Strategy<Value = Option<&'static str>> {
+    prop_oneof![Just(None), Just(Some("a")), Just(Some("b")), Just(Some("c")), Just(Some("stranger"))]
+}
+
+prop_compose! {
+    fn any_world()(
+        pg in any_pg(),
+        leader in any_name(),
+        lease_ms in prop_oneof![Just(None), (0u64..6000).prop_map(Some)],
+        sync in (any_name(), any_name(), any::<bool>(), any::<bool>()),
+        request in (any::<bool>(), any_name(), any_name()),
+        (pause, has_lease, dcs_away, known) in (any::<bool>(), any::<bool>(), any::<bool>(), prop::bool::weighted(0.95)),
+        divergence in prop_oneof![
+            Just(DivergenceState::NotAsked), Just(DivergenceState::Check),
+            Just(DivergenceState::Rewind("w".into())), Just(DivergenceState::RewindFailed("w".into())),
+        ],
+        (rewind, reclone, demoted) in (any::<bool>(), any::<bool>(), any::<bool>()),
+        start_timeout in prop_oneof![Just(0u64), Just(300)],
+        peers in prop::option::of((prop::option::of(900u64..1100), prop::option::of(900u64..1100), any::<bool>())),
+    ) -> World {
+        let mut world = world();
+        world.pg = pg;
+        world.has_lease = has_lease;
+        world.dcs_away = dcs_away;
+        world.memory.divergence = divergence;
+        world.memory.demoted = demoted;
+        world.me.use_pg_rewind = rewind;
+        world.me.reclone_diverged = reclone;
+        let view = world.view();
+        view.leader = leader.map(key);
+        view.settings.pause = pause;
+        view.settings.primary_start_timeout = Duration::from_secs(start_timeout);
+        if let (Some(owner), standby, on, _) = sync {
+            view.settings.synchronous_mode = if on { SynchronousMode::On } else { SynchronousMode::Off };
+            view.sync = SyncState {
+                leader: Some(owner.into()),
+                standbys: standby.iter().map(|name| (*name).to_owned()).collect(),
+                quorum: 0,
+                revision: Revision(60),
+            };
+        }
+        if let (true, from, to) = request {
+            world = world.requested(from, to);
+        }
+        // The key can only be held where it bears our name.
+        world.leader_until = lease_ms.filter(|_| leader == Some("b")).map(|ms| NOW + Duration::from_millis(ms));
+        world.peers = peers.map(|(a, c, a_leads)| {
+            let mut old = a.and_then(peer);
+            if let Some(old) = old.as_mut() {
+                old.in_recovery = !a_leads;
+            }
+            PeerAnswers::from([("a".into(), old), ("c".into(), c.and_then(peer)), ("stranger".into(), None)])
+        });
+        if !known {
+            world.view = None;
+            world.leader_until = None;
+        }
+        world
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens(world in any_world()) {
+        let decision = world.decide();
+        let leads = world.leader_until.is_some_and(|until| NOW < until);
+        let view = world.view.as_ref();
+        let paused = view.is_some_and(|view| view.settings.pause);
+        prop_assert!(!decision.reason.is_empty());
+
+        match &decision.action {
+            // Writing is for the holder of the key, in the same view.
+            Action::Promote(_) | Action::Start(StartAs::Primary) | Action::Lead | Action::HandOver => prop_assert!(leads),
+            // The key is only taken where there is none, by a node with a lease and a server that runs.
+            Action::Acquire(_) => {
+                let view = view.unwrap();
+                prop_assert!(view.leader.is_none() && world.has_lease && matches!(world.pg, PgStatus::Running(_)));
+                let manual = view.failover.as_ref()
+                    .is_some_and(|r| r.leader.is_none() && r.candidate.as_ref() == Some(&world.me.name));
+                let restricted = view.settings.synchronous_mode == SynchronousMode::On && view.sync.is_active();
+                let already = matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary);
+                prop_assert!(!restricted || view.sync.includes(&world.me.name) || manual || (paused && already));
+            }
+            // Giving up the key needs a server that can't write.
+            Action::Release => prop_assert!(!matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary)
+                && !matches!(world.pg, PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Stopping)),
+            // Data is only replaced where a setting allows it and somebody else leads.
+            Action::Reclone(_) => prop_assert!(world.me.reclone_diverged || world.me.reclone_unrewindable),
+            Action::Clone(_) => prop_assert_eq!(&world.pg, &PgStatus::NoData),
+            Action::Rewind(source) => prop_assert!(world.me.use_pg_rewind && source.name != world.me.name),
+            Action::Bootstrap => prop_assert!(world.pg == PgStatus::NoData && view.unwrap().initialize == Initialize::Absent),
+            // Members are asked once.
+            Action::Ask(members) => prop_assert!(world.peers.is_none() && !members.is_empty()),
+            _ => {}
+        }
+
+        // A primary without the key never just goes on, unless an operator paused, it may win the key, or it waits
+        // for the first proof.
+        let is_primary = matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary);
+        if is_primary && !leads && !paused && view.is_some_and(|view| view.leader.as_ref().is_some_and(|l| l.name != world.me.name)) {
+            prop_assert_eq!(decision.action, Action::Demote(DemoteMode::LostKey));
+        }
+    }
+}

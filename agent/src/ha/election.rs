@@ -1,0 +1,267 @@
+//! Who may lead when nobody does, and who could take over when somebody is to step down. Pure.
+//!
+//! The rules are Patroni's (ha-loop §8), so that mixed clusters elect the same node. Positions are compared as bytes of
+//! WAL received or replayed; a member that can't be asked doesn't count, whatever the DCS says of it.
+
+use std::collections::BTreeMap;
+
+use trunkline_common::{ClusterView, Lsn, Member, MemberName, TimelineId};
+use trunkline_config::dynamic::SynchronousMode;
+
+use super::situation::{PeerAnswers, Situation};
+use crate::peer::PeerStatus;
+
+/// The answer to "may this node lead now?", with the numbers compared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may try to take the key.
+    Race(String),
+    /// It must not.
+    Yield(String),
+    /// It depends on these members (name → `api_url`): ask them, then decide again.
+    Ask(BTreeMap<MemberName, String>),
+}
+
+/// Whether this node may race for the leader key (ha-loop §8.2); the view has no leader.
+pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
+    let settings = &view.settings;
+    let Some(running) = s.running() else {
+        return Verdict::Yield("PostgreSQL is not running here".to_owned());
+    };
+    if s.memory.abstain_until.is_some_and(|until| s.now < until) {
+        return Verdict::Yield("this node has just given the leader key back".to_owned());
+    }
+    if settings.standby_cluster.is_some() {
+        return Verdict::Yield("standby_cluster is set, and leading a standby cluster is not supported yet".to_owned());
+    }
+    let asked_for = view.failover.as_ref().filter(|request| request.scheduled_at.is_none());
+    if settings.pause && asked_for.is_none() {
+        return match (s.is_primary(), &view.initialize) {
+            (true, _) => Verdict::Race("paused, and this node runs as primary".to_owned()),
+            (false, _) => Verdict::Yield("the cluster is paused".to_owned()),
+        };
+    }
+    if s.me.failover_priority() <= 0 {
+        return Verdict::Yield("following a different leader because I am not allowed to promote".to_owned());
+    }
+    let manual = view.failover.as_ref().filter(|request| request.leader.is_none());
+    if manual.is_some_and(|request| request.candidate.as_ref() == Some(&s.me.name)) {
+        // An operator's word, also for a node outside the synchronous set: that is what `failover` is for.
+        return Verdict::Race("a failover to this node was requested".to_owned());
+    }
+    let quorum = settings.synchronous_mode == SynchronousMode::Quorum;
+    let synchronous = settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active();
+    if synchronous && !quorum && !view.sync.includes(&s.me.name) {
+        return Verdict::Yield(format!(
+            "not among the synchronous nodes ({}), so commits could be missing here",
+            sync_names(view)
+        ));
+    }
+    if s.is_primary() {
+        let known = view.timeline().unwrap_or_default();
+        let own = running.timeline.unwrap_or_default();
+        return if own < known {
+            Verdict::Yield(format!("this primary is on timeline {own}, the cluster is on {known}"))
+        } else {
+            Verdict::Race("this node already runs as primary".to_owned())
+        };
+    }
+    if let Some(request) = &view.failover {
+        return requested(s, view, request.candidate.as_ref(), request.leader.as_ref(), synchronous);
+    }
+    let lag = s.lsn().lag_behind(view.status.optime);
+    if lag > settings.maximum_lag_on_failover {
+        return Verdict::Yield(format!(
+            "{lag} bytes behind the last position of the leader ({}), more than maximum_lag_on_failover allows ({})",
+            view.status.optime, settings.maximum_lag_on_failover
+        ));
+    }
+    healthiest(s, view, synchronous, |_| true)
+}
+
+/// A race that an operator asked for (ha-loop §8.3).
+fn requested(
+    s: &Situation,
+    view: &ClusterView,
+    candidate: Option<&MemberName>,
+    old_leader: Option<&MemberName>,
+    synchronous: bool,
+) -> Verdict {
+    if let Some(candidate) = candidate {
+        if *candidate == s.me.name {
+            return Verdict::Race("a switchover to this node was requested".to_owned());
+        }
+        if view.settings.pause {
+            return Verdict::Yield(format!("paused, and {candidate} is the requested candidate"));
+        }
+        if let Some(api_url) = view.members.get(candidate).and_then(|member| member.api_url.clone()) {
+            let Some(peers) = s.peers else {
+                let mut ask = electorate(s, view, synchronous);
+                ask.insert(candidate.clone(), api_url);
+                return Verdict::Ask(ask);
+            };
+            if answer(peers, candidate).is_some_and(promotable) {
+                return Verdict::Yield(format!("{candidate} is the requested candidate"));
+            }
+        }
+        // The candidate can't: anybody healthy may (otherwise a typo would leave the cluster without a leader).
+        return healthiest(s, view, synchronous, |name| Some(name) != old_leader);
+    }
+    if view.settings.pause {
+        return Verdict::Yield("paused, and the request names no candidate".to_owned());
+    }
+    if old_leader == Some(&s.me.name) {
+        let Some(peers) = s.peers else {
+            let ask = electorate(s, view, synchronous);
+            return if ask.is_empty() { Verdict::Race("nobody else could lead".to_owned()) } else { Verdict::Ask(ask) };
+        };
+        return match peers.iter().find(|(_, status)| status.as_ref().is_some_and(promotable)) {
+            Some((name, _)) => Verdict::Yield(format!("was asked to step down, and {name} can lead")),
+            None => Verdict::Race("was asked to step down, but nobody else can lead".to_owned()),
+        };
+    }
+    healthiest(s, view, synchronous, |name| Some(name) != old_leader)
+}
+
+/// Whether no other member that counts is a better choice (ha-loop §8.2, common check).
+fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl Fn(&MemberName) -> bool) -> Verdict {
+    if view.settings.check_timeline {
+        let known = view.timeline().unwrap_or_default();
+        let own = s.running().and_then(|running| running.timeline).unwrap_or_default();
+        if own == TimelineId(0) || own < known {
+            return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
+        }
+    }
+    let electorate = electorate(s, view, synchronous);
+    let Some(peers) = s.peers else {
+        if !electorate.is_empty() {
+            return Verdict::Ask(electorate);
+        }
+        return if synchronous && view.settings.synchronous_mode == SynchronousMode::Quorum {
+            quorum(s, view, &PeerAnswers::new())
+        } else {
+            Verdict::Race("no other member could lead".to_owned())
+        };
+    };
+    let quorum_mode = synchronous && view.settings.synchronous_mode == SynchronousMode::Quorum;
+    let (own, priority) = (s.lsn(), s.me.failover_priority());
+    for name in electorate.keys().filter(|name| counts(name)) {
+        let Some(peer) = answer(peers, name) else { continue };
+        if !peer.in_recovery {
+            return Verdict::Yield(format!("{name} still runs as primary"));
+        }
+        if !promotable(peer) {
+            continue;
+        }
+        let former_leader = synchronous && view.sync.leader.as_ref() == Some(name);
+        if peer.lsn > own && !former_leader {
+            return Verdict::Yield(format!(
+                "Wal position of {name} is ahead of my wal position ({} > {own})",
+                peer.lsn
+            ));
+        }
+        if peer.lsn == own
+            && peer.failover_priority > priority
+            && !former_leader
+            && (!quorum_mode || view.sync.lists(name))
+        {
+            return Verdict::Yield(format!(
+                "{name} has equally tolerable WAL position and priority {}, while this node has priority {priority}",
+                peer.failover_priority
+            ));
+        }
+    }
+    if quorum_mode {
+        return quorum(s, view, peers);
+    }
+    let reached = electorate.keys().filter(|name| answer(peers, name).is_some()).count();
+    Verdict::Race(format!("at {own}; none of {reached} members reached is ahead"))
+}
+
+/// The vote of quorum commit: a node that is not certain to have every commit needs others that are not ahead of it.
+fn quorum(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> Verdict {
+    let own = s.lsn();
+    let voters = peers.iter().filter(|(name, _)| view.sync.includes(name));
+    let confirming =
+        voters.filter(|(_, status)| status.as_ref().is_some_and(|peer| peer.lsn.is_valid() && peer.lsn <= own)).count();
+    let needed = view.sync.quorum as usize + usize::from(!view.sync.includes(&s.me.name));
+    if confirming >= needed || view.sync.leader.as_ref() == Some(&s.me.name) {
+        Verdict::Race(format!("at {own}; {confirming} of {needed} votes needed"))
+    } else {
+        Verdict::Yield(format!("at {own}; only {confirming} of {needed} votes needed"))
+    }
+}
+
+/// Whether somebody could take over from a leader that runs or ran here (ha-loop §8.4).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Takeover {
+    /// At least this member can.
+    Possible(MemberName),
+    /// Nobody can; the words say why.
+    Impossible(String),
+    /// It depends on these members: ask them.
+    Ask(BTreeMap<MemberName, String>),
+}
+
+/// Whether another member can lead: the candidate, if there is one, else anybody. `manual` failovers (no leader named)
+/// may go to nodes outside the synchronous set, because an operator said so.
+pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName>, manual: bool) -> Takeover {
+    let synchronous = view.settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active() && !manual;
+    let mut ask = electorate(s, view, synchronous);
+    if let Some(candidate) = candidate {
+        ask.retain(|name, _| name == candidate);
+    }
+    if ask.is_empty() {
+        let who = candidate.map_or("no member".to_owned(), |name| format!("{name} is not a member that"));
+        let which =
+            if synchronous { format!(" of the synchronous nodes ({})", sync_names(view)) } else { String::new() };
+        return Takeover::Impossible(format!("{who}{which} could take over"));
+    }
+    let Some(peers) = s.peers else { return Takeover::Ask(ask) };
+    let end = s.lsn().max(view.status.optime);
+    let mut why = Vec::new();
+    for name in ask.keys() {
+        let Some(peer) = answer(peers, name) else {
+            why.push(format!("{name} did not answer"));
+            continue;
+        };
+        let lag = peer.lsn.lag_behind(end);
+        let behind =
+            view.settings.check_timeline && peer.timeline.unwrap_or_default() < view.timeline().unwrap_or_default();
+        if !promotable(peer) {
+            why.push(format!("{name} may not be promoted"));
+        } else if lag > view.settings.maximum_lag_on_failover {
+            why.push(format!("{name} is {lag} bytes behind"));
+        } else if behind {
+            why.push(format!("{name} is on an old timeline"));
+        } else {
+            return Takeover::Possible(name.clone());
+        }
+    }
+    Takeover::Impossible(why.join(", "))
+}
+
+/// The members whose word counts: not this node, reachable by REST, allowed to lead (or voting), and in the synchronous
+/// set where there is one.
+fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<MemberName, String> {
+    let quorum = view.settings.synchronous_mode == SynchronousMode::Quorum;
+    let counts = |(name, member): (&MemberName, &Member)| {
+        let votes = synchronous && quorum && view.sync.includes(name);
+        let eligible = (!member.nofailover() || votes) && (!synchronous || view.sync.includes(name));
+        (*name != s.me.name && eligible).then(|| Some((name.clone(), member.api_url.clone()?)))?
+    };
+    view.members.iter().filter_map(counts).collect()
+}
+
+fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatus> {
+    peers.get(name)?.as_ref()
+}
+
+fn promotable(peer: &PeerStatus) -> bool {
+    peer.in_recovery && peer.failover_priority > 0 && !peer.watchdog_failed && peer.lsn > Lsn::INVALID
+}
+
+fn sync_names(view: &ClusterView) -> String {
+    let leader = view.sync.leader.iter().map(MemberName::as_str);
+    leader.chain(view.sync.standbys.iter().map(String::as_str)).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,290 @@
+//! The lease: what this node holds in the DCS, until when that is certain, and what happens when it ends.
+//!
+//! One lease per process carries the member key and, on the leader, the leader key (dcs-layout §5.2). The [`Keeper`]
+//! renews it beside the HA loop, so that no slow disk, peer or PostgreSQL can delay a renewal, but only while the loop
+//! shows that it is alive: a stuck loop must lose the lease. And whatever the loop does, the keeper **fences** PostgreSQL
+//! before the moment from which another node may take the key.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+use trunkline_common::dcs::store::{ClusterStore, Outcome};
+use trunkline_common::dcs::{Dcs, DcsError, Lease};
+use trunkline_common::{Clock, Instant, MemberName};
+
+use crate::postgres::{PgError, Postgres};
+
+/// What this process holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Session {
+    /// The lease, `None` until one is granted or after one was lost.
+    pub lease: Option<Lease>,
+    /// The leader key is ours, by the last proof; good until the lease's end.
+    pub leading: bool,
+    /// PostgreSQL will be fenced at this time unless the lease is renewed or the loop has resigned.
+    pub fence_at: Option<Instant>,
+    /// How often PostgreSQL was fenced.
+    pub fenced: u64,
+    /// Why the DCS did not answer last time; `None` while it does.
+    pub trouble: Option<String>,
+}
+
+impl Session {
+    /// Until when the leader key is certainly ours.
+    pub fn leader_until(&self) -> Option<Instant> {
+        self.lease.filter(|_| self.leading).map(|lease| lease.until)
+    }
+}
+
+/// The settings that the keeper depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Length of the lease to ask for.
+    pub ttl: Duration,
+    /// Longest pause between renewals.
+    pub loop_wait: Duration,
+    /// Nobody is fenced: an operator has taken over.
+    pub pause: bool,
+}
+
+impl Timing {
+    /// Time between renewals: several tries fit into a lease, and an idle cluster is left in peace.
+    fn pace(&self) -> Duration {
+        (self.ttl / 10).clamp(Duration::from_millis(200), self.loop_wait.max(Duration::from_millis(200)))
+    }
+
+    /// How long before the lease's end PostgreSQL is fenced: long enough for SIGQUIT, SIGKILL and the reaping.
+    fn fence_margin(&self) -> Duration {
+        (self.ttl / 10).clamp(Duration::from_millis(300), Duration::from_secs(2))
+    }
+}
+
+/// The loop's side of the keeper.
+#[derive(Debug, Clone)]
+pub struct LeaseHandle {
+    session: watch::Sender<Session>,
+    timing: watch::Sender<Timing>,
+    beat: watch::Sender<Instant>,
+}
+
+impl LeaseHandle {
+    /// What is held now.
+    pub fn session(&self) -> Session {
+        self.session.borrow().clone()
+    }
+
+    /// Notified of every change.
+    pub fn subscribe(&self) -> watch::Receiver<Session> {
+        self.session.subscribe()
+    }
+
+    /// New settings.
+    pub fn set_timing(&self, timing: Timing) {
+        self.timing.send_if_modified(|old| std::mem::replace(old, timing) != timing);
+    }
+
+    /// The loop is alive.
+    pub fn beat(&self, now: Instant) {
+        self.beat.send_replace(now);
+    }
+
+    /// The leader key was created or found with our lease `id`, which `proven` (a request answered) or a renewal since
+    /// then has shown to be alive. False if the lease was lost meanwhile: then nothing is held.
+    pub fn lead(&self, lease: Lease) -> bool {
+        let margin = self.timing.borrow().fence_margin();
+        let mut leads = false;
+        self.session.send_modify(|session| {
+            let Some(current) = session.lease.filter(|current| current.id == lease.id) else { return };
+            session.leading = true;
+            session.fence_at = Some(current.until - margin);
+            leads = true;
+        });
+        leads
+    }
+
+    /// PostgreSQL can't write any more (or never could): the key is given up, and there is nothing left to fence.
+    pub fn resign(&self) {
+        self.session.send_if_modified(|session| {
+            let held = session.leading || session.fence_at.is_some();
+            session.leading = false;
+            session.fence_at = None;
+            held
+        });
+    }
+}
+
+/// What the keeper can do to PostgreSQL: only this.
+pub trait Fence: Send + Sync + 'static {
+    /// Returns once nothing is left that could write, within `limit`.
+    fn fence(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
+}
+
+impl<P: Postgres> Fence for P {
+    fn fence(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send {
+        Postgres::fence(self, limit)
+    }
+}
+
+/// Renews and fences. See the module.
+pub struct Keeper<D, F, C> {
+    store: ClusterStore<D>,
+    postgres: F,
+    clock: C,
+    name: MemberName,
+    handle: LeaseHandle,
+}
+
+impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
+    /// Starts it; it ends when `stop` says so or its sender is gone.
+    pub fn spawn(
+        store: ClusterStore<D>,
+        postgres: F,
+        clock: C,
+        name: MemberName,
+        timing: Timing,
+        mut stop: watch::Receiver<bool>,
+    ) -> LeaseHandle {
+        let handle = LeaseHandle {
+            session: watch::Sender::new(Session::default()),
+            timing: watch::Sender::new(timing),
+            beat: watch::Sender::new(clock.now()),
+        };
+        let keeper = Self { store, postgres, clock, name, handle: handle.clone() };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = keeper.run() => {}
+                _ = stop.wait_for(|stop| *stop) => {}
+            }
+        });
+        handle
+    }
+
+    async fn run(self) {
+        let mut timing_changed = self.handle.timing.subscribe();
+        let mut session_changed = self.handle.session.subscribe();
+        let mut renew_at = self.clock.now();
+        let mut stuck = false;
+        loop {
+            let timing = *timing_changed.borrow_and_update();
+            let fence_at = session_changed.borrow_and_update().fence_at.filter(|_| !timing.pause);
+            let now = self.clock.now();
+            if fence_at.is_some_and(|at| at <= now) {
+                self.fence(timing).await;
+                continue;
+            }
+            if now >= renew_at {
+                let alive = now.since(*self.handle.beat.borrow()) < timing.ttl.max(timing.loop_wait * 2);
+                if !alive && !stuck {
+                    error!("the HA loop has not moved for {:?}; the lease is not renewed any more", timing.ttl);
+                }
+                stuck = !alive;
+                // A renewal that hangs must not delay the fence.
+                let answered = !stuck
+                    && tokio::select! {
+                        answered = self.renew(timing) => answered,
+                        () = self.clock.sleep_until(fence_at.unwrap_or(now + timing.ttl)) => false,
+                    };
+                renew_at = self.clock.now() + if answered { timing.pace() } else { Duration::from_millis(100) };
+                continue;
+            }
+            let wake = fence_at.map_or(renew_at, |at| at.min(renew_at));
+            tokio::select! {
+                () = self.clock.sleep_until(wake) => {}
+                _ = timing_changed.changed() => renew_at = self.clock.now(),
+                _ = session_changed.changed() => {}
+            }
+        }
+    }
+
+    /// One proof: the lease lives, and while leading the key is ours and attached to it. True if the DCS answered.
+    async fn renew(&self, timing: Timing) -> bool {
+        let session = self.handle.session();
+        // etcd may grant more than was asked for; asking again for the same would not change it.
+        let fits = |lease: &Lease| {
+            lease.ttl >= timing.ttl && lease.ttl <= timing.ttl.max(Duration::from_secs(2)) + Duration::from_secs(1)
+        };
+        let renewed = match session.lease.filter(fits) {
+            Some(lease) => self.store.dcs().renew(lease.id).await,
+            None => self.store.grant(timing.ttl).await,
+        };
+        let lease = match renewed {
+            Ok(lease) => lease,
+            Err(DcsError::LeaseLost) => {
+                self.lost("the lease is gone", Duration::ZERO);
+                self.handle.session.send_modify(|session| session.lease = None);
+                // Not answered in the sense of a proof: a new lease is asked for at once.
+                return false;
+            }
+            Err(error) => return self.trouble(&error),
+        };
+        if session.leading {
+            match self.store.confirm_leader(&self.name, lease.id).await {
+                Ok(Outcome::Done(_)) => {}
+                Ok(Outcome::Conflict) => {
+                    // Somebody removed or took the key though the lease lives. The loop may race for it again, but
+                    // not for long: whoever has the key may promote now.
+                    self.lost("the leader key is not ours any more", timing.fence_margin());
+                }
+                Err(error) => return self.trouble(&error),
+            }
+        }
+        let margin = timing.fence_margin();
+        self.handle.session.send_if_modified(|session| {
+            let told = session.lease.map(|lease| lease.id) != Some(lease.id) || session.trouble.is_some();
+            if session.trouble.take().is_some() {
+                info!("the DCS answers again");
+            }
+            session.lease = Some(lease);
+            // Not if the loop began to lead while this renewal was on its way: then the key has not been confirmed.
+            if session.leading {
+                session.fence_at = Some(lease.until - margin);
+            }
+            told
+        });
+        true
+    }
+
+    fn trouble(&self, error: &DcsError) -> bool {
+        self.handle.session.send_if_modified(|session| {
+            let new = session.trouble.is_none();
+            if new {
+                warn!("the lease could not be renewed: {error}");
+            }
+            session.trouble = Some(error.to_string());
+            new
+        });
+        false
+    }
+
+    /// Leadership has been lost from outside: PostgreSQL is fenced within `grace`, unless the loop is faster.
+    fn lost(&self, why: &str, grace: Duration) {
+        let at = self.clock.now() + grace;
+        self.handle.session.send_if_modified(|session| {
+            if !session.leading {
+                return false;
+            }
+            error!("not the leader any more: {why}");
+            session.leading = false;
+            session.fence_at = Some(session.fence_at.map_or(at, |fence_at| fence_at.min(at)));
+            true
+        });
+    }
+
+    async fn fence(&self, timing: Timing) {
+        error!("fencing PostgreSQL: the leader key can't be proven to be ours, and its lease ends");
+        if let Err(error) = self.postgres.fence(timing.fence_margin()).await {
+            error!("PostgreSQL could not be fenced, trying again: {error}");
+            return;
+        }
+        self.handle.session.send_modify(|session| {
+            session.leading = false;
+            session.fence_at = None;
+            session.fenced += 1;
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! The keeper against the store in memory, on a clock that takes no time.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use trunkline_common::TokioClock;
+use trunkline_common::dcs::memory::MemoryDcs;
+use trunkline_common::dcs::paths::Paths;
+use trunkline_common::{LeaseId, Revision};
+
+use super::*;
+
+const TTL: Duration = Duration::from_secs(5);
+
+/// Notes when it was told to fence.
+#[derive(Clone)]
+struct Recorder(TokioClock, Arc<Mutex<Vec<Instant>>>);
+
+impl Fence for Recorder {
+    async fn fence(&self, _: Duration) -> Result<(), PgError> {
+        self.1.lock().push(self.0.now());
+        Ok(())
+    }
+}
+
+struct Bench {
+    clock: TokioClock,
+    dcs: MemoryDcs<TokioClock>,
+    store: ClusterStore<MemoryDcs<TokioClock>>,
+    fences: Arc<Mutex<Vec<Instant>>>,
+    handle: LeaseHandle,
+    _stop: watch::Sender<bool>,
+}
+
+/// A keeper whose node has just won the leader key.
+async fn leading() -> Bench {
+    let clock = TokioClock::default();
+    let dcs = MemoryDcs::new(clock);
+    let store = ClusterStore::new(dcs.client(), Paths::new("service", "demo"));
+    let (stop, stopped) = watch::channel(false);
+    let recorder = Recorder(clock, Arc::default());
+    let fences = recorder.1.clone();
+    let timing = Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: false };
+    let handle = Keeper::spawn(store.clone(), recorder, clock, "a".into(), timing, stopped);
+    let mut session = handle.subscribe();
+    let lease = session.wait_for(|session| session.lease.is_some()).await.unwrap().lease.unwrap();
+    let won = store.acquire_leader(&"a".into(), lease.id, Revision(0), None).await.unwrap();
+    assert!(won.is_done() && handle.lead(lease));
+    Bench { clock, dcs, store, fences, handle, _stop: stop }
+}
+
+impl Bench {
+    /// Lets time pass with a loop that is alive.
+    async fn live(&self, time: Duration) {
+        let end = self.clock.now() + time;
+        while self.clock.now() < end {
+            self.handle.beat(self.clock.now());
+            self.clock.sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn key_is_there(&self) -> bool {
+        self.dcs.peek("/service/demo/leader").entries.len() == 1
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_renews_leads_on() {
+    let bench = leading().await;
+    bench.live(TTL * 10).await;
+    assert!(bench.handle.session().leading && bench.fences.lock().is_empty() && bench.key_is_there());
+}
+
+#[tokio::test(start_paused = true)]
+async fn cut_off_from_the_dcs_it_fences_before_the_key_can_be_taken() {
+    let bench = leading().await;
+    bench.live(Duration::from_secs(7)).await;
+    let until = bench.handle.session().leader_until().unwrap();
+    bench.store.dcs().set_faults(|faults| faults.cut = true);
+    while bench.fences.lock().is_empty() {
+        assert!(bench.key_is_there(), "the key was free before the fence");
+        bench.live(Duration::from_millis(50)).await;
+    }
+    let fenced = bench.fences.lock()[0];
+    assert!(
+        fenced < until && until.since(fenced) >= Duration::from_millis(300),
+        "fenced at {fenced:?}, until {until:?}"
+    );
+    assert!(!bench.handle.session().leading);
+    bench.live(TTL).await;
+    assert_eq!(bench.fences.lock().len(), 1, "one fence is enough");
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_get_lost_do_not_prolong_leadership() {
+    let bench = leading().await;
+    bench.store.dcs().set_faults(|faults| faults.lost_answers = u32::MAX);
+    let until = bench.handle.session().leader_until().unwrap();
+    bench.live(TTL + Duration::from_secs(1)).await;
+    // The store did renew the lease; but we can't know that.
+    assert!(bench.fences.lock().first().is_some_and(|at| *at < until));
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_answers_count_from_the_request() {
+    let bench = leading().await;
+    bench.store.dcs().set_faults(|faults| faults.answer_delay = Duration::from_millis(400));
+    bench.live(Duration::from_secs(20)).await;
+    let left = bench.handle.session().leader_until().unwrap().since(bench.clock.now());
+    assert!(left <= TTL - Duration::from_millis(400), "{left:?} left of {TTL:?}");
+    assert!(bench.fences.lock().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stuck_loop_loses_the_lease_and_postgresql_is_fenced_first() {
+    let bench = leading().await;
+    bench.live(Duration::from_secs(3)).await;
+    // No beat from here on.
+    let mut sessions = bench.handle.subscribe();
+    sessions.wait_for(|session| session.fenced == 1).await.unwrap();
+    assert!(bench.key_is_there(), "fenced while the key was still ours");
+    tokio::time::sleep(TTL * 2).await;
+    assert!(!bench.key_is_there(), "the lease has run out");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_taken_from_outside_is_noticed_and_the_loop_gets_little_time() {
+    let bench = leading().await;
+    bench.live(Duration::from_secs(2)).await;
+    let began = bench.clock.now();
+    bench.store.take_leader(&"b".into(), LeaseId(0)).await.unwrap();
+    bench.live(Duration::from_millis(1200)).await;
+    let fenced = *bench.fences.lock().first().expect("fenced");
+    assert!(fenced.since(began) <= Duration::from_millis(1100), "{:?}", fenced.since(began));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revoked_lease_is_fenced_at_once() {
+    let bench = leading().await;
+    let lease = bench.handle.session().lease.unwrap();
+    bench.dcs.client().revoke(lease.id).await.unwrap();
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.fences.lock().len(), 1);
+    assert!(bench.handle.session().lease.is_some_and(|new| new.id != lease.id), "a new lease for the member key");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_resigned_is_left_alone() {
+    let bench = leading().await;
+    bench.handle.resign();
+    bench.store.dcs().set_faults(|faults| faults.cut = true);
+    bench.live(TTL * 2).await;
+    assert!(bench.fences.lock().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_paused_leader_is_not_fenced() {
+    let bench = leading().await;
+    bench.handle.set_timing(Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: true });
+    bench.store.dcs().set_faults(|faults| faults.refused = true);
+    bench.live(TTL * 2).await;
+    assert!(bench.fences.lock().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_longer_ttl_moves_the_key_to_a_new_lease() {
+    let bench = leading().await;
+    let before = bench.handle.session().lease.unwrap();
+    bench.handle.set_timing(Timing { ttl: TTL * 4, loop_wait: Duration::from_secs(1), pause: false });
+    bench.live(Duration::from_secs(2)).await;
+    let after = bench.handle.session();
+    assert!(after.leading && after.lease.unwrap().id != before.id && after.lease.unwrap().ttl == TTL * 4);
+    assert_eq!(bench.dcs.peek("/service/demo/leader").entries[0].lease, after.lease.unwrap().id);
+}

@@ -1,0 +1,538 @@
+//! The HA loop: observe → decide → act.
+//!
+//! Everything that can wake it does: a change in the DCS, the exit of the postmaster, a command, the end of a task, the
+//! lease, the timer. A turn looks once at everything ([`situation`]), decides ([`decide`], pure) and acts; acting is one
+//! transaction, or a task ([`task`]) that runs beside the loop and wakes it when it ends. The lease is renewed by
+//! [`lease`], which also fences PostgreSQL if the loop does not step down in time.
+
+pub mod decide;
+pub mod election;
+pub mod lease;
+pub mod publish;
+pub mod situation;
+pub mod sync;
+pub mod task;
+
+mod act;
+mod commands;
+mod upkeep;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tracing::{debug, error, info, warn};
+use trunkline_common::cluster::{Member, Status};
+use trunkline_common::dcs::Dcs;
+use trunkline_common::dcs::follow::Knowledge;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision};
+use trunkline_config::{Local, PostgresConfig, Settings};
+
+use self::decide::{Action, Decision};
+use self::lease::{Keeper, LeaseHandle, Timing};
+use self::publish::Urls;
+use self::situation::{DivergenceState, Me, Memory, PeerAnswers, Situation};
+use self::task::{Hands, TaskEnd, TaskKind};
+use crate::node::{Board, Command};
+use crate::peer::Peers;
+use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, StopMode};
+
+/// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
+const MAX_STEPS: usize = 8;
+
+/// Why the loop ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// It was asked to.
+    Stopped,
+    /// Going on would do harm; the words say what a person has to do.
+    Refused(String),
+}
+
+/// What the loop is made of.
+pub struct Parts<D, P, C, R> {
+    /// The cluster's keys.
+    pub store: ClusterStore<D>,
+    /// The DCS as followed by its watch.
+    pub knowledge: watch::Receiver<Knowledge>,
+    /// The server.
+    pub postgres: P,
+    /// The other members.
+    pub peers: R,
+    /// Time.
+    pub clock: C,
+    /// This node's configuration.
+    pub local: Local,
+    /// Reads it again.
+    pub reload: Box<dyn Fn() -> Result<Local, String> + Send>,
+    /// Where state is published.
+    pub board: watch::Sender<Board>,
+    /// What REST and signals ask for.
+    pub commands: mpsc::Receiver<Command>,
+}
+
+/// The loop.
+pub struct Ha<D, P, C, R> {
+    parts: Parts<D, P, C, R>,
+    me: Me,
+    urls: Urls,
+    lease: LeaseHandle,
+    memory: Memory,
+    /// The newest view: the watch's, or our own with what we have just written in it.
+    view: Option<Arc<ClusterView>>,
+    pg: PgStatus,
+    task: Option<Running>,
+    last: Decision,
+    /// The settings that were last handed to PostgreSQL.
+    configured: Option<PostgresConfig>,
+    published: Published,
+    slots_seen: BTreeMap<String, Instant>,
+    scheduled_restart: Option<Value>,
+    /// How often what happened, and why: metric labels.
+    transitions: BTreeMap<(&'static str, &'static str), u64>,
+    checkpoint: Option<JoinHandle<()>>,
+}
+
+struct Running {
+    kind: TaskKind,
+    handle: JoinHandle<TaskEnd>,
+}
+
+/// What was last written, so that nothing is written twice.
+#[derive(Default)]
+struct Published {
+    member: Option<(Member, LeaseId)>,
+    status: Option<Status>,
+    slots: Option<BTreeMap<String, Option<trunkline_common::Lsn>>>,
+    /// `initialize`, `config` and `history` are as they should be since this promotion.
+    upkept: Option<Revision>,
+}
+
+/// What a turn leaves to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Look and decide again at once.
+    Again,
+    /// Wait for something to happen.
+    Wait,
+    /// End.
+    Exit,
+}
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    /// Puts the loop together and starts its lease keeper.
+    pub fn new(parts: Parts<D, P, C, R>, stop_keeper: watch::Receiver<bool>) -> Self {
+        let name = MemberName::from(parts.local.name.as_str());
+        let settings = Settings::default();
+        let timing = timing(&settings);
+        let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
+        let memory = Memory { started_at: clock.now(), ..Memory::default() };
+        let lease = Keeper::spawn(store, postgres, clock, name, timing, stop_keeper);
+        let config = parts.postgres.config();
+        Self {
+            me: me(&parts.local, &config),
+            urls: urls(&parts.local, &config),
+            lease,
+            memory,
+            view: None,
+            pg: PgStatus::NoData,
+            task: None,
+            last: Decision { action: Action::Wait, reason: "starting".to_owned() },
+            configured: None,
+            published: Published::default(),
+            slots_seen: BTreeMap::new(),
+            scheduled_restart: None,
+            transitions: BTreeMap::new(),
+            checkpoint: None,
+            parts,
+        }
+    }
+
+    /// Runs until `shutdown` or until going on would do harm.
+    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) -> Exit {
+        let mut exits = self.parts.postgres.exits();
+        let mut session = self.lease.subscribe();
+        loop {
+            session.borrow_and_update();
+            exits.borrow_and_update();
+            let next = self.turn().await;
+            self.publish_board();
+            if next == Next::Exit {
+                error!("{}", self.last.reason);
+                return Exit::Refused(self.last.reason.clone());
+            }
+            let wake = self.wake_at();
+            tokio::select! {
+                biased;
+                _ = shutdown.wait_for(|stop| *stop) => {
+                    self.shut_down().await;
+                    return Exit::Stopped;
+                }
+                _ = exits.changed() => debug!("woken by the exit of the postmaster"),
+                end = finished(&mut self.task) => self.finish(end),
+                () = Self::relevant_change(&mut self.parts.knowledge, &self.view) => debug!("woken by the DCS"),
+                _ = session.changed() => debug!("woken by the lease"),
+                Some(command) = self.parts.commands.recv() => self.command(command).await,
+                () = self.parts.clock.sleep_until(wake) => {}
+            }
+        }
+    }
+
+    /// Observe, decide, act, until there is nothing left to do at once.
+    async fn turn(&mut self) -> Next {
+        for _ in 0..MAX_STEPS {
+            self.lease.beat(self.parts.clock.now());
+            self.take_view();
+            self.apply_settings().await;
+            self.start_scheduled_restart();
+            if self.task.is_some() {
+                self.publish_member().await;
+                return Next::Wait;
+            }
+            self.observe().await;
+            // A new primary is announced before anything else is done: routers are waiting for exactly this.
+            if self.pg_is_primary() && self.published.member.as_ref().is_none_or(|(member, _)| !member.claims_primary())
+            {
+                self.publish_member().await;
+            }
+            let decision = self.decide().await;
+            let next = self.act(decision).await;
+            match next {
+                Next::Again => {}
+                Next::Wait => {
+                    self.publish_member().await;
+                    return Next::Wait;
+                }
+                Next::Exit => return Next::Exit,
+            }
+        }
+        warn!("still not settled after {MAX_STEPS} steps: {}", self.last.reason);
+        self.publish_member().await;
+        Next::Wait
+    }
+
+    /// The newest view, unless what we wrote ourselves is newer.
+    fn take_view(&mut self) {
+        let knowledge = self.parts.knowledge.borrow_and_update();
+        let Some(view) = &knowledge.view else { return };
+        if self.view.as_ref().is_none_or(|ours| ours.revision <= view.revision) {
+            self.view = Some(view.clone());
+        }
+    }
+
+    async fn apply_settings(&mut self) {
+        let Some(view) = self.view.clone() else { return };
+        self.lease.set_timing(timing(&view.settings));
+        // Until there is a cluster, its settings are what this node would bootstrap it with.
+        let settings = match (&view.config, &self.parts.local.bootstrap) {
+            (None, Some(bootstrap)) => Settings::from_value(&Value::Object(bootstrap.dcs.clone())).0,
+            _ => view.settings.clone(),
+        };
+        let (config, notices) = PostgresConfig::effective(&self.parts.local, &settings);
+        if self.configured.as_ref() == Some(&config) {
+            return;
+        }
+        for notice in notices {
+            warn!("{notice}");
+        }
+        self.me = me(&self.parts.local, &config);
+        self.urls = urls(&self.parts.local, &config);
+        if let Err(error) = self.parts.postgres.configure(config.clone()).await {
+            warn!("PostgreSQL's configuration could not be applied: {error}");
+        }
+        self.configured = Some(config);
+    }
+
+    async fn observe(&mut self) {
+        let deadline = self.settings().retry_timeout.clamp(Duration::from_millis(500), Duration::from_secs(3));
+        let pg = self.parts.postgres.observe(deadline).await;
+        let now = self.parts.clock.now();
+        match &pg {
+            PgStatus::Running(running) => {
+                self.memory.was_primary = running.role == PgRole::Primary;
+                self.memory.demoted = false;
+                self.memory.down_since = None;
+            }
+            PgStatus::NoData => self.memory.down_since = None,
+            _ => {
+                self.memory.down_since.get_or_insert(now);
+            }
+        }
+        if let PgStatus::Stopped(control) = &pg
+            && !matches!(self.pg, PgStatus::Stopped(_))
+            && situation::stopped_as_primary(control)
+        {
+            // Whatever stopped it, it may have WAL that nobody else has.
+            self.memory.was_primary = true;
+            if self.memory.divergence == DivergenceState::NotAsked {
+                self.memory.divergence = DivergenceState::Check;
+            }
+        }
+        if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
+            info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory));
+        }
+        self.pg = pg;
+    }
+
+    /// Decides; asks the other members first where the decision depends on them.
+    async fn decide(&mut self) -> Decision {
+        let mut answers: Option<PeerAnswers> = None;
+        let decision = loop {
+            let view = self.view.clone();
+            let session = self.lease.session();
+            let situation = Situation {
+                now: self.parts.clock.now(),
+                wall: self.parts.clock.wall(),
+                me: &self.me,
+                view: view.as_deref(),
+                leader_until: session.leader_until(),
+                has_lease: session.lease.is_some(),
+                dcs_away: session.trouble.is_some(),
+                pg: &self.pg,
+                memory: &self.memory,
+                peers: answers.as_ref(),
+            };
+            let decision = decide::decide(&situation);
+            let Action::Ask(members) = &decision.action else { break decision };
+            if answers.is_some() {
+                warn!("the decision asks for members that were asked already: {}", decision.reason);
+                break Decision { action: Action::Wait, reason: decision.reason };
+            }
+            // A member that is slow to answer must not cost a failover its speed.
+            let patience = (self.settings().ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2));
+            answers = Some(self.parts.peers.status(members.clone(), patience).await);
+        };
+        if decision.reason != self.last.reason || decision.action.label() != self.last.action.label() {
+            info!("{}", decision.reason);
+        } else {
+            debug!("{}", decision.reason);
+        }
+        self.last = decision.clone();
+        decision
+    }
+
+    /// What a finished task means.
+    fn finish(&mut self, end: (TaskKind, TaskEnd)) {
+        let (kind, end) = end;
+        let now = self.parts.clock.now();
+        match (kind, end) {
+            (kind, TaskEnd::Failed { why, damaged }) => {
+                warn!("{} failed: {why}", kind.label());
+                self.memory.failures += 1;
+                let exponent = self.memory.failures.min(6) - 1;
+                let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
+                self.memory.retry_at = Some(now + pause);
+                self.memory.last_failure = Some(why.clone());
+                if kind == TaskKind::Rewind {
+                    self.memory.divergence = match damaged {
+                        true => DivergenceState::RewindFailed(why),
+                        false => DivergenceState::Check,
+                    };
+                }
+                if kind == TaskKind::Promote && self.memory.failures >= 3 {
+                    self.memory.abstain_until = Some(now + self.settings().ttl);
+                }
+                return;
+            }
+            (TaskKind::HandOver | TaskKind::Demote, _) => {
+                self.memory.demoted = true;
+                self.memory.divergence = DivergenceState::Check;
+            }
+            (_, TaskEnd::Compared(Divergence::None)) => {
+                info!("the local history is a prefix of the leader's");
+                self.memory.divergence = DivergenceState::NotAsked;
+            }
+            (_, TaskEnd::Compared(Divergence::Rewind(why))) => {
+                info!("the local history has left the leader's: {why}");
+                self.memory.divergence = DivergenceState::Rewind(why);
+            }
+            (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
+                info!("histories can't be compared yet: {why}");
+                self.memory.retry_at = Some(now + Duration::from_millis(200));
+                self.memory.last_failure = Some(why);
+                return;
+            }
+            (TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind, _) => {
+                self.memory.divergence = DivergenceState::NotAsked;
+                self.memory.was_primary = false;
+                self.memory.demoted = false;
+            }
+            (_, TaskEnd::Promoted(timeline)) => {
+                info!("promoted, on timeline {timeline}");
+                self.memory.checkpoint_pending = Some(timeline);
+                self.memory.divergence = DivergenceState::NotAsked;
+                self.memory.sync_since.clear();
+                self.published.upkept = None;
+            }
+            (
+                TaskKind::Bootstrap
+                | TaskKind::Start
+                | TaskKind::Restart
+                | TaskKind::Promote
+                | TaskKind::CheckDivergence,
+                _,
+            ) => {}
+        }
+        self.memory.failures = 0;
+        self.memory.retry_at = None;
+        self.memory.last_failure = None;
+    }
+
+    /// In order: a leader hands over to whoever has everything, then the member key says `stopped`.
+    async fn shut_down(&mut self) {
+        info!("shutting down");
+        if let Some(task) = self.task.take() {
+            // A promotion or a start that is cut off leaves a server behind that the stop below ends.
+            task.handle.abort();
+        }
+        let limit = Duration::from_secs(60);
+        if self.settings().pause {
+            info!("paused: PostgreSQL is left running");
+            return;
+        }
+        self.observe().await;
+        let leads = self.lease.session().leading;
+        let stopped = match (leads, self.hand_over_plan(None)) {
+            (true, Some(plan)) => {
+                let plan = task::HandOverPlan { candidate_limit: Duration::from_secs(5), stop_limit: limit, ..plan };
+                match self.hands().hand_over(plan).await {
+                    TaskEnd::Failed { why, .. } => Err(why),
+                    _ => Ok(()),
+                }
+            }
+            _ if matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_)) => Ok(()),
+            _ => self.parts.postgres.stop(StopMode::Fast, limit, None).await.map_err(|error| error.to_string()),
+        };
+        if let Err(why) = stopped {
+            warn!("PostgreSQL did not stop in order, stopping it at once: {why}");
+            if let Err(error) = self.parts.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
+                error!("PostgreSQL could not be stopped: {error}");
+                return;
+            }
+        }
+        self.lease.resign();
+        self.observe().await;
+        self.publish_member().await;
+        self.publish_board();
+    }
+
+    /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
+    /// would keep every node awake.
+    async fn relevant_change(knowledge: &mut watch::Receiver<Knowledge>, seen: &Option<Arc<ClusterView>>) {
+        loop {
+            if knowledge.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            let current = knowledge.borrow().view.clone();
+            let matters = match (&current, seen) {
+                (Some(now), Some(before)) => now.revision >= before.revision && matters(before, now),
+                (now, before) => now.is_some() != before.is_some(),
+            };
+            if matters {
+                return;
+            }
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        let now = self.parts.clock.now();
+        let mut wake = now + self.settings().loop_wait;
+        if let Some(until) = self.lease.session().leader_until() {
+            wake =
+                wake.min((until - decide::step_down_margin(self.settings().ttl)).max(now + Duration::from_millis(50)));
+        }
+        if let Some(retry_at) = self.memory.retry_at.filter(|at| *at > now) {
+            wake = wake.min(retry_at);
+        }
+        let scheduled = self.view.as_ref().and_then(|view| view.failover.as_ref()?.scheduled_at);
+        if let Some(left) = scheduled.and_then(|at| (at.to_utc() - self.parts.clock.wall()).to_std().ok()) {
+            wake = wake.min(now + left);
+        }
+        wake
+    }
+
+    fn settings(&self) -> Settings {
+        self.view.as_ref().map(|view| view.settings.clone()).unwrap_or_default()
+    }
+
+    fn pg_is_primary(&self) -> bool {
+        matches!(&self.pg, PgStatus::Running(running) if running.role == PgRole::Primary)
+    }
+
+    fn hands(&self) -> Hands<D, P, C, R> {
+        Hands {
+            store: self.parts.store.clone(),
+            postgres: self.parts.postgres.clone(),
+            clock: self.parts.clock.clone(),
+            peers: self.parts.peers.clone(),
+            lease: self.lease.clone(),
+            name: self.me.name.clone(),
+        }
+    }
+
+    fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
+        self.task = Some(Running { kind, handle: tokio::spawn(work) });
+    }
+}
+
+/// Waits for the end of the task; for ever without one.
+async fn finished(task: &mut Option<Running>) -> (TaskKind, TaskEnd) {
+    let Some(running) = task else { return std::future::pending().await };
+    let kind = running.kind;
+    let end = (&mut running.handle).await;
+    *task = None;
+    (kind, end.unwrap_or_else(|error| TaskEnd::Failed { why: error.to_string(), damaged: false }))
+}
+
+/// Whether two views differ in something that decisions depend on.
+fn matters(before: &ClusterView, now: &ClusterView) -> bool {
+    let leader = |view: &ClusterView| {
+        view.leader_member().map(|member| {
+            (
+                member.conn_url.clone(),
+                member.state.clone(),
+                member.role.clone(),
+                member.timeline,
+                member.checkpoint_after_promote,
+            )
+        })
+    };
+    let key = |view: &ClusterView| view.leader.as_ref().map(|leader| (leader.name.clone(), leader.created));
+    key(before) != key(now)
+        || before.failover != now.failover
+        || before.sync != now.sync
+        || before.initialize != now.initialize
+        || before.config.as_ref().map(|c| c.revision) != now.config.as_ref().map(|c| c.revision)
+        || leader(before) != leader(now)
+        || before.members.len() != now.members.len()
+}
+
+fn timing(settings: &Settings) -> Timing {
+    Timing { ttl: settings.ttl, loop_wait: settings.loop_wait, pause: settings.pause }
+}
+
+fn me(local: &Local, config: &PostgresConfig) -> Me {
+    Me {
+        name: MemberName::from(local.name.as_str()),
+        tags: local.tags.clone(),
+        may_bootstrap: local.bootstrap.is_some(),
+        use_pg_rewind: config.use_pg_rewind,
+        use_slots: config.use_slots,
+        reclone_diverged: config.remove_data_directory_on_diverged_timelines,
+        reclone_unrewindable: config.remove_data_directory_on_rewind_failure,
+    }
+}
+
+fn urls(local: &Local, config: &PostgresConfig) -> Urls {
+    let scheme = if local.restapi.certfile.is_some() { "https" } else { "http" };
+    let postgres = |address: &str| format!("postgres://{address}/{}", config.database);
+    Urls {
+        connection: postgres(&config.connect_address),
+        api: format!("{scheme}://{}/patroni", local.restapi.connect_address),
+        proxy: config.proxy_address.as_deref().map(postgres),
+    }
+}

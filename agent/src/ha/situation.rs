@@ -1,0 +1,203 @@
+//! What a decision is made on: one view, one look at PostgreSQL, what this node remembers, and what the peers said.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde_json::{Map, Value};
+use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, SystemId, TimelineId};
+use trunkline_config::tags;
+
+use crate::peer::PeerStatus;
+use crate::postgres::{ControlData, ControlState, PgRole, PgStatus, Running, Upstream};
+
+/// The answers of the members that were asked: `None` for one that did not answer.
+pub type PeerAnswers = BTreeMap<MemberName, Option<PeerStatus>>;
+
+/// Everything that `decide` may look at.
+#[derive(Debug, Clone)]
+pub struct Situation<'a> {
+    /// Now.
+    pub now: Instant,
+    /// The wall clock, for scheduled requests only.
+    pub wall: DateTime<Utc>,
+    /// This node's own configuration.
+    pub me: &'a Me,
+    /// The cluster; `None` until the DCS has been read once.
+    pub view: Option<&'a ClusterView>,
+    /// Until when the leader key is certainly ours. `None`: not the leader.
+    pub leader_until: Option<Instant>,
+    /// Whether this process has a lease at all.
+    pub has_lease: bool,
+    /// The DCS does not answer at the moment.
+    pub dcs_away: bool,
+    /// PostgreSQL as observed.
+    pub pg: &'a PgStatus,
+    /// What happened before.
+    pub memory: &'a Memory,
+    /// What the peers said, once a decision asked for it.
+    pub peers: Option<&'a PeerAnswers>,
+}
+
+/// The parts of this node's configuration that decisions depend on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Me {
+    /// The member's name.
+    pub name: MemberName,
+    /// Its tags.
+    pub tags: Map<String, Value>,
+    /// It may initialise a new cluster (the file has a `bootstrap` section).
+    pub may_bootstrap: bool,
+    /// pg_rewind is allowed.
+    pub use_pg_rewind: bool,
+    /// Slots for members are used.
+    pub use_slots: bool,
+    /// A diverged data directory may be replaced by a copy.
+    pub reclone_diverged: bool,
+    /// A data directory that could not be rewound may be replaced by a copy.
+    pub reclone_unrewindable: bool,
+}
+
+impl Me {
+    /// Effective failover priority; ≤ 0: never leader.
+    pub fn failover_priority(&self) -> i64 {
+        tags::failover_priority(&self.tags)
+    }
+}
+
+/// What the loop remembers from turn to turn. Lost with the process, and decisions are safe without it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Memory {
+    /// Whether the local history may differ from the leader's.
+    pub divergence: DivergenceState,
+    /// The server took writes when it was last seen running.
+    pub was_primary: bool,
+    /// It is down because this node demoted it.
+    pub demoted: bool,
+    /// Since when it should answer but doesn't (crashed, starting, silent).
+    pub down_since: Option<Instant>,
+    /// Attempts to start, clone or rewind that failed since the last success.
+    pub failures: u32,
+    /// No new attempt before this.
+    pub retry_at: Option<Instant>,
+    /// Why the last attempt failed.
+    pub last_failure: Option<String>,
+    /// This node gave the key back because it could not lead; it stays out of races until then.
+    pub abstain_until: Option<Instant>,
+    /// The timeline that this node was promoted to and that has not had a checkpoint yet.
+    pub checkpoint_pending: Option<TimelineId>,
+    /// Position of the primary when each name of `synchronous_standby_names` came into force there.
+    pub sync_since: BTreeMap<String, Lsn>,
+    /// When the loop began: how long it may look for the key of a primary that it found running.
+    pub started_at: Instant,
+}
+
+/// Where the question "can this data directory follow the leader?" stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum DivergenceState {
+    /// No doubt.
+    #[default]
+    NotAsked,
+    /// It must be answered before a stopped server follows anybody.
+    Check,
+    /// It can't follow: rewind. The words name the positions compared.
+    Rewind(String),
+    /// pg_rewind failed; the words say why.
+    RewindFailed(String),
+}
+
+impl Situation<'_> {
+    /// Whether the leader key is ours with time left on its lease.
+    pub fn leads(&self) -> bool {
+        self.leader_until.is_some_and(|until| self.now < until)
+    }
+
+    /// The server's answer, if it runs.
+    pub fn running(&self) -> Option<&Running> {
+        match self.pg {
+            PgStatus::Running(running) => Some(running),
+            _ => None,
+        }
+    }
+
+    /// Whether the server takes writes.
+    pub fn is_primary(&self) -> bool {
+        self.running().is_some_and(|running| running.role == PgRole::Primary)
+    }
+
+    /// Own WAL position; 0 where it is not known.
+    pub fn lsn(&self) -> Lsn {
+        self.running().map_or(Lsn::INVALID, |running| running.lsn)
+    }
+
+    /// Identity of the local data.
+    pub fn system_id(&self) -> Option<SystemId> {
+        match self.pg {
+            PgStatus::Running(running) => Some(running.system_id),
+            PgStatus::Stopped(control) => Some(control.system_id),
+            _ => None,
+        }
+    }
+
+    /// Whether divergence can be mended at all: if not, nobody asks for it (ha-loop §11.1).
+    pub fn may_rewind(&self) -> bool {
+        self.me.use_pg_rewind || self.me.reclone_diverged
+    }
+
+    /// Whether something failed so lately that it must not be tried again yet.
+    pub fn backing_off(&self) -> bool {
+        self.memory.retry_at.is_some_and(|at| self.now < at)
+    }
+
+    /// How long the server has been down or silent.
+    pub fn down_for(&self) -> Duration {
+        self.memory.down_since.map_or(Duration::ZERO, |since| self.now.since(since))
+    }
+}
+
+/// The server that this node should stream from (ha-loop §10): its `replicatefrom` if that member runs, else the
+/// leader; nobody with `nostream`.
+pub fn upstream(me: &Me, view: &ClusterView) -> Option<Upstream> {
+    if me.tags.get("nostream").is_some_and(tags::truthy) {
+        return None;
+    }
+    let preferred = me.tags.get("replicatefrom").and_then(Value::as_str).map(MemberName::from);
+    let serves = |name: &MemberName| *name != me.name && view.members.get(name).is_some_and(Member::is_running);
+    let name = preferred.filter(serves).or_else(|| view.leader.as_ref().map(|leader| leader.name.clone()))?;
+    at(me, view, name)
+}
+
+/// The leader as a source of clones, divergence checks and rewinds.
+pub fn leader_upstream(me: &Me, view: &ClusterView) -> Option<Upstream> {
+    at(me, view, view.leader.as_ref()?.name.clone())
+}
+
+/// Where to make a copy from (ha-loop §5): a running replica tagged `clonefrom`, else the leader.
+pub fn clone_source(me: &Me, view: &ClusterView) -> Option<Upstream> {
+    let leader = &view.leader.as_ref()?.name;
+    let willing = |(name, member): &(&MemberName, &Member)| {
+        *name != leader && **name != me.name && member.is_running() && member.tag_is_true("clonefrom")
+    };
+    let replica = view.members.iter().find(willing).map(|(name, _)| name.clone());
+    at(me, view, replica.unwrap_or_else(|| leader.clone()))
+}
+
+fn at(me: &Me, view: &ClusterView, name: MemberName) -> Option<Upstream> {
+    if name == me.name {
+        return None;
+    }
+    let (host, port) = view.members.get(&name)?.host_port()?;
+    Some(Upstream { name, host, port, slot: me.use_slots.then(|| me.name.slot_name()) })
+}
+
+/// Whether pg_control is that of a server that stopped or crashed while it took writes.
+pub fn stopped_as_primary(control: &ControlData) -> bool {
+    let primary_state = matches!(
+        control.state,
+        ControlState::InProduction
+            | ControlState::InCrashRecovery
+            | ControlState::ShuttingDown
+            | ControlState::ShutDown
+    );
+    primary_state && !control.standby
+}

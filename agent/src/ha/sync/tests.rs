@@ -1,0 +1,193 @@
+//! The steps of synchronous mode, and the promise they keep: whoever the key names has every acknowledged commit.
+
+use proptest::prelude::*;
+use trunkline_common::cluster::{Member, SyncState};
+use trunkline_common::{Revision, SystemId, TimelineId};
+
+use super::*;
+use crate::postgres::PgRole;
+
+fn view(standbys: &[&str]) -> ClusterView {
+    let mut view = ClusterView::default();
+    view.settings.synchronous_mode = SynchronousMode::On;
+    for name in ["a", "b", "c-1"] {
+        let member = Member { state: "running".to_owned(), ..Member::default() };
+        view.members.insert(name.into(), member);
+    }
+    view.sync = SyncState {
+        leader: Some("a".into()),
+        standbys: standbys.iter().map(|name| (*name).to_owned()).collect(),
+        quorum: 0,
+        revision: Revision(9),
+    };
+    view
+}
+
+fn sender(name: &str, sync_state: &str, flushed: u64) -> WalSender {
+    WalSender {
+        usename: "replicator".to_owned(),
+        application_name: name.to_owned(),
+        client_addr: None,
+        state: "streaming".to_owned(),
+        sync_state: sync_state.to_owned(),
+        sync_priority: i32::from(sync_state == "sync"),
+        write_lsn: Some(Lsn(flushed)),
+        flush_lsn: Some(Lsn(flushed)),
+        replay_lsn: Some(Lsn(flushed)),
+    }
+}
+
+fn primary(names: &str, replication: Vec<WalSender>) -> Running {
+    Running {
+        role: PgRole::Primary,
+        system_id: SystemId(1),
+        timeline: Some(TimelineId(1)),
+        lsn: Lsn(1000),
+        receive_lsn: None,
+        replay_lsn: None,
+        replay_timestamp: None,
+        replay_paused: false,
+        latest_end_lsn: None,
+        replication_state: None,
+        upstream: None,
+        server_version: 150_000,
+        postmaster_start_time: String::new(),
+        replication,
+        synchronous_standby_names: names.to_owned(),
+        pending_restart: BTreeMap::new(),
+        slots: BTreeMap::new(),
+    }
+}
+
+fn next(view: &ClusterView, running: &Running, since: &[(&str, u64)]) -> Option<SyncStep> {
+    let since = since.iter().map(|(name, lsn)| ((*name).to_owned(), Lsn(*lsn))).collect();
+    step(view, running, &since, &"a".into(), "")
+}
+
+fn listed(step: Option<SyncStep>) -> Option<Value> {
+    match step {
+        Some(SyncStep::Key(write, _)) => write.value.map(|value| value["sync_standby"].clone()),
+        other => panic!("not a write of the key: {other:?}"),
+    }
+}
+
+fn names(step: Option<SyncStep>) -> String {
+    match step {
+        Some(SyncStep::Names(names, _)) => names,
+        other => panic!("not a setting: {other:?}"),
+    }
+}
+
+#[test]
+fn a_standby_becomes_synchronous_in_postgresql_first_and_on_the_key_after_it_caught_up() {
+    let streaming = primary("", vec![sender("b", "async", 900)]);
+    assert_eq!(names(next(&view(&[]), &streaming, &[])), "b");
+    let behind = primary("b", vec![sender("b", "sync", 900)]);
+    assert_eq!(next(&view(&[]), &behind, &[("b", 1000)]), None);
+    let caught_up = primary("b", vec![sender("b", "sync", 1000)]);
+    assert_eq!(listed(next(&view(&[]), &caught_up, &[("b", 1000)])), Some("b".into()));
+    assert_eq!(next(&view(&["b"]), &caught_up, &[("b", 1000)]), None);
+}
+
+#[test]
+fn a_lost_standby_leaves_the_key_before_postgresql_stops_waiting_for_it() {
+    let alone = primary("b", vec![sender("c-1", "async", 1000)]);
+    assert_eq!(listed(next(&view(&["b"]), &alone, &[("b", 1)])), Some(Value::Null));
+    assert_eq!(names(next(&view(&[]), &alone, &[("b", 1)])), "\"c-1\"");
+    let nobody = primary("b", vec![]);
+    assert_eq!(names(next(&view(&[]), &nobody, &[])), "");
+}
+
+#[test]
+fn strict_mode_goes_on_waiting() {
+    let mut strict = view(&["b"]);
+    strict.settings.synchronous_mode_strict = true;
+    assert_eq!(next(&strict, &primary("b", vec![]), &[]), None);
+    strict.sync.standbys.clear();
+    assert_eq!(names(next(&strict, &primary("", vec![]), &[])), STRICT_PLACEHOLDER);
+}
+
+#[test]
+fn nosync_and_lag_count() {
+    let mut choosy = view(&[]);
+    choosy.members.get_mut(&"b".into()).unwrap().tags.insert("nosync".to_owned(), true.into());
+    let both = primary("", vec![sender("b", "async", 1000), sender("c-1", "async", 990)]);
+    assert_eq!(names(next(&choosy, &both, &[])), "\"c-1\"");
+    let mut strict_lag = view(&[]);
+    strict_lag.settings.maximum_lag_on_syncnode = Some(5);
+    assert_eq!(names(next(&strict_lag, &both, &[])), "b");
+    let mut two = view(&[]);
+    two.settings.synchronous_node_count = 2;
+    assert_eq!(names(next(&two, &both, &[])), "2 (b,\"c-1\")");
+}
+
+#[test]
+fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
+    let mut off = view(&["b"]);
+    off.settings.synchronous_mode = SynchronousMode::Off;
+    let running = primary("b", vec![sender("b", "sync", 1000)]);
+    let Some(SyncStep::Key(write, _)) = next(&off, &running, &[]) else { panic!() };
+    assert_eq!(write, SyncWrite { value: None, seen: Revision(9) });
+    off.sync = SyncState::default();
+    assert_eq!(names(next(&off, &running, &[])), "");
+}
+
+#[test]
+fn names_are_quoted_as_postgresql_wants_them() {
+    for (name, text) in
+        [("node_1", "node_1"), ("node-1", "\"node-1\""), ("ANY", "\"ANY\""), ("1a", "\"1a\""), ("a\"b", "\"a\"\"b\"")]
+    {
+        assert_eq!(quoted(name), text);
+    }
+    assert!(mentions("2 (b,\"c-1\")", "C-1") && !mentions("2 (b,\"c-1\")", "c"));
+}
+
+proptest! {
+    /// A model of one primary, its senders and the key, taken through arbitrary events: at every moment each name on the
+    /// key is waited for by PostgreSQL, unless it was listed when it went away and no step has been taken since.
+    #[test]
+    fn whoever_is_on_the_key_is_waited_for(events in prop::collection::vec((0usize..3, any::<bool>(), 0u64..50), 1..60)) {
+        let mut state = view(&[]);
+        let mut running = primary("", vec![]);
+        let mut since: BTreeMap<String, Lsn> = BTreeMap::new();
+        let nodes = ["b", "c-1"];
+        let mut flushed = BTreeMap::from([("b", 0u64), ("c-1", 0)]);
+        let mut up = BTreeMap::from([("b", false), ("c-1", false)]);
+        // The highest position acknowledged to a client so far.
+        let mut acknowledged = 0;
+        for (what, on, amount) in events {
+            match what {
+                0 | 1 => { up.insert(nodes[what], on); }
+                _ => running.lsn.0 += amount,
+            }
+            for node in nodes {
+                if up[node] && on { flushed.insert(node, running.lsn.0); }
+            }
+            for _ in 0..4 {
+                let in_force = running.synchronous_standby_names.clone();
+                running.replication = nodes.iter().filter(|node| up[*node]).map(|node| {
+                    sender(node, if mentions(&in_force, node) { "sync" } else { "async" }, flushed[node])
+                }).collect();
+                // What can be acknowledged: everything every waited-for standby has; everything if nobody is waited for.
+                let waited: Vec<_> = nodes.iter().filter(|node| mentions(&in_force, node)).collect();
+                let limit = waited.iter().map(|node| if up[**node] { flushed[**node] } else { acknowledged }).min();
+                acknowledged = acknowledged.max(limit.unwrap_or(running.lsn.0).min(running.lsn.0));
+                for node in &state.sync.standbys {
+                    prop_assert!(flushed[node.as_str()] >= acknowledged, "{node} on the key lacks acknowledged commits");
+                }
+                since.retain(|name, _| mentions(&in_force, name));
+                for s in running.replication.iter().filter(|s| mentions(&in_force, &s.application_name)) {
+                    since.entry(s.application_name.clone()).or_insert(running.lsn);
+                }
+                match step(&state, &running, &since, &"a".into(), "") {
+                    None => break,
+                    Some(SyncStep::Names(names, _)) => running.synchronous_standby_names = names,
+                    Some(SyncStep::Key(write, _)) => {
+                        let text = write.value.as_ref().and_then(|v| v["sync_standby"].as_str()).unwrap_or_default().to_owned();
+                        state.sync.standbys = text.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect();
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! Long work: what takes longer than a query runs beside the loop, one task at a time, and reports back when it ends.
+//!
+//! While a task runs the loop goes on listening and the keeper goes on renewing; nothing else is decided.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+use trunkline_common::cluster::Status;
+use trunkline_common::dcs::codec;
+use trunkline_common::dcs::store::{ClusterStore, Outcome};
+use trunkline_common::dcs::{Dcs, DcsError, Lease};
+use trunkline_common::{Clock, ClusterView, Instant, Lsn, MemberName, TimelineId};
+
+use super::lease::LeaseHandle;
+use crate::peer::Peers;
+use crate::postgres::{Divergence, PgError, Postgres, StartAs, StopMode, Upstream};
+
+/// What is going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TaskKind {
+    /// initdb and first start of a new cluster.
+    Bootstrap,
+    /// Copying a data directory.
+    Clone,
+    /// The same because an operator asked for it.
+    Reinitialize,
+    /// Starting the server.
+    Start,
+    /// Stopping and starting it because an operator asked for it.
+    Restart,
+    /// Promotion.
+    Promote,
+    /// Stepping down in order.
+    HandOver,
+    /// Stepping down at once.
+    Demote,
+    /// Comparing histories.
+    CheckDivergence,
+    /// pg_rewind.
+    Rewind,
+}
+
+impl TaskKind {
+    /// What status documents and refusals call it.
+    pub fn label(self) -> &'static str {
+        match self {
+            TaskKind::Bootstrap => "bootstrap",
+            TaskKind::Clone => "creating replica",
+            TaskKind::Reinitialize => "reinitialize",
+            TaskKind::Start => "starting",
+            TaskKind::Restart => "restart",
+            TaskKind::Promote => "promote",
+            TaskKind::HandOver => "switchover",
+            TaskKind::Demote => "demote",
+            TaskKind::CheckDivergence => "comparing histories",
+            TaskKind::Rewind => "pg_rewind",
+        }
+    }
+}
+
+/// How a task ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskEnd {
+    /// As wished.
+    Done,
+    /// The standby takes writes, on this timeline.
+    Promoted(TimelineId),
+    /// The histories have been compared.
+    Compared(Divergence),
+    /// It failed; the words say why. `damaged`: the data directory may be unusable.
+    Failed {
+        /// Why.
+        why: String,
+        /// The data directory may be unusable now.
+        damaged: bool,
+    },
+}
+
+impl From<PgError> for TaskEnd {
+    fn from(error: PgError) -> Self {
+        TaskEnd::Failed { why: error.to_string(), damaged: false }
+    }
+}
+
+/// What tasks need of the node.
+#[derive(Debug, Clone)]
+pub struct Hands<D, P, C, R> {
+    /// The cluster's keys.
+    pub store: ClusterStore<D>,
+    /// The server.
+    pub postgres: P,
+    /// Time.
+    pub clock: C,
+    /// The other members.
+    pub peers: R,
+    /// The lease.
+    pub lease: LeaseHandle,
+    /// This member.
+    pub name: MemberName,
+}
+
+/// Longest time an ordinary start or promotion is waited for. Recovery may take longer; the loop then sees a starting
+/// server and decides what `primary_start_timeout` means for it.
+pub const START_LIMIT: Duration = Duration::from_secs(60);
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
+    /// initdb, first start, users, then `initialize`, `config` and the leader key. A bootstrap that fails is taken back, and
+    /// its data directory moved aside.
+    pub async fn bootstrap(self, plan: BootstrapPlan, lease: Lease) -> TaskEnd {
+        match self.try_bootstrap(&plan, lease).await {
+            Ok(()) => TaskEnd::Done,
+            Err(why) => {
+                warn!("the bootstrap failed: {why}");
+                self.lease.resign();
+                let stopped = self.postgres.stop(StopMode::Immediate, Duration::from_secs(10), None).await;
+                let aside = self.postgres.move_data_aside().await;
+                for error in [stopped.err(), aside.err()].into_iter().flatten() {
+                    warn!("cleaning up after the failed bootstrap: {error}");
+                }
+                if let Err(error) = self.store.cancel_bootstrap().await {
+                    warn!("the initialize key could not be given back: {error}");
+                }
+                TaskEnd::Failed { why, damaged: false }
+            }
+        }
+    }
+
+    async fn try_bootstrap(&self, plan: &BootstrapPlan, lease: Lease) -> Result<(), String> {
+        let pg = |error: PgError| error.to_string();
+        let dcs = |error: DcsError| error.to_string();
+        self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
+        self.postgres.start(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
+        self.postgres.create_users(plan.post_bootstrap.clone()).await.map_err(pg)?;
+        let status = self.postgres.observe(Duration::from_secs(5)).await;
+        let crate::postgres::PgStatus::Running(running) = status else {
+            return Err("the new server does not answer".to_owned());
+        };
+        self.store.put_initialize(running.system_id).await.map_err(dcs)?;
+        self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
+        self.store.take_leader(&self.name, lease.id).await.map_err(dcs)?;
+        if !self.lease.lead(lease) {
+            return Err("the lease was lost during the bootstrap".to_owned());
+        }
+        self.postgres.callback("on_start", "primary");
+        Ok(())
+    }
+
+    /// Copies from `source`; the next turn starts the copy.
+    pub async fn clone_from(self, source: Upstream, stop_first: bool) -> TaskEnd {
+        if stop_first && let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
+            return error.into();
+        }
+        match self.postgres.clone_from(source).await {
+            Ok(()) => TaskEnd::Done,
+            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
+        }
+    }
+
+    /// Starts the server. `names` is `synchronous_standby_names` from the first moment on: whoever may have been promised
+    /// to have every commit must be waited for, and a standby must not bring somebody else's list along.
+    pub async fn start(self, role: StartAs, names: String, event: Option<&'static str>) -> TaskEnd {
+        if let Err(error) = self.postgres.set_synchronous_standby_names(names).await {
+            return error.into();
+        }
+        let primary = role == StartAs::Primary;
+        match self.postgres.start(role, START_LIMIT).await {
+            Ok(()) => {
+                if let Some(event) = event {
+                    self.postgres.callback(event, if primary { "primary" } else { "replica" });
+                }
+                TaskEnd::Done
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Stops in order and starts again in the same role.
+    pub async fn restart(self, role: StartAs, names: String, limit: Duration) -> TaskEnd {
+        let hour = Duration::from_secs(3600);
+        if let Err(error) = self.postgres.checkpoint(hour).await {
+            info!("restarting without a checkpoint first: {error}");
+        }
+        if let Err(error) = self.postgres.stop(StopMode::Fast, limit.max(START_LIMIT), None).await {
+            return error.into();
+        }
+        if let Err(error) = self.postgres.set_synchronous_standby_names(names).await {
+            return error.into();
+        }
+        let primary = role == StartAs::Primary;
+        match self.postgres.start(role, limit).await {
+            Ok(()) => {
+                self.postgres.callback("on_restart", if primary { "primary" } else { "replica" });
+                TaskEnd::Done
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
+    /// passed since it was decided.
+    pub async fn promote(self, names: String, current_names: String) -> TaskEnd {
+        if names != current_names
+            && let Err(error) = self.postgres.set_synchronous_standby_names(names).await
+        {
+            return error.into();
+        }
+        let until = self.lease.session().leader_until();
+        if until.is_none_or(|until| until <= self.clock.now()) {
+            return TaskEnd::Failed { why: "the leader key was lost before the promotion".to_owned(), damaged: false };
+        }
+        match self.postgres.promote(START_LIMIT).await {
+            Ok(timeline) => {
+                self.postgres.callback("on_role_change", "primary");
+                TaskEnd::Promoted(timeline)
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Checkpoint while still serving; stop; as soon as a candidate has the shutdown checkpoint, the key is free.
+    pub async fn hand_over(self, plan: HandOverPlan) -> TaskEnd {
+        if plan.checkpoint_first
+            && let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await
+        {
+            warn!("handing over without a checkpoint first: {error}");
+        }
+        let (sender, shut_down) = oneshot::channel();
+        let stop = self.postgres.stop(StopMode::Fast, plan.stop_limit, Some(sender));
+        let release = async {
+            // The sender is dropped without a word when the stop was not clean.
+            let Ok(position) = shut_down.await else { return };
+            self.await_candidate(&plan, position).await;
+            self.release(Some(position), &plan.view).await;
+        };
+        let (stopped, ()) = tokio::join!(stop, release);
+        if let Err(error) = stopped {
+            warn!("the fast stop was not done in time, stopping at once: {error}");
+            if let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
+                return error.into();
+            }
+        }
+        if self.lease.session().leading {
+            self.release(None, &plan.view).await;
+        }
+        self.postgres.callback("on_role_change", "replica");
+        TaskEnd::Done
+    }
+
+    /// Waits until a candidate has received the shutdown checkpoint: then it can be promoted without leaving this node
+    /// with WAL of its own. Bounded: a switchover to a slow standby goes on without.
+    async fn await_candidate(&self, plan: &HandOverPlan, position: Lsn) {
+        let give_up = self.clock.now() + plan.candidate_limit;
+        while self.clock.now() < give_up {
+            let statuses = self.peers.status(plan.candidates.clone(), Duration::from_millis(500)).await;
+            let caught_up = |(name, status): (&MemberName, &Option<crate::peer::PeerStatus>)| {
+                status.as_ref().is_some_and(|peer| peer.in_recovery && peer.lsn >= position).then(|| name.clone())
+            };
+            if let Some(name) = statuses.iter().find_map(caught_up) {
+                info!("{name} has the shutdown checkpoint at {position}");
+                return;
+            }
+            // The standby has been sent the record before the postmaster can exit; it needs a moment to write it.
+            self.clock.sleep(Duration::from_millis(2)).await;
+        }
+        warn!("no candidate has the shutdown checkpoint at {position} within {:?}", plan.candidate_limit);
+    }
+
+    async fn release(&self, position: Option<Lsn>, view: &ClusterView) {
+        self.lease.resign();
+        let status = position.map(|optime| codec::encode_status(&Status { optime, ..view.status.clone() }));
+        match self.store.release_leader(&self.name, status).await {
+            Ok(Outcome::Done(_)) => info!("released the leader key"),
+            Ok(Outcome::Conflict) => info!("the leader key was not ours any more"),
+            Err(error) => warn!("the leader key could not be released, it ends with its lease: {error}"),
+        }
+    }
+
+    /// Stops without order. `by`: the fast stop may take until then.
+    pub async fn demote(self, fast_until: Option<Instant>) -> TaskEnd {
+        if let Some(until) = fast_until {
+            let limit = until.since(self.clock.now());
+            match self.postgres.stop(StopMode::Fast, limit, None).await {
+                Ok(()) => {
+                    self.lease.resign();
+                    self.postgres.callback("on_role_change", "replica");
+                    return TaskEnd::Done;
+                }
+                Err(error) => warn!("the fast stop was not done in time, stopping at once: {error}"),
+            }
+        }
+        match self.postgres.stop(StopMode::Immediate, Duration::from_secs(5), None).await {
+            Ok(()) => {
+                self.lease.resign();
+                self.postgres.callback("on_role_change", "replica");
+                TaskEnd::Done
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Compares histories.
+    pub async fn compare(self, upstream: Upstream) -> TaskEnd {
+        TaskEnd::Compared(self.postgres.diverged(upstream).await)
+    }
+
+    /// Stops if need be and rewinds. The next turn starts the server.
+    pub async fn rewind(self, upstream: Upstream) -> TaskEnd {
+        if let Err(error) = self.postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
+            return error.into();
+        }
+        match self.postgres.rewind(upstream).await {
+            Ok(()) => TaskEnd::Done,
+            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
+        }
+    }
+}
+
+/// What a bootstrap needs to know.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BootstrapPlan {
+    /// Options of initdb.
+    pub initdb: Vec<String>,
+    /// Lines for its pg_hba.conf.
+    pub hba: Vec<String>,
+    /// Command to run once.
+    pub post_bootstrap: Option<String>,
+    /// The new cluster's dynamic configuration.
+    pub config: serde_json::Value,
+    /// Revision of the `config` key it replaces.
+    pub config_seen: trunkline_common::Revision,
+}
+
+/// What a hand-over needs to know.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HandOverPlan {
+    /// Who may take over (name → `api_url`).
+    pub candidates: std::collections::BTreeMap<MemberName, String>,
+    /// The view that it was decided on.
+    pub view: std::sync::Arc<ClusterView>,
+    /// Checkpoint while still serving, so that the shutdown checkpoint is short.
+    pub checkpoint_first: bool,
+    /// How long the fast stop may take.
+    pub stop_limit: Duration,
+    /// How long to wait for a candidate to have the shutdown checkpoint.
+    pub candidate_limit: Duration,
+}

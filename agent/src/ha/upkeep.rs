@@ -1,0 +1,207 @@
+//! What a leader keeps up to date, and what every node publishes of itself.
+
+use tracing::{debug, info, warn};
+use trunkline_common::Clock;
+use trunkline_common::cluster::Initialize;
+use trunkline_common::dcs::store::{Outcome, SyncWrite};
+use trunkline_common::dcs::{Dcs, codec};
+use trunkline_config::dynamic::new_cluster;
+
+use super::sync::{self, SyncStep};
+use super::{Ha, Next, publish};
+use crate::node::Board;
+use crate::peer::Peers;
+use crate::postgres::{PgStatus, Postgres};
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    /// A leader's turn without incident: status, slots, synchronous set; after a promotion also history and checkpoint.
+    pub(super) async fn lead(&mut self) -> Next {
+        self.publish_member().await;
+        self.upkeep_keys().await;
+        self.checkpoint_after_promotion();
+        self.upkeep_slots().await;
+        self.upkeep_status().await;
+        self.upkeep_sync().await
+    }
+
+    /// What a node does that has nothing to do.
+    pub(super) async fn idle_upkeep(&mut self) {
+        self.settle_divergence();
+        self.memory.checkpoint_pending = None;
+        if matches!(self.pg, PgStatus::Running(_)) && !self.pg_is_primary() {
+            self.upkeep_slots().await;
+        }
+    }
+
+    /// `initialize`, `config` and `history`: once after a promotion, and whenever the view shows them wrong.
+    async fn upkeep_keys(&mut self) {
+        let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return };
+        if view.initialize != Initialize::Done(running.system_id)
+            && let Err(error) = self.parts.store.put_initialize(running.system_id).await
+        {
+            warn!("the initialize key could not be written: {error}");
+        }
+        if view.config.is_none() {
+            let dcs = self.parts.local.bootstrap.as_ref().map(|bootstrap| bootstrap.dcs.clone()).unwrap_or_default();
+            match self.parts.store.put_config(&new_cluster(&dcs), None).await {
+                Ok(_) => info!("wrote the config key, which was missing"),
+                Err(error) => warn!("the config key could not be written: {error}"),
+            }
+        }
+        let Some(timeline) = running.timeline.filter(|_| self.published.upkept != Some(view.revision)) else { return };
+        if view.timeline() == Some(timeline) || (timeline.0 <= 1 && view.history.is_empty()) {
+            return;
+        }
+        let Some((local, written_at)) = self.parts.postgres.history(timeline).await else { return };
+        if let Some(lines) = publish::history(&view, &self.me.name, timeline, &local, &written_at) {
+            match self.parts.store.put_history(&codec::encode_history(&lines)).await {
+                Ok(()) => self.published.upkept = Some(view.revision),
+                Err(error) => warn!("the history key could not be written: {error}"),
+            }
+        }
+    }
+
+    /// pg_rewind needs a checkpoint on the new timeline (ha-loop §11.3). It may take long, so it runs beside everything.
+    fn checkpoint_after_promotion(&mut self) {
+        if self.memory.checkpoint_pending.is_none() {
+            return;
+        }
+        match &self.checkpoint {
+            Some(running) if !running.is_finished() => {}
+            Some(_) => {
+                self.checkpoint = None;
+                self.memory.checkpoint_pending = None;
+            }
+            None => {
+                let postgres = self.parts.postgres.clone();
+                self.checkpoint = Some(tokio::spawn(async move {
+                    if let Err(error) = postgres.checkpoint(std::time::Duration::from_secs(3600)).await {
+                        warn!("the checkpoint after the promotion failed: {error}");
+                    }
+                }));
+            }
+        }
+    }
+
+    async fn upkeep_slots(&mut self) {
+        let Some(view) = self.view.clone() else { return };
+        let now = self.parts.clock.now();
+        let leads = self.pg_is_primary();
+        publish::note_slots(&mut self.slots_seen, &view, leads, now);
+        let mut wanted = publish::slots(&view, &self.me, &self.slots_seen, now);
+        if leads {
+            // The standbys move their own slots here; positions are only for copies on standbys.
+            wanted.values_mut().for_each(|position| *position = None);
+        }
+        if self.published.slots.as_ref() == Some(&wanted) {
+            return;
+        }
+        match self.parts.postgres.set_slots(wanted.clone()).await {
+            Ok(()) => self.published.slots = Some(wanted),
+            Err(error) => {
+                debug!("the replication slots could not all be set: {error}");
+                self.published.slots = None;
+            }
+        }
+    }
+
+    async fn upkeep_status(&mut self) {
+        let Some(view) = self.view.clone() else { return };
+        let wanted = self.published.slots.clone().unwrap_or_default();
+        let Some(status) = publish::status(&view, &self.me, &self.pg, &wanted) else { return };
+        if self.published.status.as_ref() == Some(&status) && view.status == status {
+            return;
+        }
+        match self.parts.store.put_status(&self.me.name, &codec::encode_status(&status)).await {
+            Ok(Outcome::Done(_)) => self.published.status = Some(status),
+            Ok(Outcome::Conflict) => debug!("status is not ours to write any more"),
+            Err(error) => debug!("the status key could not be written: {error}"),
+        }
+    }
+
+    /// One step towards the wanted synchronous set; the next one follows at once.
+    async fn upkeep_sync(&mut self) -> Next {
+        let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
+        let in_force = running.synchronous_standby_names.clone();
+        self.memory.sync_since.retain(|name, _| sync::mentions(&in_force, name));
+        for sender in running.replication.iter().filter(|sender| sync::mentions(&in_force, &sender.application_name)) {
+            // The first sight of a name in force: from this position on every commit waits for it.
+            self.memory.sync_since.entry(sender.application_name.clone()).or_insert(running.lsn);
+        }
+        let configured = self.configured_names();
+        match sync::step(&view, &running, &self.memory.sync_since, &self.me.name, &configured) {
+            None => Next::Wait,
+            Some(SyncStep::Key(write, why)) => self.write_sync(write, why).await,
+            Some(SyncStep::Names(names, why)) => {
+                info!("synchronous_standby_names = '{names}': {why}");
+                match self.parts.postgres.set_synchronous_standby_names(names).await {
+                    Ok(()) => Next::Again,
+                    Err(error) => {
+                        warn!("synchronous_standby_names could not be set: {error}");
+                        Next::Wait
+                    }
+                }
+            }
+        }
+    }
+
+    async fn write_sync(&mut self, write: SyncWrite, why: String) -> Next {
+        match self.parts.store.put_sync(write).await {
+            Ok(Outcome::Done(_)) => {
+                info!("sync key updated: {why}");
+                // The watch brings the new revision in a moment, and with it the next step.
+                Next::Wait
+            }
+            Ok(Outcome::Conflict) => {
+                info!("the sync key has changed meanwhile; looking again");
+                Next::Wait
+            }
+            Err(error) => {
+                warn!("the sync key could not be written: {error}");
+                Next::Wait
+            }
+        }
+    }
+
+    /// Writes the member key, if it would say something new.
+    pub(super) async fn publish_member(&mut self) {
+        let Some(lease) = self.lease.session().lease else { return };
+        let task = self.task.as_ref().map(|task| &task.kind);
+        let mut member = publish::member(&self.me, &self.urls, &self.pg, task, &self.memory, self.view.as_deref());
+        member.scheduled_restart = self.scheduled_restart.clone();
+        let there = self.view.as_ref().is_some_and(|view| view.members.contains_key(&self.me.name));
+        if there && self.published.member.as_ref() == Some(&(member.clone(), lease.id)) {
+            return;
+        }
+        match self.parts.store.put_member(&self.me.name, &codec::encode_member(&member), lease.id).await {
+            Ok(()) => self.published.member = Some((member, lease.id)),
+            Err(error) => debug!("the member key could not be written: {error}"),
+        }
+    }
+
+    pub(super) fn publish_board(&mut self) {
+        let task = self.task.as_ref().map(|task| task.kind);
+        let now = self.parts.clock.now();
+        let knowledge = self.parts.knowledge.borrow();
+        let silent_for = knowledge.confirmed_at.map_or(0, |at| now.since(at).as_secs());
+        let board = Board {
+            state: publish::state_text(&self.pg, task.as_ref(), &self.memory).to_owned(),
+            role: publish::role_text(&self.pg, &self.memory).to_owned(),
+            postgres: self.pg.clone(),
+            leader_until: self.lease.session().leader_until(),
+            pause: self.view.as_ref().is_some_and(|view| view.settings.pause),
+            task: task.map(|task| task.label().to_owned()),
+            tags: trunkline_config::tags::published(&self.me.tags),
+            scheduled_restart: self.scheduled_restart.clone(),
+            reason: self.last.reason.clone(),
+            decision: self.last.action.label(),
+            next_run: self.wake_at(),
+            dcs_last_seen: self.parts.clock.wall().timestamp() - i64::try_from(silent_for).unwrap_or(0),
+            watchdog_failed: false,
+            transitions: self.transitions.clone(),
+            failsafe_active: false,
+        };
+        drop(knowledge);
+        self.parts.board.send_replace(board);
+    }
+}

@@ -1,0 +1,111 @@
+//! The leader is lost, in each of the ways a leader can be lost.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::{LIMIT, Scene};
+
+/// With the agent alive nothing has to expire: far less than the lease, on a machine that runs other tests as well.
+const AT_ONCE: Duration = Duration::from_millis(2500);
+
+/// The lease (5 s), etcd's sweep (0.5 s), and a busy machine.
+const AFTER_LEASE: Duration = Duration::from_millis(8000);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_postmaster_is_replaced_at_once_and_rejoins() -> Result<()> {
+    let mut scene = Scene::start("postmaster", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+
+    let fault = SystemClock.now();
+    scene.cluster.nodes[old].kill_postmaster()?;
+    let new = scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    let settled = scene.cluster.settled(LIMIT).await?;
+    ensure!(settled == new, "the cluster settled on another node than the one that took over");
+
+    let outage = load.writers.record().outage(fault);
+    ensure!(outage < AT_ONCE, "writes stood still for {outage:?}");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_node_is_replaced_when_its_lease_is_over_and_rejoins() -> Result<()> {
+    let mut scene = Scene::start("node", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+
+    let fault = SystemClock.now();
+    scene.cluster.nodes[old].kill();
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    let outage = load.writers.record().outage(fault);
+    ensure!(outage < AFTER_LEASE, "writes stood still for {outage:?}");
+
+    scene.cluster.nodes[old].start()?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_node_loses_its_sessions_and_takes_no_write_after_its_thaw() -> Result<()> {
+    let mut scene = Scene::start("freeze", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    let old_port = scene.cluster.nodes[old].port();
+
+    let fault = SystemClock.now();
+    scene.cluster.nodes[old].freeze();
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    // The writers' sessions were open and mute: only the router can have ended them.
+    load.writers.progress(100, LIMIT).await?;
+    let outage = load.writers.record().outage(fault);
+    ensure!(outage < AFTER_LEASE, "writes stood still for {outage:?}");
+
+    let taken_over = SystemClock.now();
+    scene.cluster.nodes[old].thaw();
+    load.writers.progress(500, LIMIT).await?;
+    let record = load.writers.record();
+    let late = record.writes.iter().find(|write| write.port == old_port && write.acked > taken_over);
+    ensure!(late.is_none(), "the old leader acknowledged a write after its thaw: {late:?}");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_asked_to_end_hands_over_first() -> Result<()> {
+    let mut scene = Scene::start("sigterm", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+
+    let fault = SystemClock.now();
+    scene.cluster.nodes[old].stop(LIMIT).await?;
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    let outage = load.writers.record().outage(fault);
+    ensure!(outage < AT_ONCE, "writes stood still for {outage:?}");
+
+    scene.cluster.nodes[old].start()?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_replica_stops_nothing() -> Result<()> {
+    let mut scene = Scene::start("replica", 3).await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let replicas: Vec<usize> = (0..3).filter(|node| *node != leader).collect();
+
+    // One after the other, so one of them is the synchronous standby: writes wait until another one takes its place.
+    for replica in replicas {
+        scene.cluster.nodes[replica].kill();
+        load.writers.progress(100, LIMIT).await?;
+        scene.cluster.nodes[replica].start()?;
+        ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    }
+    scene.finish(load).await?;
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! Whole clusters of real programs, one theme a file.
+
+mod agent;
+mod bootstrap;
+mod configuration;
+mod dcs;
+mod demo;
+mod failover;
+mod patroni;
+mod rejoin;
+mod router;
+mod switchover;

@@ -1,0 +1,117 @@
+//! Beside stock Patroni: the router in front of it, our agents among its nodes, its own client with our agents, and the
+//! set-up that the benchmark compares with.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::workload::Load;
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, haproxy, patroni};
+
+fn spec(agents: Vec<Program>) -> Spec {
+    let mut spec = Spec::new(agents.len(), &agents[0]);
+    spec.agents = agents;
+    spec.timing = Timing::PATRONI_LOWEST;
+    spec
+}
+
+/// Nothing about the cluster is changed for the router: the file has Patroni's own settings and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn our_router_in_front_of_stock_patroni() -> Result<()> {
+    let program = patroni::program()?;
+    let mut scene = Scene::with("stock", 1, spec(vec![program.clone(), program.clone(), program])).await?;
+    let load = scene.load().await?;
+
+    let old = scene.cluster.settled(LIMIT).await?;
+    let asked = SystemClock.now();
+    scene.cluster.switchover(old, None).await?;
+    let new = scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    eprintln!("switchover of stock Patroni behind our router: {:?}", load.writers.record().outage(asked));
+    scene.cluster.settled(LIMIT).await?;
+
+    let fault = SystemClock.now();
+    scene.cluster.nodes[new].kill_postmaster()?;
+    scene.cluster.leader_other_than(new, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    eprintln!("postmaster killed: {:?}", load.writers.record().outage(fault));
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_half_patroni_half_ours_switches_both_ways() -> Result<()> {
+    let mut scene = Scene::with("mixed", 1, spec(vec![Program::agent()?, patroni::program()?])).await?;
+    let load = scene.load().await?;
+    for _ in 0..2 {
+        let old = scene.cluster.settled(LIMIT).await?;
+        scene.cluster.switchover(old, Some(1 - old)).await?;
+        ensure!(scene.cluster.leader_other_than(old, LIMIT).await? == 1 - old);
+        load.writers.progress(100, LIMIT).await?;
+    }
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn patronictl_works_with_our_agents() -> Result<()> {
+    let mut scene = Scene::start("patronictl", 2).await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    let program = patroni::ctl()?;
+    let config = scene.cluster.nodes[old].config().to_owned();
+    let patronictl = |args: &[&str]| -> Result<String> {
+        let output = Command::new(&program.path).arg("-c").arg(&config).args(args).output().context("patronictl")?;
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        ensure!(output.status.success(), "patronictl {args:?}: {said}");
+        Ok(said)
+    };
+
+    let name = |node: usize| scene.cluster.nodes[node].name().to_owned();
+    let (leader, other) = (&name(old), &name(1 - old));
+    let list = patronictl(&["list", "demo"])?;
+    let row = |name: &str, role: &str, state: &str| {
+        list.lines().any(|line| [name, role, state].iter().all(|word| line.contains(word)))
+    };
+    ensure!(row(leader, "Leader", "running") && row(other, "Sync Standby", "streaming"), "{list}");
+    patronictl(&["switchover", "demo", "--leader", leader, "--candidate", other, "--force"])?;
+    ensure!(scene.cluster.leader_other_than(old, LIMIT).await? == 1 - old);
+    scene.cluster.settled(LIMIT).await?;
+    let edited = patronictl(&["edit-config", "demo", "--force", "-s", "maximum_lag_on_failover=12345"])?;
+    ensure!(edited.contains("12345"), "{edited}");
+    ensure!(patronictl(&["show-config", "demo"])?.contains("maximum_lag_on_failover: 12345"));
+    patronictl(&["restart", "demo", other, "--force"])?;
+    ensure!(scene.cluster.settled(LIMIT).await? == 1 - old, "leadership moved");
+    scene.lab.success();
+    Ok(())
+}
+
+/// What the benchmark compares with must be set up right.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stock_patroni_behind_haproxy() -> Result<()> {
+    let lab = Lab::new("haproxy")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let program = patroni::program()?;
+    let mut spec = spec(vec![program.clone(), program]);
+    spec.dcs = json!({ "synchronous_mode": true, "primary_start_timeout": 0 });
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
+    let proxy = haproxy::start(&lab, &cluster, haproxy::Checks::TUNED).await?;
+    let load = Load::start(&mut cluster, &proxy).await?;
+
+    let leader = cluster.leader(LIMIT).await?;
+    let asked = SystemClock.now();
+    cluster.switchover(leader, None).await?;
+    let new = cluster.leader_other_than(leader, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    cluster.settled(LIMIT).await?;
+    let outage = load.writers.record().outage(asked);
+    ensure!(outage > Duration::from_millis(200) && outage < Duration::from_secs(20), "it took {outage:?}");
+
+    // HAProxy learns of a promotion by its next check, so its read-only sessions are none of our business.
+    let seen = load.end().await;
+    let target = cluster.nodes[new].target(&cluster.spec().password);
+    ensure!(seen.all.missing(&target).await?.is_empty() && seen.all.two_primaries().is_none());
+    lab.success();
+    Ok(())
+}

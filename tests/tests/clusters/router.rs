@@ -1,0 +1,155 @@
+//! The router where its surroundings misbehave: no leader yet, no leader at all, nonsense from clients.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use tokio_postgres::NoTls;
+use tokio_postgres::error::SqlState;
+use trunkline_tests::workload::Target;
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, proxy, rest, wait};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_come_before_there_is_a_cluster_are_held_and_then_served() -> Result<()> {
+    let lab = Lab::new("held")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?))?;
+    let extra = json!({ "limits": { "hold_timeout": 60 } });
+    let (scope, ports) = (cluster.spec().scope.clone(), proxy::Ports::any(&lab)?);
+    let router = Proxy::router(&lab, Program::router()?, ports, &scope, &etcd.endpoints(), &extra).await?;
+
+    let target = router.read_write(&cluster.spec().password);
+    let early = tokio::spawn(async move { target.query_one("SELECT 'served'", LIMIT).await });
+    let held = wait::until("the client to be held", LIMIT, async || {
+        let routes = rest::get(ports.admin, "/routes").await?.body;
+        ensure!(routes["held"] == 1, "{routes}");
+        Ok(())
+    });
+    held.await?;
+    cluster.nodes[0].start()?;
+    ensure!(early.await?? == "served");
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_is_held_too_long_gets_a_reason() -> Result<()> {
+    let lab = Lab::new("expiry")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let extra = json!({ "limits": { "hold_timeout": 1 } });
+    let ports = proxy::Ports::any(&lab)?;
+    let router = Proxy::router(&lab, Program::router()?, ports, "nobody", &etcd.endpoints(), &extra).await?;
+
+    let config = format!("host=127.0.0.1 port={} user=postgres", router.ports().read_write);
+    let answer = tokio::time::timeout(LIMIT, tokio_postgres::connect(&config, NoTls)).await?;
+    let error = answer.err().context("it was let in to nowhere")?;
+    ensure!(error.code() == Some(&SqlState::CANNOT_CONNECT_NOW), "{error:?}");
+    ensure!(error.as_db_error().is_some_and(|error| !error.message().contains("127.0.0.1")), "{error:?}");
+
+    // A client that gives up while it is held frees its place.
+    let gone = TcpStream::connect(("127.0.0.1", ports.read_write))?;
+    drop(gone);
+    let none_held = wait::until("nobody to be held", LIMIT, async || {
+        let routes = rest::get(ports.admin, "/routes").await?.body;
+        ensure!(routes["held"] == 0 && routes["connections"] == 0, "{routes}");
+        Ok(())
+    });
+    none_held.await?;
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nonsense_on_its_ports_harms_nobody() -> Result<()> {
+    let mut scene = Scene::start("nonsense", 2).await?;
+    let load = scene.load().await?;
+    let failures = load.writers.record().failures;
+    let ports = scene.router.ports();
+
+    let mut packets: Vec<Vec<u8>> = vec![
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
+        vec![0; 8],
+        vec![0xff; 64],
+        b"\x7f\xff\xff\xff\x00\x03\x00\x00".to_vec(),
+        b"\x00\x00\x00\x08\x04\xd2\x16\x2f".to_vec(),
+        b"\x00\x00\x00\x09\x00\x03\x00\x00\x00".to_vec(),
+        b"\x00\x00\x00\x0c\x00\x03\x00\x00user".to_vec(),
+        b"\x00\x00\x00\x10\x04\xd2\x16\x2e\x00\x00\x00\x00\x00\x00\x00\x00".to_vec(),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03".to_vec(),
+        Vec::new(),
+    ];
+    packets.extend((0..200).map(|_| (0..rand::random_range(1..300)).map(|_| rand::random()).collect()));
+    let throw = move || {
+        for (i, packet) in packets.iter().enumerate() {
+            let port = [ports.read_write, ports.read_only][i % 2];
+            let Ok(mut client) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+            let _ = client.set_read_timeout(Some(Duration::from_millis(20)));
+            let _ = client.write_all(packet);
+            let _ = client.read(&mut [0; 512]);
+        }
+    };
+    tokio::task::spawn_blocking(throw).await?;
+
+    load.writers.progress(100, LIMIT).await?;
+    ensure!(scene.router.process().ended().is_none(), "the router ended");
+    let log = std::fs::read_to_string(scene.router.process().log())?;
+    ensure!(!log.contains("panicked"), "{log}");
+    let failed = load.writers.record().failures - failures;
+    ensure!(failed == 0, "{failed} statements of others failed");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_query_on_the_read_only_port_can_be_cancelled() -> Result<()> {
+    let mut scene = Scene::start("cancel", 3).await?;
+    scene.cluster.settled(LIMIT).await?;
+    for target in [scene.read_only(), scene.read_write()] {
+        // Several at once: with two standbys a request that reaches only one of them would miss some.
+        for _ in 0..6 {
+            let client = target.connect(LIMIT).await?;
+            let token = client.cancel_token();
+            let asleep = async { client.batch_execute("SELECT pg_sleep(60)").await };
+            let cancelled = tokio::time::timeout(LIMIT, async {
+                tokio::pin!(asleep);
+                loop {
+                    // The request may overtake the query it is meant for, so it is repeated.
+                    tokio::select! {
+                        answer = &mut asleep => return answer,
+                        () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                    }
+                    let _ = token.cancel_query(NoTls).await;
+                }
+            });
+            let error = cancelled.await?.err().context("it slept to its end")?;
+            ensure!(error.code() == Some(&SqlState::QUERY_CANCELED), "{error:?}");
+        }
+    }
+    scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_standby_readers_wait_and_a_lost_router_comes_back() -> Result<()> {
+    let mut scene = Scene::start("readers", 2).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let standby = 1 - leader;
+    let who: Target = scene.read_only();
+    let port_sql = "SELECT inet_server_port()";
+    let port = scene.cluster.nodes[standby].port().to_string();
+    ensure!(who.query_one(port_sql, LIMIT).await? == port);
+
+    scene.cluster.nodes[standby].kill();
+    let reader = who.clone();
+    let waiting = tokio::spawn(async move { reader.query_one(port_sql, LIMIT).await });
+    scene.cluster.nodes[standby].start()?;
+    ensure!(waiting.await?? == port, "the reader was sent elsewhere");
+
+    scene.router.restart().await?;
+    let primary = scene.cluster.nodes[leader].port().to_string();
+    ensure!(scene.read_write().query_one(port_sql, LIMIT).await? == primary);
+    scene.lab.success();
+    Ok(())
+}
