@@ -2,6 +2,37 @@
 //!
 //! [`Postgres`] is what the HA loop may ask of it. `instance` is the real one; the simulation has a model of it. This
 //! module obeys: it has no opinion about who leads and never looks into the DCS.
+//!
+//! * `process`, `pidfile`, `ready`: the postmaster, its end, and waiting for it to get somewhere.
+//! * `control`, `wal`: what the data directory says while no server answers.
+//! * `query`, `slots`, `sync_names`, `guc`: local SQL. `walsender`, `tls`: another member's.
+//! * `settings`, `conninfo` are texts, `files` writes them.
+//! * `bootstrap`, `clone`, `rewind`: how a data directory comes to be. `callback`, `program`: other programs.
+
+mod bootstrap;
+mod callback;
+mod clone;
+mod conninfo;
+mod control;
+mod files;
+mod guc;
+mod instance;
+mod pidfile;
+mod process;
+mod program;
+mod query;
+mod ready;
+mod rewind;
+mod settings;
+mod slots;
+mod sync_names;
+#[cfg(test)]
+mod testing;
+mod tls;
+mod wal;
+mod walsender;
+
+pub use instance::Instance;
 
 use std::collections::BTreeMap;
 use std::future::Future;

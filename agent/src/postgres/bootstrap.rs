@@ -1,0 +1,151 @@
+//! A new cluster: initdb, its users, and the user's own script (config reference §3.4, ha-loop §5.1, §6).
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use trunkline_config::PostgresConfig;
+use trunkline_config::postgres::Credentials;
+
+use super::instance::Instance;
+use super::pidfile::PidFile;
+use super::{PgError, conninfo, files, program, query};
+
+/// Options that initdb gets from us or that make no sense here.
+const FORBIDDEN: [&str; 5] = ["pgdata", "nosync", "pwfile", "sync-only", "version"];
+
+/// The bound on the statements that create the users.
+const USERS_LIMIT: Duration = Duration::from_secs(60);
+
+/// What pg_rewind reads with on the source, for a user who isn't a superuser (PostgreSQL's documentation of pg_rewind).
+const REWIND_FUNCTIONS: [&str; 4] = [
+    "pg_ls_dir(text, boolean, boolean)",
+    "pg_stat_file(text, boolean)",
+    "pg_read_binary_file(text)",
+    "pg_read_binary_file(text, bigint, bigint, boolean)",
+];
+
+impl Instance {
+    pub(super) async fn run_initdb(&self, options: Vec<String>, hba: Vec<String>) -> Result<(), PgError> {
+        let config = self.config_now();
+        for option in &options {
+            let name = option.trim_start_matches('-').split('=').next().unwrap_or_default();
+            if FORBIDDEN.contains(&name) || option.starts_with("-D") {
+                return Err(PgError::Unusable(format!("bootstrap.initdb: the option {name} is not allowed")));
+            }
+        }
+        files::create_private_dir(&config.data_dir)?;
+        let mut command = tokio::process::Command::new(program::path(&config, "initdb"));
+        command.arg("--pgdata").arg(&config.data_dir).args(&options);
+        command.arg(format!("--username={}", query::user(&config)));
+        let password_file = config.superuser.password.as_ref().map(|password| {
+            // Readable for us only, and gone when dropped.
+            let mut file = tempfile::NamedTempFile::new()?;
+            file.write_all(password.reveal().as_bytes())?;
+            Ok::<_, std::io::Error>(file)
+        });
+        let password_file = password_file.transpose().map_err(|error| PgError::Failed(format!("pwfile: {error}")))?;
+        if let Some(file) = &password_file {
+            command.arg(format!("--pwfile={}", file.path().display()));
+        }
+        tracing::info!("initdb in {}", config.data_dir.display());
+        program::run(&mut command).await?;
+        self.reset_managed();
+        if config.pg_hba.is_none() && !config.parameters.contains_key("hba_file") {
+            files::append(&config.data_dir.join("pg_hba.conf"), &hba)?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn run_create_users(&self, post_bootstrap: Option<String>) -> Result<(), PgError> {
+        let config = self.config_now();
+        let connection = self.connect(USERS_LIMIT).await?;
+        let client = &connection.client;
+        // Passwords must not reach the server's log or pg_stat_statements, and no standby exists to wait for.
+        let quiet = "SET synchronous_commit = 'local'; SET log_statement = 'none'; SET log_min_duration_statement = -1;
+            SET log_min_error_statement = 'log'; SET track_activities = off;
+            SELECT set_config('pg_stat_statements.track_utility', 'off', false)";
+        client.batch_execute(quiet).await.map_err(query::failed)?;
+        if config.superuser.password.is_some() {
+            role(client, &config.superuser, "SUPERUSER").await?;
+        }
+        if let Some(command) = post_bootstrap {
+            run_post_bootstrap(&config, &command).await?;
+        }
+        let superuser = query::user(&config);
+        let named = |user: &Credentials| !user.username.is_empty() && user.username != superuser;
+        if named(&config.replication) {
+            role(client, &config.replication, "REPLICATION").await?;
+        }
+        if named(&config.rewind) {
+            let attributes = if config.rewind.username == config.replication.username { "REPLICATION" } else { "" };
+            role(client, &config.rewind, attributes).await?;
+            for function in REWIND_FUNCTIONS {
+                let to = identifier(&config.rewind.username);
+                let grant = format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {to}");
+                client.batch_execute(&grant).await.map_err(query::failed)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Creates a role or changes the one there.
+async fn role(client: &Client, user: &Credentials, attributes: &str) -> Result<(), PgError> {
+    let exists = client.query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&user.username]).await;
+    let verb = if exists.map_err(query::failed)?.is_some() { "ALTER" } else { "CREATE" };
+    let mut statement = format!("{verb} ROLE {} WITH LOGIN {attributes}", identifier(&user.username));
+    if let Some(password) = &user.password {
+        statement.push_str(&format!(" PASSWORD {}", literal(password.reveal())));
+    }
+    client.batch_execute(&statement).await.map_err(query::failed)
+}
+
+async fn run_post_bootstrap(config: &PostgresConfig, command: &str) -> Result<(), PgError> {
+    let pid_file = PidFile::read(&config.data_dir);
+    let host = query::local_host(config, pid_file.as_ref());
+    let superuser = Credentials { username: query::user(config).to_owned(), ..config.superuser.clone() };
+    let entry = if host.starts_with('/') { "localhost" } else { &host };
+    let text = conninfo::with_local(String::new(), &[entry], config.port, &[&superuser]);
+    if !text.is_empty() {
+        files::replace(&config.pgpass, &text).map_err(|error| files::unwritable(&config.pgpass, &error))?;
+    }
+    let settings = [
+        ("dbname", config.database.clone()),
+        ("user", superuser.username),
+        ("host", host),
+        ("port", config.port.to_string()),
+    ];
+    let settings = settings.map(|(key, value)| (key.to_owned(), value)).into();
+    let mut process = program::shell_words(command)?;
+    process.arg(conninfo::render(&settings));
+    process.env("PGPASSFILE", &config.pgpass);
+    process.env("PGOPTIONS", "-c synchronous_commit=local -c statement_timeout=0");
+    tracing::info!("running post_bootstrap");
+    program::run(&mut process).await
+}
+
+/// Quoted as an identifier.
+pub(super) fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// Quoted as a string, whatever `standard_conforming_strings` is.
+fn literal(value: &str) -> String {
+    match value.contains('\\') {
+        true => format!(" E'{}'", value.replace('\\', r"\\").replace('\'', "''")),
+        false => format!("'{}'", value.replace('\'', "''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_passwords_are_quoted() {
+        assert_eq!(identifier("a\"b"), "\"a\"\"b\"");
+        assert_eq!(literal("it's"), "'it''s'");
+        assert_eq!(literal("a\\b'"), " E'a\\\\b'''");
+    }
+}

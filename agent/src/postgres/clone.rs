@@ -1,0 +1,123 @@
+//! Making a replica: pg_basebackup, or the user's own methods (ha-loop §5.2).
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::process::Command;
+use trunkline_common::{Clock, SystemClock};
+use trunkline_config::PostgresConfig;
+
+use super::instance::Instance;
+use super::{PgError, Upstream, conninfo, files, program};
+
+/// How often pg_basebackup is tried, and the pause between (ha-loop §21).
+const TRIES: u32 = 2;
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Keys of a method that are ours and not arguments of its command.
+const METHOD_KEYS: [&str; 4] = ["command", "keep_data", "no_params", "no_leader"];
+
+impl Instance {
+    pub(super) async fn run_clone(&self, source: &Upstream) -> Result<(), PgError> {
+        if self.process().find().is_some() {
+            return Err(PgError::Failed("a clone needs a stopped server".to_owned()));
+        }
+        let config = self.config_now();
+        files::write_pgpass(&config, source)?;
+        let mut last = PgError::Unusable("postgresql.create_replica_methods names no method".to_owned());
+        for method in &config.create_replica_methods {
+            let result = match method.as_str() {
+                "basebackup" => self.basebackup(&config, source).await,
+                method => self.custom(&config, method, source).await,
+            };
+            match result {
+                Ok(()) => {
+                    self.reset_managed();
+                    return Ok(());
+                }
+                Err(error) => {
+                    tracing::error!("making a replica by {method} failed: {error}");
+                    last = error;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn basebackup(&self, config: &PostgresConfig, source: &Upstream) -> Result<(), PgError> {
+        program::require(config, "pg_basebackup")?;
+        let mut settings = conninfo::to_upstream(source, &config.replication, &config.pgpass, self.version());
+        // A source that vanishes without a word must end this; a large copy may take hours, so there is no other bound.
+        for (key, value) in [("keepalives_idle", "10"), ("keepalives_interval", "5"), ("keepalives_count", "3")] {
+            settings.insert(key.to_owned(), value.to_owned());
+        }
+        settings.insert("connect_timeout".to_owned(), "10".to_owned());
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            files::remove_data(&config.data_dir)?;
+            files::create_private_dir(&config.data_dir)?;
+            let mut command = Command::new(program::path(config, "pg_basebackup"));
+            command.env("PGPASSFILE", &config.pgpass);
+            command.arg("--pgdata").arg(&config.data_dir).args(["-X", "stream"]);
+            command.arg(format!("--dbname={}", conninfo::render(&settings)));
+            // Waiting for the source's next regular checkpoint would take minutes.
+            if !config.basebackup.iter().any(|option| option.starts_with("--checkpoint") || option.starts_with("-c")) {
+                command.arg("--checkpoint=fast");
+            }
+            command.args(&config.basebackup);
+            tracing::info!("pg_basebackup from {} at {}:{}", source.name, source.host, source.port);
+            match program::run(&mut command).await {
+                Ok(()) => return Ok(()),
+                Err(error) if tried == TRIES || matches!(error, PgError::Unusable(_)) => {
+                    files::remove_data(&config.data_dir)?;
+                    return Err(error);
+                }
+                Err(error) => tracing::warn!("trying again in {PAUSE:?}: {error}"),
+            }
+            SystemClock.sleep(PAUSE).await;
+        }
+    }
+
+    async fn custom(&self, config: &PostgresConfig, method: &str, source: &Upstream) -> Result<(), PgError> {
+        let empty = serde_json::Map::new();
+        let section = config.raw.get(method).and_then(Value::as_object).unwrap_or(&empty);
+        let flag = |key: &str| section.get(key).is_some_and(|value| truthy(value));
+        if !flag("keep_data") {
+            files::remove_data(&config.data_dir)?;
+            files::create_private_dir(&config.data_dir)?;
+        }
+        let mut command = program::shell_words(section.get("command").and_then(Value::as_str).unwrap_or(method))?;
+        command.env("PGPASSFILE", &config.pgpass);
+        if !flag("no_params") {
+            for (key, value) in section.iter().filter(|(key, _)| !METHOD_KEYS.contains(&key.as_str())) {
+                command.arg(format!("--{key}={}", plain(value)));
+            }
+            let settings = conninfo::to_upstream(source, &config.replication, &config.pgpass, self.version());
+            command.arg(format!("--scope={}", self.scope())).arg("--role=replica");
+            command.arg(format!("--datadir={}", config.data_dir.display()));
+            command.arg(format!("--connstring={}", conninfo::render(&settings)));
+        }
+        let result = program::run(&mut command).await;
+        if result.is_err() && !flag("keep_data") {
+            files::remove_data(&config.data_dir)?;
+        }
+        result
+    }
+}
+
+fn truthy(value: &Value) -> bool {
+    match value {
+        Value::Bool(flag) => *flag,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => ["on", "true", "yes", "1"].contains(&text.to_ascii_lowercase().as_str()),
+        _ => false,
+    }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,292 @@
+//! Files of a data directory: what stands in `settings` as text gets written here, atomically and only where it changed.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use trunkline_config::PostgresConfig;
+
+use super::settings::{self, Managed};
+use super::{PgError, Upstream, conninfo};
+
+/// What a data directory looks like from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DataDir {
+    /// Not there, or nothing in it.
+    Empty,
+    /// There, and ours.
+    Present,
+    /// There, but PostgreSQL would refuse it: whose it is or its mode.
+    Refused(String),
+}
+
+/// Looks at the data directory. `lost+found` and dot files of a mount point don't count, as in Patroni.
+pub fn look(data_dir: &Path) -> DataDir {
+    let Ok(metadata) = fs::metadata(data_dir) else { return DataDir::Empty };
+    let me = rustix::process::geteuid().as_raw();
+    if metadata.uid() != me {
+        return DataDir::Refused(format!("{} belongs to uid {}, not to {me}", data_dir.display(), metadata.uid()));
+    }
+    let entries = match fs::read_dir(data_dir) {
+        Ok(entries) => entries,
+        Err(error) => return DataDir::Refused(format!("{}: {error}", data_dir.display())),
+    };
+    let counts = |name: &str| !name.starts_with('.') && name != "lost+found";
+    if !entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())) {
+        return DataDir::Empty;
+    }
+    let mode = metadata.permissions().mode() & 0o7777;
+    if mode & 0o027 != 0 {
+        return DataDir::Refused(format!(
+            "{} has mode {mode:04o}; PostgreSQL wants 0700 or 0750 (u=rwx,g=rx)",
+            data_dir.display()
+        ));
+    }
+    DataDir::Present
+}
+
+/// Writes `postgresql.conf`, `pg_hba.conf`, `pg_ident.conf` and cleans `postgresql.auto.conf`; true if any of them changed.
+///
+/// Nothing is synced to disk: every start writes the files anew, so a crash of the host costs nothing.
+pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result<bool, PgError> {
+    let conf = config.config_dir.join("postgresql.conf");
+    let (hba, ident) = (config.config_dir.join("pg_hba.conf"), config.config_dir.join("pg_ident.conf"));
+    let base = base_file(config, &conf)?;
+    let text = settings::postgresql_conf(config, managed, &base, &hba, &ident, version);
+    let mut changed = replace(&conf, &text).map_err(|error| unwritable(&conf, &error))?;
+    for (file, lines, parameter) in [(&hba, &config.pg_hba, "hba_file"), (&ident, &config.pg_ident, "ident_file")] {
+        if config.parameters.contains_key(parameter) {
+            continue;
+        }
+        let Some(lines) = lines else {
+            changed |= seed(config, file)?;
+            continue;
+        };
+        changed |= replace(file, &settings::lines(lines)).map_err(|error| unwritable(file, &error))?;
+    }
+    let auto = config.data_dir.join("postgresql.auto.conf");
+    if let Some(stripped) = fs::read_to_string(&auto).ok().and_then(|text| settings::without_recovery_settings(&text)) {
+        changed |= replace(&auto, &stripped).map_err(|error| unwritable(&auto, &error))?;
+    }
+    Ok(changed)
+}
+
+/// Makes the data directory start as a standby, or not.
+pub fn set_standby_signal(data_dir: &Path, standby: bool) -> Result<(), PgError> {
+    let signal = data_dir.join("standby.signal");
+    let result = match standby {
+        true => replace(&signal, "").map(drop),
+        false => remove(&signal),
+    };
+    result.map_err(|error| unwritable(&signal, &error))?;
+    // It would recover to a target and promote by itself.
+    let recovery = data_dir.join("recovery.signal");
+    remove(&recovery).map_err(|error| unwritable(&recovery, &error))
+}
+
+/// Writes the password file for connections to `upstream`; true if it changed. The standby's WAL receiver reads it at
+/// every connect, so the replication user is always in it.
+pub fn write_pgpass(config: &PostgresConfig, upstream: &Upstream) -> Result<bool, PgError> {
+    let text = conninfo::pgpass(upstream, &[&config.replication, &config.rewind, &config.superuser]);
+    if text.is_empty() && !config.pgpass.exists() {
+        return Ok(false);
+    }
+    replace(&config.pgpass, &text).map_err(|error| unwritable(&config.pgpass, &error))
+}
+
+/// What is in a data directory's `postgresql.conf` of the settings managed here.
+pub fn managed(config: &PostgresConfig) -> Managed {
+    let text = fs::read_to_string(config.config_dir.join("postgresql.conf")).unwrap_or_default();
+    settings::managed_in(&text)
+}
+
+/// Appends lines to a file.
+pub fn append(path: &Path, lines: &[String]) -> Result<(), PgError> {
+    let append = || -> io::Result<()> {
+        let mut file = fs::OpenOptions::new().append(true).open(path)?;
+        file.write_all(lines.iter().map(|line| format!("{line}\n")).collect::<String>().as_bytes())
+    };
+    append().map_err(|error| unwritable(path, &error))
+}
+
+/// Empties a data directory, with what its tablespaces and a `pg_wal` elsewhere hold. The directories themselves stay:
+/// they may be mount points.
+pub fn remove_data(data_dir: &Path) -> Result<(), PgError> {
+    // A guard against a configuration error, not against malice: "/", "/var" are nobody's data directory.
+    if data_dir.components().count() < 3 || !data_dir.is_absolute() {
+        return Err(PgError::Unusable(format!("{} is not a path to remove data from", data_dir.display())));
+    }
+    for target in outside(data_dir) {
+        clear(&target).map_err(|error| unwritable(&target, &error))?;
+    }
+    clear(data_dir).map_err(|error| unwritable(data_dir, &error))
+}
+
+/// Renames a data directory to `<name>.failed`, or `.failed.2` and so on. Tablespaces and `pg_wal` elsewhere go with it.
+pub fn move_aside(data_dir: &Path) -> Result<PathBuf, PgError> {
+    for target in outside(data_dir) {
+        rename_aside(&target).map_err(|error| unwritable(&target, &error))?;
+    }
+    rename_aside(data_dir).map_err(|error| unwritable(data_dir, &error))
+}
+
+/// Makes a directory that only we can read.
+pub fn create_private_dir(dir: &Path) -> Result<(), PgError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let create = || fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    create().map_err(|error| PgError::Unusable(format!("{} can't be created: {error}", dir.display())))
+}
+
+/// Gives a file this content by writing another and renaming it, readable for its owner only; false if it had it.
+pub fn replace(path: &Path, text: &str) -> io::Result<bool> {
+    if fs::read(path).is_ok_and(|present| present == text.as_bytes()) {
+        return Ok(false);
+    }
+    // Group access follows the data directory's (initdb --allow-group-access).
+    let group = path.parent().and_then(|dir| fs::metadata(dir).ok()).is_some_and(|dir| dir.mode() & 0o777 == 0o750);
+    let temporary = path.with_extension("trunkline.tmp");
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(text.as_bytes())?;
+    let private = path.file_name().is_some_and(|name| name.to_string_lossy().contains("pgpass"));
+    file.set_permissions(fs::Permissions::from_mode(if group && !private { 0o640 } else { 0o600 }))?;
+    drop(file);
+    fs::rename(&temporary, path)?;
+    Ok(true)
+}
+
+/// An error about a file.
+pub fn unwritable(path: &Path, error: &io::Error) -> PgError {
+    PgError::Unusable(format!("{} can't be written: {error}", path.display()))
+}
+
+/// The file that `postgresql.conf` includes: the user's, or the original under another name.
+fn base_file(config: &PostgresConfig, conf: &Path) -> Result<String, PgError> {
+    if let Some(custom) = &config.custom_conf {
+        return Ok(custom.to_string_lossy().into_owned());
+    }
+    let name = "postgresql.base.conf";
+    let base = config.config_dir.join(name);
+    if base.exists() {
+        return Ok(name.to_owned());
+    }
+    let original = fs::read_to_string(conf).ok().filter(|text| !settings::is_ours(text));
+    // With a configuration directory of its own, initdb's file is still in the data directory.
+    let initdbs = || fs::read_to_string(config.data_dir.join("postgresql.conf")).ok().filter(|t| !settings::is_ours(t));
+    let text = original.or_else(initdbs).unwrap_or_default();
+    replace(&base, &text).map_err(|error| unwritable(&base, &error))?;
+    Ok(name.to_owned())
+}
+
+/// With a configuration directory of its own, a file that initdb or a clone left in the data directory is taken over.
+fn seed(config: &PostgresConfig, file: &Path) -> Result<bool, PgError> {
+    let name = file.file_name().unwrap_or_default();
+    let source = config.data_dir.join(name);
+    if config.config_dir == config.data_dir || file.exists() || !source.exists() {
+        return Ok(false);
+    }
+    let copy = fs::read_to_string(&source).and_then(|text| replace(file, &text));
+    copy.map_err(|error| unwritable(file, &error))
+}
+
+/// Where the links of a data directory lead: tablespaces, and a `pg_wal` elsewhere.
+fn outside(data_dir: &Path) -> Vec<PathBuf> {
+    let spaces = fs::read_dir(data_dir.join("pg_tblspc")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let links = spaces.chain([data_dir.join("pg_wal")]).filter(|path| path.is_symlink());
+    links.filter_map(|link| fs::canonicalize(link).ok()).filter(|target| target.components().count() >= 3).collect()
+}
+
+fn clear(dir: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        // lost+found belongs to the file system and to root.
+        if entry.file_name() == "lost+found" {
+            continue;
+        }
+        match entry.file_type()?.is_dir() {
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
+}
+
+fn rename_aside(dir: &Path) -> io::Result<PathBuf> {
+    let name = |n: u32| match n {
+        1 => format!("{}.failed", dir.display()),
+        n => format!("{}.failed.{n}", dir.display()),
+    };
+    let free = (1..1000).map(|n| PathBuf::from(name(n))).find(|path| !path.exists());
+    let target = free.ok_or_else(|| io::Error::other("too many failed data directories beside it"))?;
+    fs::rename(dir, &target)?;
+    Ok(target)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::config;
+    use super::*;
+
+    fn private_dir() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).expect("mode");
+        dir
+    }
+
+    #[test]
+    fn a_data_directory_is_judged_from_outside() {
+        let dir = private_dir();
+        assert_eq!(look(&dir.path().join("absent")), DataDir::Empty);
+        fs::create_dir(dir.path().join("lost+found")).expect("dir");
+        assert_eq!(look(dir.path()), DataDir::Empty);
+        fs::write(dir.path().join("PG_VERSION"), "15").expect("file");
+        assert_eq!(look(dir.path()), DataDir::Present);
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("mode");
+        assert!(matches!(look(dir.path()), DataDir::Refused(why) if why.contains("0755")));
+    }
+
+    #[test]
+    fn the_original_is_kept_and_files_are_written_once() {
+        let dir = private_dir();
+        let mut config = config(dir.path(), 5432);
+        config.pg_hba = Some(vec!["local all all trust".into()]);
+        fs::write(dir.path().join("postgresql.conf"), "shared_buffers = 1MB\n").expect("original");
+        fs::write(dir.path().join("postgresql.auto.conf"), "primary_conninfo = 'x'\n").expect("auto");
+        assert_eq!(write(&config, &Managed::default(), 15), Ok(true));
+        assert_eq!(write(&config, &Managed::default(), 15), Ok(false));
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).expect(name);
+        assert_eq!(read("postgresql.base.conf"), "shared_buffers = 1MB\n");
+        assert_eq!(read("postgresql.auto.conf"), "");
+        assert!(read("pg_hba.conf").ends_with("local all all trust\n"));
+        assert_eq!(fs::metadata(dir.path().join("postgresql.conf")).expect("conf").mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn removal_follows_tablespaces_and_moving_aside_keeps_everything() {
+        let dir = private_dir();
+        let (data, space) = (dir.path().join("data"), dir.path().join("space"));
+        for path in [data.join("pg_tblspc"), space.join("PG_15")] {
+            fs::create_dir_all(path).expect("dirs");
+        }
+        std::os::unix::fs::symlink(&space, data.join("pg_tblspc/1")).expect("link");
+        remove_data(&data).expect("removed");
+        assert_eq!((fs::read_dir(&data).expect("data").count(), fs::read_dir(&space).expect("space").count()), (0, 0));
+
+        assert_eq!(move_aside(&data), Ok(dir.path().join("data.failed")));
+        fs::create_dir(&data).expect("again");
+        assert_eq!(move_aside(&data), Ok(dir.path().join("data.failed.2")));
+        assert!(remove_data(Path::new("/var")).is_err());
+    }
+}

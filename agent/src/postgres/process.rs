@@ -1,0 +1,316 @@
+//! The postmaster as a process: spawn, adopt, signal, notice its end, leave nobody behind.
+//!
+//! A postmaster must outlive the agent and be found again by the next one, so it gets its own session, no parent-death
+//! signal and no `kill_on_drop`. Its end is a pidfd becoming readable, watched by a thread of its own: noticing must not
+//! depend on how busy the async runtime is.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use tokio::sync::watch;
+use trunkline_common::{Clock, Instant, SystemClock};
+
+use super::pidfile::PidFile;
+use super::{PgError, program};
+
+/// How long an immediate shutdown by SIGQUIT may take before SIGKILL, at most. It usually takes 10–20 ms.
+const QUIT_GRACE: Duration = Duration::from_millis(500);
+
+/// A death has no event where the process is not our child and its pidfd isn't held: look again that often.
+const RECHECK: Duration = Duration::from_millis(1);
+
+/// How long the watcher waits for killed orphans to be gone before it reports the end all the same (a process in
+/// uninterruptible I/O can't be killed, and can't acknowledge anything either).
+const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Ticks per second in `/proc/*/stat` (USER_HZ): 100 on every architecture PostgreSQL is built for on Linux.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Knows the postmaster of one data directory.
+pub struct Supervisor {
+    data_dir: PathBuf,
+    exits: watch::Sender<u64>,
+    current: Mutex<Option<Arc<Postmaster>>>,
+}
+
+/// A postmaster that was alive when we looked.
+pub struct Postmaster {
+    pid: Pid,
+    fd: OwnedFd,
+    gone: watch::Sender<bool>,
+}
+
+impl Supervisor {
+    /// For the postmaster of `data_dir`, whoever started it.
+    pub fn new(data_dir: &Path) -> Self {
+        Self { data_dir: data_dir.to_owned(), exits: watch::Sender::new(0), current: Mutex::new(None) }
+    }
+
+    /// Counts ends.
+    pub fn exits(&self) -> watch::Receiver<u64> {
+        self.exits.subscribe()
+    }
+
+    /// The postmaster, if one is alive: ours, one left by an earlier agent, or one started by hand.
+    pub fn find(&self) -> Option<Arc<Postmaster>> {
+        let mut current = self.current.lock();
+        if let Some(postmaster) = current.as_ref().filter(|postmaster| !postmaster.is_gone()) {
+            return Some(postmaster.clone());
+        }
+        *current = None;
+        let file = PidFile::read(&self.data_dir)?;
+        let pid = Pid::from_raw(file.pid)?;
+        // The descriptor first, the questions after: what /proc says then is about the process that we hold.
+        let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        if !is_postmaster(pid, &file, &real_path(&self.data_dir)) || has_ended(&fd, Some(Duration::ZERO)) {
+            return None;
+        }
+        tracing::info!(pid = file.pid, "found a running postmaster");
+        let postmaster = self.watch(pid, fd, None)?;
+        *current = Some(postmaster.clone());
+        Some(postmaster)
+    }
+
+    /// Starts `postgres` in a session of its own.
+    pub fn spawn(&self, mut command: Command) -> Result<Arc<Postmaster>, PgError> {
+        program::clean_environment(&mut command);
+        command.stdin(Stdio::null());
+        let name = command.get_program().to_owned();
+        own_session(&mut command);
+        let mut current = self.current.lock();
+        let child = command.spawn().map_err(|error| program::unusable(&name, &error))?;
+        let pid = Pid::from_child(&child);
+        // Not reaped yet, so the number is still this process.
+        let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+            .map_err(|error| PgError::Unusable(format!("pidfd_open: {error}; Linux 5.3 or later is needed")))?;
+        let postmaster = self.watch(pid, fd, Some(child));
+        let postmaster = postmaster.ok_or_else(|| PgError::Failed("no thread to watch the postmaster".to_owned()))?;
+        *current = Some(postmaster.clone());
+        Ok(postmaster)
+    }
+
+    /// Kills everything of the server: SIGQUIT, after `grace` SIGKILL, and returns when no process is left. Blocks the
+    /// thread; needs no runtime.
+    pub fn kill(&self, grace: Duration, limit: Duration) -> Result<(), PgError> {
+        let deadline = SystemClock.now() + limit;
+        if let Some(postmaster) = self.find() {
+            // A stopped process takes no signal but SIGKILL (and SIGCONT, which would let it finish what it was doing).
+            let quit = !postmaster.is_frozen() && postmaster.signal(Signal::QUIT);
+            if !(quit && has_ended(&postmaster.fd, Some(grace))) {
+                postmaster.signal(Signal::KILL);
+                kill_all(&self.data_dir, deadline);
+                has_ended(&postmaster.fd, Some(deadline.since(SystemClock.now())));
+            }
+        }
+        if kill_all(&self.data_dir, deadline) {
+            return Ok(());
+        }
+        Err(PgError::Timeout { what: "killing PostgreSQL".to_owned(), limit })
+    }
+
+    fn watch(&self, pid: Pid, fd: OwnedFd, child: Option<Child>) -> Option<Arc<Postmaster>> {
+        let postmaster = Arc::new(Postmaster { pid, fd, gone: watch::Sender::new(false) });
+        let (watched, exits, data_dir) = (postmaster.clone(), self.exits.clone(), self.data_dir.clone());
+        let wait = move || {
+            has_ended(&watched.fd, None);
+            let status = child.and_then(|mut child| child.wait().ok());
+            // A postmaster that ends by itself waits for its children and removes its pid file last. One that was killed
+            // leaves backends that may still be committing; the end is not reported before they are dead.
+            if PidFile::read(&data_dir).is_some_and(|file| file.pid == watched.pid.as_raw_pid()) {
+                kill_all(&data_dir, SystemClock.now() + ORPHAN_LIMIT);
+            }
+            let status = status.map_or("unknown status".to_owned(), |status| status.to_string());
+            tracing::info!(pid = watched.pid.as_raw_pid(), "postmaster ended: {status}");
+            watched.gone.send_replace(true);
+            exits.send_modify(|count| *count += 1);
+        };
+        std::thread::Builder::new().name("postmaster".to_owned()).spawn(wait).ok()?;
+        Some(postmaster)
+    }
+}
+
+impl Postmaster {
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_pid()
+    }
+
+    /// Sends a signal to exactly this process; false if it has ended.
+    pub fn signal(&self, signal: Signal) -> bool {
+        rustix::process::pidfd_send_signal(&self.fd, signal).is_ok()
+    }
+
+    /// Whether it and all of its children have ended.
+    pub fn is_gone(&self) -> bool {
+        *self.gone.borrow()
+    }
+
+    /// Whether it has ended; its children may not have.
+    pub fn has_ended(&self) -> bool {
+        has_ended(&self.fd, Some(Duration::ZERO))
+    }
+
+    /// Returns when it and all of its children have ended.
+    pub async fn gone(&self) {
+        // The sender lives in self: it can't be dropped before.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    /// Whether it was stopped (SIGSTOP, a debugger): alive, but it will answer nobody.
+    pub fn is_frozen(&self) -> bool {
+        stat(self.pid).is_some_and(|stat| matches!(stat.state, 'T' | 't'))
+    }
+}
+
+/// How long SIGQUIT gets before SIGKILL where everything has to be over within `limit`.
+pub fn fence_grace(limit: Duration) -> Duration {
+    (limit / 4).min(QUIT_GRACE)
+}
+
+/// Kills every process of the server in `data_dir` and waits until none is left; false if that is not so at `deadline`.
+pub fn kill_all(data_dir: &Path, deadline: Instant) -> bool {
+    let dir = real_path(data_dir);
+    loop {
+        let left = processes_in(&dir);
+        if left.is_empty() {
+            return true;
+        }
+        for pid in left {
+            let Ok(fd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
+            if is_server_process(pid, &dir) && rustix::process::pidfd_send_signal(&fd, Signal::KILL).is_ok() {
+                tracing::debug!(pid = pid.as_raw_pid(), "killed a process of the server");
+            }
+        }
+        if SystemClock.now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(RECHECK);
+    }
+}
+
+/// How a process blocks and sleeps, of `/proc/<pid>/stat`.
+struct Stat {
+    state: char,
+    parent: i32,
+    start_ticks: u64,
+}
+
+/// The processes of a server: PostgreSQL's, with the data directory as their working directory. A postmaster changes
+/// into it and every child inherits it; a person's shell there is not a `postgres`.
+fn processes_in(dir: &Path) -> Vec<Pid> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
+    pids.filter(|pid| is_server_process(*pid, dir)).collect()
+}
+
+/// Zombies have no working directory, so they don't count.
+fn is_server_process(pid: Pid, dir: &Path) -> bool {
+    let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", pid.as_raw_pid())).ok();
+    let postgres = |exe: PathBuf| exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres"));
+    link("cwd").is_some_and(|cwd| cwd == dir) && link("exe").is_some_and(postgres)
+}
+
+/// Whether `pid` is the postmaster that wrote `file`, not a stranger who got its number after a reboot.
+fn is_postmaster(pid: Pid, file: &PidFile, dir: &Path) -> bool {
+    let Some(stat) = stat(pid) else { return false };
+    if stat.state == 'Z' || !is_server_process(pid, dir) {
+        return false;
+    }
+    // A stepped wall clock moves computed start times, so a mismatch alone proves nothing; a backend that got the number
+    // has another server process as its parent.
+    let boot = fs::read_to_string("/proc/stat").ok().and_then(|text| {
+        text.lines().find_map(|line| line.strip_prefix("btime ")).and_then(|time| time.trim().parse::<i64>().ok())
+    });
+    let started = boot.map(|boot| boot.saturating_add_unsigned(stat.start_ticks / TICKS_PER_SECOND));
+    started.is_some_and(|started| started.abs_diff(file.started) <= 3)
+        || Pid::from_raw(stat.parent).is_none_or(|parent| !is_server_process(parent, dir))
+}
+
+fn stat(pid: Pid) -> Option<Stat> {
+    let text = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid())).ok()?;
+    // The command in parentheses may contain anything, parentheses included.
+    let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    let parent = fields.next()?.parse().ok()?;
+    let start_ticks = fields.nth(17)?.parse().ok()?;
+    Some(Stat { state, parent, start_ticks })
+}
+
+fn real_path(dir: &Path) -> PathBuf {
+    fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned())
+}
+
+/// Waits for a process to end, at most `limit` (none = for ever). A pidfd is readable exactly when it has.
+fn has_ended(fd: &OwnedFd, limit: Option<Duration>) -> bool {
+    let deadline = limit.map(|limit| SystemClock.now() + limit);
+    loop {
+        let left = deadline.map(|deadline| {
+            let left = deadline.since(SystemClock.now());
+            Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
+        });
+        match rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], left.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(ready) => return ready > 0,
+            Err(error) => {
+                tracing::error!("poll of a pidfd: {error}");
+                return false;
+            }
+        }
+    }
+}
+
+/// So that a signal to the agent's terminal or process group does not reach PostgreSQL.
+#[allow(unsafe_code)]
+fn own_session(command: &mut Command) {
+    // SAFETY: the closure runs between fork and exec and only makes one async-signal-safe system call.
+    unsafe {
+        command.pre_exec(|| rustix::process::setsid().map(drop).map_err(Into::into));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_itself_by_stat() {
+        let me = rustix::process::getpid();
+        let stat = stat(me).expect("own stat");
+        assert_eq!(stat.parent, rustix::process::getppid().map_or(0, |pid| pid.as_raw_pid()));
+        assert!(matches!(stat.state, 'R' | 'S' | 'D') && stat.start_ticks > 0);
+    }
+
+    #[test]
+    fn a_pid_file_that_names_a_stranger_is_nobody() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::write(dir.path().join("postmaster.pid"), format!("{}\n/x\n1\n", std::process::id())).expect("pid file");
+        let supervisor = Supervisor::new(dir.path());
+        assert!(supervisor.find().is_none());
+        assert!(supervisor.kill(Duration::ZERO, Duration::from_secs(1)).is_ok());
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_seen_at_once() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let supervisor = Supervisor::new(dir.path());
+        let mut exits = supervisor.exits();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let postmaster = supervisor.spawn(command).expect("spawn");
+        assert!(!postmaster.has_ended());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let before = SystemClock.now();
+        assert!(postmaster.signal(Signal::KILL));
+        runtime.block_on(async { exits.changed().await.expect("sender lives") });
+        assert!(postmaster.is_gone());
+        assert!(SystemClock.now().since(before) < Duration::from_secs(2));
+    }
+}

@@ -1,0 +1,363 @@
+//! Local SQL: one kept session for the status query, short-lived ones for everything else. Each call has a deadline.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio_postgres::config::SslMode;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Config, NoTls, Row, Statement};
+use trunkline_common::{Clock, Instant, Lsn, SystemClock, SystemId, TimelineId};
+use trunkline_config::PostgresConfig;
+
+use super::pidfile::PidFile;
+use super::walsender::{self, WireError};
+use super::{PgError, PgRole, Running, WalSender, conninfo};
+
+/// A session is opened anew after this long: an old one goes on answering while the postmaster takes no connections.
+const SESSION_AGE: Duration = Duration::from_secs(10);
+
+/// Patroni's name for it; monitoring filters by it.
+const APPLICATION_NAME: &str = "Patroni heartbeat";
+
+/// Everything that [`Running`] shows, in one row. `OFFSET 0` keeps the volatile function from being asked twice: a
+/// promotion in the middle must not make a primary's function fail. The first eight digits of a WAL file's name are the
+/// timeline, also between a promotion and its first checkpoint, when pg_control still has the old one.
+const STATUS: &str = "
+SELECT r.recovery,
+       CASE WHEN r.recovery THEN NULL ELSE pg_current_wal_flush_lsn() END::text,
+       CASE WHEN r.recovery THEN NULL ELSE substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) END,
+       pg_last_wal_receive_lsn()::text,
+       pg_last_wal_replay_lsn()::text,
+       pg_last_xact_replay_timestamp()::text,
+       CASE WHEN r.recovery THEN pg_is_wal_replay_paused() ELSE false END,
+       w.status,
+       w.received_tli,
+       w.latest_end_lsn::text,
+       w.sender_host,
+       w.sender_port,
+       current_setting('primary_conninfo'),
+       current_setting('restore_command'),
+       current_setting('server_version_num')::int,
+       to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || '+00:00',
+       current_setting('synchronous_standby_names'),
+       (SELECT json_agg(s) FROM (SELECT usename, application_name, host(client_addr) AS client_addr, state, sync_state,
+               sync_priority, write_lsn, flush_lsn, replay_lsn FROM pg_stat_replication ORDER BY pid) s)::text,
+       (SELECT json_object_agg(slot_name, coalesce(confirmed_flush_lsn, restart_lsn)) FROM pg_replication_slots
+         WHERE NOT temporary AND coalesce(confirmed_flush_lsn, restart_lsn) IS NOT NULL)::text
+  FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
+
+/// A connection and the task that drives it; both end together.
+pub struct Connection {
+    /// For queries.
+    pub client: Client,
+    driver: JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Not reached.
+    #[error("{0}")]
+    Dial(#[from] WireError),
+    /// Refused by the server.
+    #[error("{}", words(.0))]
+    Server(#[from] tokio_postgres::Error),
+}
+
+/// A session that is kept; queries of several callers may be under way in it.
+pub struct Session {
+    connection: Connection,
+    status: Statement,
+    opened: Instant,
+    postmaster: i32,
+}
+
+/// Holds the kept session.
+#[derive(Default)]
+pub struct Sessions(tokio::sync::Mutex<Option<Arc<Session>>>);
+
+/// Why a status query has no answer.
+#[derive(Debug)]
+pub enum NoAnswer {
+    /// The server says it is starting up, in recovery, or shutting down (57P03).
+    NotNow,
+    /// Anything else.
+    Error(String),
+}
+
+impl Sessions {
+    /// The session with the server behind `pid_file`, opened if there is none that can be used.
+    pub async fn open(&self, config: &PostgresConfig, pid_file: &PidFile) -> Result<Arc<Session>, ConnectError> {
+        let mut kept = self.0.lock().await;
+        if let Some(session) = kept.as_ref().filter(|session| session.usable(pid_file)) {
+            return Ok(session.clone());
+        }
+        *kept = None;
+        let session = Arc::new(Session::open(config, pid_file).await?);
+        *kept = Some(session.clone());
+        Ok(session)
+    }
+
+    /// Asks for the status. A session that broke is replaced once.
+    pub async fn status(&self, config: &PostgresConfig, pid_file: &PidFile, id: SystemId) -> Result<Running, NoAnswer> {
+        for attempt in 0..2 {
+            let session = self.open(config, pid_file).await?;
+            match session.client().query_one(&session.status, &[]).await {
+                Ok(row) => return running(&row, id).ok_or_else(|| NoAnswer::Error("unexpected status row".to_owned())),
+                Err(error) if attempt == 1 => return Err(error.into()),
+                Err(error) => {
+                    tracing::debug!("the session broke, opening another: {}", words(&error));
+                    self.close().await;
+                }
+            }
+        }
+        Err(NoAnswer::Error("no session".to_owned()))
+    }
+
+    /// Forgets the session: it does not answer, or the server behind it ends.
+    pub async fn close(&self) {
+        *self.0.lock().await = None;
+    }
+}
+
+impl Session {
+    /// For queries.
+    pub fn client(&self) -> &Client {
+        &self.connection.client
+    }
+
+    async fn open(config: &PostgresConfig, pid_file: &PidFile) -> Result<Self, ConnectError> {
+        let connection = connect(config, Some(pid_file), Duration::from_secs(2)).await?;
+        let status = connection.client.prepare(STATUS).await?;
+        Ok(Self { connection, status, opened: SystemClock.now(), postmaster: pid_file.pid })
+    }
+
+    fn usable(&self, pid_file: &PidFile) -> bool {
+        let young = SystemClock.now().since(self.opened) < SESSION_AGE;
+        young && self.postmaster == pid_file.pid && !self.connection.client.is_closed()
+    }
+}
+
+impl From<tokio_postgres::Error> for NoAnswer {
+    fn from(error: tokio_postgres::Error) -> Self {
+        match error.code() {
+            Some(code) if *code == SqlState::CANNOT_CONNECT_NOW => Self::NotNow,
+            _ => Self::Error(words(&error)),
+        }
+    }
+}
+
+impl From<ConnectError> for NoAnswer {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Dial(error) => Self::Error(error.to_string()),
+            ConnectError::Server(error) => error.into(),
+        }
+    }
+}
+
+impl From<ConnectError> for PgError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Dial(error) => Self::Failed(error.to_string()),
+            ConnectError::Server(error) => failed(error),
+        }
+    }
+}
+
+/// Opens a session as the superuser. `pid_file` says where the server really listens. The caller bounds it in time.
+pub async fn connect(
+    config: &PostgresConfig,
+    pid_file: Option<&PidFile>,
+    statement_timeout: Duration,
+) -> Result<Connection, ConnectError> {
+    let mut settings = Config::new();
+    settings
+        .user(user(config))
+        .dbname(&config.database)
+        .application_name(APPLICATION_NAME)
+        .options(format!("-c statement_timeout={} -c search_path=pg_catalog", statement_timeout.as_millis()))
+        // TLS is negotiated below; the protocol runs inside it.
+        .ssl_mode(SslMode::Disable);
+    if let Some(password) = &config.superuser.password {
+        settings.password(password.reveal());
+    }
+    let host = local_host(config, pid_file);
+    let io = walsender::dial(&host, config.port, &config.superuser).await?;
+    let (client, connection) = settings.connect_raw(io, NoTls).await?;
+    let driver = tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!("local session ended: {}", words(&error));
+        }
+    });
+    Ok(Connection { client, driver })
+}
+
+/// Where local connections go: a socket directory (with a leading slash) or an address (config reference §5).
+pub fn local_host(config: &PostgresConfig, pid_file: Option<&PidFile>) -> String {
+    if config.use_unix_socket {
+        if let Some(dir) = pid_file.and_then(|file| file.socket_dir.clone()) {
+            return dir;
+        }
+        let configured = config.parameters.get("unix_socket_directories");
+        let absolute =
+            |dirs: &String| dirs.split(',').map(str::trim).find(|dir| dir.starts_with('/')).map(str::to_owned);
+        return configured.and_then(absolute).unwrap_or_else(|| "/var/run/postgresql".to_owned());
+    }
+    let listen: Vec<&str> = config.listen_addresses.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
+    for (address, local) in [("*", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")] {
+        if listen.contains(&address) {
+            return local.to_owned();
+        }
+    }
+    if listen.contains(&"localhost") {
+        return "localhost".to_owned();
+    }
+    listen.first().map_or_else(|| "127.0.0.1".to_owned(), |address| (*address).to_owned())
+}
+
+/// The superuser's name.
+pub fn user(config: &PostgresConfig) -> &str {
+    if config.superuser.username.is_empty() { "postgres" } else { &config.superuser.username }
+}
+
+/// An error in PostgreSQL's own words.
+pub fn words(error: &tokio_postgres::Error) -> String {
+    if let Some(db) = error.as_db_error() {
+        return format!("{} ({})", db.message(), db.code().code());
+    }
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// An error of a query as one of ours.
+pub fn failed(error: tokio_postgres::Error) -> PgError {
+    PgError::Failed(words(&error))
+}
+
+fn running(row: &Row, system_id: SystemId) -> Option<Running> {
+    let text = |at: usize| row.try_get::<_, Option<String>>(at).ok().flatten();
+    let lsn = |at: usize| text(at).and_then(|text| text.parse::<Lsn>().ok());
+    let standby: bool = row.try_get(0).ok()?;
+    let (receive_lsn, replay_lsn) = if standby { (lsn(3), lsn(4)) } else { (None, None) };
+    let received = row.try_get::<_, Option<i32>>(8).ok().flatten().map(|tli| TimelineId(tli.unsigned_abs()));
+    let timeline = match standby {
+        true => received.filter(|timeline| timeline.0 > 0),
+        false => text(2).and_then(|digits| u32::from_str_radix(&digits, 16).ok()).map(TimelineId),
+    };
+    let receiver = text(7);
+    let replication_state = match &receiver {
+        Some(status) if status == "streaming" => Some("streaming".to_owned()),
+        _ if standby && text(13).is_some_and(|command| !command.is_empty()) => Some("in archive recovery".to_owned()),
+        _ => None,
+    };
+    let connected = || {
+        let port = row.try_get::<_, Option<i32>>(11).ok().flatten()?;
+        Some(format!("{}:{port}", text(10)?))
+    };
+    let upstream = match standby {
+        true => connected().or_else(|| conninfo::address(&text(12)?)),
+        false => None,
+    };
+    Some(Running {
+        role: if standby { PgRole::Standby } else { PgRole::Primary },
+        system_id,
+        timeline,
+        lsn: if standby { receive_lsn.max(replay_lsn).unwrap_or(Lsn::INVALID) } else { lsn(1)? },
+        receive_lsn,
+        replay_lsn,
+        replay_timestamp: if standby { text(5) } else { None },
+        replay_paused: row.try_get(6).ok()?,
+        latest_end_lsn: if standby { lsn(9) } else { None },
+        replication_state: if standby { replication_state } else { None },
+        upstream,
+        server_version: row.try_get::<_, i32>(14).ok()?.unsigned_abs(),
+        postmaster_start_time: text(15)?,
+        replication: text(17).map_or(Some(Vec::new()), |json| wal_senders(&json))?,
+        synchronous_standby_names: text(16)?,
+        pending_restart: Default::default(),
+        slots: text(18).map_or_else(Default::default, |json| slots(&json)),
+    })
+}
+
+fn wal_senders(json: &str) -> Option<Vec<WalSender>> {
+    /// What is null while a WAL sender starts, or for a user without the right to see it.
+    #[derive(Deserialize)]
+    struct Sender {
+        usename: Option<String>,
+        application_name: Option<String>,
+        client_addr: Option<String>,
+        state: Option<String>,
+        sync_state: Option<String>,
+        sync_priority: Option<i32>,
+        write_lsn: Option<String>,
+        flush_lsn: Option<String>,
+        replay_lsn: Option<String>,
+    }
+    let senders: Vec<Sender> = serde_json::from_str(json).ok()?;
+    let lsn = |text: Option<String>| text.and_then(|text| text.parse().ok());
+    let sender = |s: Sender| WalSender {
+        usename: s.usename.unwrap_or_default(),
+        application_name: s.application_name.unwrap_or_default(),
+        client_addr: s.client_addr,
+        state: s.state.unwrap_or_default(),
+        sync_state: s.sync_state.unwrap_or_default(),
+        sync_priority: s.sync_priority.unwrap_or(0),
+        write_lsn: lsn(s.write_lsn),
+        flush_lsn: lsn(s.flush_lsn),
+        replay_lsn: lsn(s.replay_lsn),
+    };
+    Some(senders.into_iter().map(sender).collect())
+}
+
+fn slots(json: &str) -> std::collections::BTreeMap<String, Lsn> {
+    let Ok(Value::Object(slots)) = serde_json::from_str(json) else { return Default::default() };
+    slots.into_iter().filter_map(|(name, lsn)| Some((name, lsn.as_str()?.parse().ok()?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::testing::config;
+    use super::*;
+
+    #[test]
+    fn local_connections_go_where_the_server_listens() {
+        let mut config = config(Path::new("/data"), 5432);
+        for (listen, host) in [
+            ("*", "127.0.0.1"),
+            ("10.0.0.1, 0.0.0.0", "127.0.0.1"),
+            ("localhost", "localhost"),
+            ("10.0.0.1,::1", "10.0.0.1"),
+        ] {
+            config.listen_addresses = listen.into();
+            config.use_unix_socket = false;
+            assert_eq!(local_host(&config, None), host);
+        }
+        config.use_unix_socket = true;
+        config.parameters.insert("unix_socket_directories".into(), "@abstract, /run/pg".into());
+        assert_eq!(local_host(&config, None), "/run/pg");
+    }
+
+    #[test]
+    fn rows_of_pg_stat_replication() {
+        let json = r#"[{"usename":"r","application_name":"b","client_addr":null,"state":"streaming","sync_state":"sync",
+            "sync_priority":1,"write_lsn":"0/3000060","flush_lsn":"0/3000000","replay_lsn":null}]"#;
+        let senders = wal_senders(json).expect("parses");
+        assert_eq!((senders[0].write_lsn, senders[0].replay_lsn), (Some(Lsn(0x300_0060)), None));
+        assert_eq!(wal_senders("{}"), None);
+        assert_eq!(slots(r#"{"a":"0/1"}"#).get("a"), Some(&Lsn(1)));
+    }
+}

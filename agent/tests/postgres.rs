@@ -1,0 +1,531 @@
+//! `Instance` against a real PostgreSQL: every promise of the trait `Postgres` that only a real server can show.
+//!
+//! PostgreSQL refuses to run as root, so a test that finds itself root runs itself again as the user `postgres`.
+
+use std::fs;
+use std::future::Future;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use trunkline_agent::postgres::{
+    Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, StartAs, StopMode, Upstream,
+};
+use trunkline_common::{Clock as _, Lsn, MemberName, SystemClock, TimelineId};
+use trunkline_config::postgres::Credentials;
+use trunkline_config::{PostgresConfig, Secret};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const HBA: [&str; 2] = ["host all all 127.0.0.1/32 scram-sha-256", "host replication all 127.0.0.1/32 scram-sha-256"];
+
+/// Runs a test as a user that may run PostgreSQL.
+fn as_postgres<F: Future<Output = ()>>(test: &str, body: impl FnOnce() -> F) {
+    if rustix::process::geteuid().is_root() {
+        let passwd = fs::read_to_string("/etc/passwd").expect("passwd");
+        let line = passwd.lines().find(|line| line.starts_with("postgres:")).expect("a user postgres");
+        let id = |at: usize| line.split(':').nth(at).and_then(|id| id.parse().ok()).expect("uid and gid");
+        let mut command = std::process::Command::new(std::env::current_exe().expect("own path"));
+        command.args(["--exact", test, "--nocapture"]).current_dir("/tmp").env("HOME", "/tmp");
+        let status = command.uid(id(2)).gid(id(3)).status().expect("as postgres");
+        assert!(status.success(), "failed as user postgres: {status}");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
+    runtime.block_on(body());
+}
+
+/// A node of a test: its server is killed and its files are removed at the end, however the test ends.
+struct Node {
+    pg: Instance,
+    name: &'static str,
+    dir: PathBuf,
+    port: u16,
+}
+
+/// The directory of a test's nodes.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::Builder::new().prefix("trunkline-pg-").tempdir().expect("temp dir"))
+    }
+
+    fn node(&self, name: &'static str) -> Node {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let dir = self.0.path().join(name);
+        let pg = Instance::new(config(&dir, port), "demo", name.into(), SystemClock).expect("instance");
+        Node { pg, name, dir, port }
+    }
+
+    /// A running primary with users.
+    async fn primary(&self, name: &'static str) -> Node {
+        let node = self.node(name);
+        let options =
+            vec!["--encoding=UTF8".into(), "--locale=C".into(), "--no-sync".into(), "--data-checksums".into()];
+        node.pg.initdb(options, HBA.map(str::to_owned).into()).await.expect("initdb");
+        node.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        node.pg.create_users(None).await.expect("users");
+        node
+    }
+
+    /// A standby streaming from `source`.
+    async fn standby(&self, name: &'static str, source: &Node) -> Node {
+        let node = self.node(name);
+        node.pg.clone_from(source.upstream()).await.expect("clone");
+        node.pg.start(StartAs::Standby(Some(source.upstream())), LIMIT).await.expect("start");
+        source.until("streams", |running| running.replication.iter().any(|s| s.application_name == name)).await;
+        node
+    }
+}
+
+impl Node {
+    fn upstream(&self) -> Upstream {
+        Upstream { name: self.name.into(), host: "127.0.0.1".into(), port: self.port, slot: None }
+    }
+
+    async fn running(&self) -> Running {
+        match self.pg.observe(Duration::from_secs(5)).await {
+            PgStatus::Running(running) => running,
+            status => panic!("{} is {status:?}", self.name),
+        }
+    }
+
+    async fn until(&self, what: &str, check: impl Fn(&Running) -> bool) -> Running {
+        let deadline = SystemClock.now() + LIMIT;
+        loop {
+            let status = self.pg.observe(Duration::from_secs(5)).await;
+            match status {
+                PgStatus::Running(running) if check(&running) => return running,
+                status if SystemClock.now() > deadline => panic!("{}: not '{what}': {status:?}", self.name),
+                _ => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    }
+
+    async fn sql(&self, text: &str) -> Result<(), String> {
+        let conninfo =
+            format!("host=127.0.0.1 port={} user=postgres password=postgres-pass dbname=postgres", self.port);
+        let (client, connection) =
+            tokio_postgres::connect(&conninfo, tokio_postgres::NoTls).await.map_err(|error| format!("{error:?}"))?;
+        let driver = tokio::spawn(connection);
+        let result = client.batch_execute(text).await.map_err(|error| format!("{error:?}"));
+        drop(client);
+        let _ = driver.await;
+        result
+    }
+
+    fn pid(&self) -> i32 {
+        let text = fs::read_to_string(self.dir.join("postmaster.pid")).expect("postmaster.pid");
+        text.lines().next().and_then(|line| line.parse().ok()).expect("a pid")
+    }
+
+    /// Processes with the data directory as their working directory.
+    fn processes(&self) -> Vec<String> {
+        let links = fs::read_dir("/proc").expect("/proc").flatten();
+        let here = |path: &Path| fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == self.dir);
+        links.map(|e| e.path()).filter(|path| here(path)).map(|path| path.display().to_string()).collect()
+    }
+
+    fn restart_handle(&self) -> Instance {
+        Instance::new(self.pg.config(), "demo", MemberName::from(self.name), SystemClock).expect("a second instance")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let pid_file = fs::read_to_string(self.dir.join("postmaster.pid")).unwrap_or_default();
+        let Some(pid) = pid_file.lines().next().and_then(|line| line.parse().ok()) else { return };
+        let Some(pid) = rustix::process::Pid::from_raw(pid) else { return };
+        // Quits even where a test stopped it.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::QUIT);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
+        for _ in 0..500 {
+            if self.processes().is_empty() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+}
+
+fn config(data_dir: &Path, port: u16) -> PostgresConfig {
+    let user = |name: &str| Credentials {
+        username: name.to_owned(),
+        password: Some(Secret::new(format!("{name}-pass"))),
+        ..Credentials::default()
+    };
+    let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    PostgresConfig {
+        listen_addresses: "127.0.0.1".into(),
+        port,
+        connect_address: format!("127.0.0.1:{port}"),
+        proxy_address: None,
+        data_dir: data_dir.to_owned(),
+        config_dir: data_dir.to_owned(),
+        bin_dir: Some("/usr/lib/postgresql/15/bin".into()),
+        bin_name: Default::default(),
+        pgpass: data_dir.with_extension("pgpass"),
+        database: "postgres".into(),
+        superuser: user("postgres"),
+        replication: user("replicator"),
+        rewind: user("rewinder"),
+        parameters: map(&[
+            ("unix_socket_directories", "/tmp"),
+            ("fsync", "off"),
+            ("shared_buffers", "16MB"),
+            ("logging_collector", "on"),
+        ]),
+        protected: map(&[
+            ("wal_level", "hot_standby"),
+            ("hot_standby", "on"),
+            ("max_connections", "50"),
+            ("max_wal_senders", "10"),
+            ("max_prepared_transactions", "0"),
+            ("max_locks_per_transaction", "64"),
+            ("max_replication_slots", "10"),
+            ("max_worker_processes", "8"),
+            ("wal_log_hints", "on"),
+            ("wal_keep_size", "128MB"),
+        ]),
+        parameters_by_role: Default::default(),
+        pg_hba: None,
+        pg_ident: None,
+        custom_conf: None,
+        recovery_conf: Default::default(),
+        use_slots: true,
+        use_pg_rewind: true,
+        remove_data_directory_on_rewind_failure: false,
+        remove_data_directory_on_diverged_timelines: false,
+        basebackup: vec!["--no-sync".into()],
+        rewind_options: vec!["--no-sync".into()],
+        create_replica_methods: vec!["basebackup".into()],
+        callbacks: Default::default(),
+        pre_promote: None,
+        before_stop: None,
+        pg_ctl_timeout: LIMIT,
+        use_unix_socket: false,
+        use_unix_socket_repl: false,
+        raw: Default::default(),
+    }
+}
+
+#[test]
+fn a_new_cluster_has_its_users_and_is_observed() {
+    as_postgres("a_new_cluster_has_its_users_and_is_observed", || async {
+        let place = Place::new();
+        let node = place.node("a");
+        assert_eq!(node.pg.observe(Duration::from_secs(1)).await, PgStatus::NoData);
+        drop(node);
+
+        let node = place.primary("a").await;
+        let running = node.running().await;
+        assert_eq!((running.role, running.timeline), (PgRole::Primary, Some(TimelineId(1))));
+        assert_eq!(running.server_version / 10000, 15);
+        assert!(running.lsn > Lsn(0) && running.pending_restart.is_empty() && running.replication.is_empty());
+        assert!(running.postmaster_start_time.ends_with("+00:00"), "{}", running.postmaster_start_time);
+        let check = "DO $$ BEGIN
+            ASSERT (SELECT rolreplication FROM pg_roles WHERE rolname = 'replicator');
+            ASSERT has_function_privilege('rewinder', 'pg_read_binary_file(text)', 'execute');
+            ASSERT current_setting('cluster_name') = 'demo' AND current_setting('wal_keep_size') = '128MB';
+        END $$";
+        node.sql(check).await.expect("users and settings");
+        assert!(fs::read_to_string(node.dir.join("postgresql.conf")).expect("conf").contains("postgresql.base.conf"));
+        assert!(!node.dir.join("standby.signal").exists());
+
+        node.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        match node.pg.observe(Duration::from_secs(1)).await {
+            PgStatus::Stopped(control) => {
+                assert_eq!(control.system_id, running.system_id);
+                assert_eq!((control.timeline, control.standby), (TimelineId(1), false));
+            }
+            status => panic!("{status:?}"),
+        }
+    });
+}
+
+#[test]
+fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
+    as_postgres("a_standby_streams_is_promoted_and_the_other_follows_by_reload", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.standby("b", &a).await;
+        let c = place.standby("c", &a).await;
+        a.sql("CREATE TABLE t (i int); INSERT INTO t VALUES (1)").await.expect("write");
+        let lsn = a.running().await.lsn;
+        let seen = b.until("has the write", |running| running.replay_lsn >= Some(lsn)).await;
+        assert_eq!((seen.role, seen.replication_state.as_deref()), (PgRole::Standby, Some("streaming")));
+        assert_eq!(seen.upstream, Some(format!("127.0.0.1:{}", a.port)));
+        let standbys_before = c.pid();
+
+        // A planned switchover, piece by piece.
+        let (sender, shut_down) = oneshot::channel();
+        let begun = SystemClock.now();
+        let stop = a.pg.stop(StopMode::Fast, LIMIT, Some(sender));
+        let caught_up = async {
+            let checkpoint = shut_down.await.expect("the shutdown checkpoint is announced");
+            b.until("has the shutdown checkpoint", |running| running.lsn > checkpoint).await
+        };
+        let (stopped, _) = tokio::join!(stop, caught_up);
+        stopped.expect("stop");
+        println!("stop: {:?}", SystemClock.now().since(begun));
+
+        let begun = SystemClock.now();
+        let timeline = b.pg.promote(LIMIT).await.expect("promote");
+        let took = SystemClock.now().since(begun);
+        b.sql("INSERT INTO t VALUES (2)").await.expect("writes are accepted when promote returns");
+        println!("promote: {took:?}");
+        assert_eq!(timeline, TimelineId(2));
+        let (history, written) = b.pg.history(TimelineId(2)).await.expect("history");
+        assert!(history.switchpoint_of(TimelineId(1)).is_some() && written.contains('T'));
+
+        c.pg.follow(Some(b.upstream())).await.expect("follow");
+        b.until("c streams", |running| running.replication.iter().any(|s| s.application_name == "c")).await;
+        let lsn = b.running().await.lsn;
+        let seen = c.until("follows the new timeline", |running| running.replay_lsn >= Some(lsn)).await;
+        assert_eq!(seen.timeline, Some(TimelineId(2)));
+        assert_eq!(c.pid(), standbys_before, "followed without a restart");
+
+        // The new primary has everything of the old one: it just follows.
+        assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("rejoin");
+        b.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
+    });
+}
+
+#[test]
+fn a_diverged_primary_is_rewound() {
+    as_postgres("a_diverged_primary_is_rewound", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let b = place.standby("b", &a).await;
+        b.pg.promote(LIMIT).await.expect("promote");
+        a.sql("INSERT INTO t SELECT generate_series(1, 1000)").await.expect("writes nobody will see");
+        b.sql("INSERT INTO t VALUES (-1)").await.expect("writes that stay");
+        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Unknown(_)), "a running primary");
+
+        // Crashed, so pg_rewind has to recover it first.
+        a.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        let verdict = a.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Rewind(_)), "{verdict:?}");
+        a.pg.rewind(b.upstream()).await.expect("rewind");
+        assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        let lsn = b.running().await.lsn;
+        a.until("has the new leader's history", |r| r.replay_lsn >= Some(lsn) && r.timeline == Some(TimelineId(2)))
+            .await;
+        a.sql("DO $$ BEGIN ASSERT (SELECT array_agg(i) FROM t) = '{-1}'; END $$")
+            .await
+            .expect("the new leader's rows only");
+
+        // A clean shutdown behind everybody's back diverges just as well.
+        a.pg.promote(LIMIT).await.expect("promote");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
+    });
+}
+
+#[test]
+fn a_killed_postmaster_is_noticed_and_leaves_nobody_behind() {
+    as_postgres("a_killed_postmaster_is_noticed_and_leaves_nobody_behind", || async {
+        let place = Place::new();
+        let node = place.primary("a").await;
+        let busy = node.sql("SELECT pg_sleep(60)");
+        let kill = async {
+            node.until("runs", |_| true).await;
+            let mut exits = node.pg.exits();
+            exits.mark_unchanged();
+            let pid = rustix::process::Pid::from_raw(node.pid()).expect("pid");
+            let begun = SystemClock.now();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+            tokio::time::timeout(LIMIT, exits.changed()).await.expect("in time").expect("sender");
+            println!("exit noticed: {:?}", SystemClock.now().since(begun));
+            assert_eq!(node.processes(), Vec::<String>::new(), "orphans when the exit is reported");
+        };
+        let (busy, ()) = tokio::join!(busy, kill);
+        assert!(busy.is_err());
+        match node.pg.observe(Duration::from_secs(1)).await {
+            PgStatus::Stopped(control) => assert!(!control.standby),
+            status => panic!("{status:?}"),
+        }
+        node.pg.start(StartAs::Primary, LIMIT).await.expect("it recovers");
+    });
+}
+
+#[test]
+fn a_frozen_postmaster_is_unresponsive_and_fenced_in_time() {
+    as_postgres("a_frozen_postmaster_is_unresponsive_and_fenced_in_time", || async {
+        let place = Place::new();
+        let node = place.primary("a").await;
+        node.running().await;
+        let pid = rustix::process::Pid::from_raw(node.pid()).expect("pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stop");
+        // The kernel stops it a moment after the signal was sent.
+        let deadline = SystemClock.now() + LIMIT;
+        loop {
+            let begun = SystemClock.now();
+            let status = node.pg.observe(Duration::from_millis(500)).await;
+            assert!(SystemClock.now().since(begun) < Duration::from_millis(900));
+            if status == PgStatus::Unresponsive {
+                break;
+            }
+            assert!(SystemClock.now() < deadline, "{status:?}");
+        }
+        let begun = SystemClock.now();
+        node.pg.fence(Duration::from_secs(2)).await.expect("fence");
+        println!("fence: {:?}", SystemClock.now().since(begun));
+        assert_eq!(node.processes(), Vec::<String>::new());
+        node.pg.fence(Duration::from_secs(1)).await.expect("nothing left to fence");
+    });
+}
+
+#[test]
+fn a_running_server_is_taken_over_as_it_is() {
+    as_postgres("a_running_server_is_taken_over_as_it_is", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.standby("b", &a).await;
+        a.pg.set_synchronous_standby_names("b".into()).await.expect("names");
+        let (pid_a, pid_b) = (a.pid(), b.pid());
+
+        // A new agent: it knows neither the upstream nor the names, and must change neither.
+        let (new_a, new_b) = (a.restart_handle(), b.restart_handle());
+        let mut exits = new_a.exits();
+        new_a.configure(a.pg.config()).await.expect("configure");
+        new_b.configure(b.pg.config()).await.expect("configure");
+        a.until("still synchronous", |running| running.synchronous_standby_names == "b").await;
+        let standby = b.until("still streaming", |r| r.replication_state.as_deref() == Some("streaming")).await;
+        assert_eq!(standby.upstream, Some(format!("127.0.0.1:{}", a.port)));
+        assert_eq!((a.pid(), b.pid()), (pid_a, pid_b));
+
+        exits.mark_unchanged();
+        new_a.stop(StopMode::Fast, LIMIT, None).await.expect("the new agent stops it");
+        assert!(exits.has_changed().expect("sender"));
+        assert!(matches!(new_a.observe(Duration::from_secs(1)).await, PgStatus::Stopped(_)));
+    });
+}
+
+#[test]
+fn synchronous_standby_names_are_in_force_when_set_returns() {
+    as_postgres("synchronous_standby_names_are_in_force_when_set_returns", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        for round in 0..5 {
+            let begun = SystemClock.now();
+            a.pg.set_synchronous_standby_names("nobody".into()).await.expect("set");
+            println!("in force: {:?}", SystemClock.now().since(begun));
+            let write = a.sql("INSERT INTO t VALUES (1)");
+            let early = tokio::time::timeout(Duration::from_millis(200), write).await;
+            assert!(early.is_err(), "round {round}: a commit did not wait: {early:?}");
+            a.pg.set_synchronous_standby_names(String::new()).await.expect("unset");
+            tokio::time::timeout(LIMIT, a.sql("INSERT INTO t VALUES (2)")).await.expect("no wait").expect("write");
+        }
+
+        // Set on a standby, it is what the promoted server begins with.
+        let b = place.standby("b", &a).await;
+        b.pg.set_synchronous_standby_names("ANY 1 (c)".into()).await.expect("set on a standby");
+        b.pg.promote(LIMIT).await.expect("promote");
+        assert_eq!(b.running().await.synchronous_standby_names, "ANY 1 (c)");
+        let write = b.sql("INSERT INTO t VALUES (3)");
+        assert!(tokio::time::timeout(Duration::from_millis(200), write).await.is_err(), "a commit did not wait");
+    });
+}
+
+#[test]
+fn slots_become_what_is_wanted() {
+    as_postgres("slots_become_what_is_wanted", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        a.sql("SELECT pg_create_physical_replication_slot('old', true)").await.expect("slot");
+        let wanted = |names: &[(&str, Option<Lsn>)]| names.iter().map(|(n, l)| ((*n).to_owned(), *l)).collect();
+        a.pg.set_slots(wanted(&[("b", None), ("c", None)])).await.expect("slots");
+        let names: Vec<String> = a.running().await.slots.into_keys().collect();
+        assert_eq!(names, ["b", "c"]);
+
+        let b = place.node("b");
+        b.pg.clone_from(a.upstream()).await.expect("clone");
+        let upstream = Upstream { slot: Some("b".into()), ..a.upstream() };
+        b.pg.start(StartAs::Standby(Some(upstream)), LIMIT).await.expect("start");
+        a.until("streams", |running| !running.replication.is_empty()).await;
+        // In use: stays, without being an error.
+        a.pg.set_slots(wanted(&[("c", None)])).await.expect("slots");
+        assert_eq!(a.running().await.slots.len(), 2);
+
+        b.pg.set_slots(wanted(&[("c", None)])).await.expect("slots on a standby");
+        let before = b.running().await.slots["c"];
+        a.sql("CREATE TABLE t AS SELECT generate_series(1, 1000); SELECT pg_switch_wal()").await.expect("write");
+        let lsn = a.running().await.lsn;
+        b.until("replayed", |running| running.replay_lsn >= Some(lsn)).await;
+        b.pg.set_slots(wanted(&[("c", Some(lsn))])).await.expect("advance");
+        let after = b.running().await.slots["c"];
+        assert!(after > before && after <= lsn, "{before} {after} {lsn}");
+    });
+}
+
+#[test]
+fn changed_settings_are_reloaded_or_wait_for_a_restart() {
+    as_postgres("changed_settings_are_reloaded_or_wait_for_a_restart", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let mut config = a.pg.config();
+        config.parameters.insert("work_mem".into(), "7MB".into());
+        config.parameters.insert("shared_buffers".into(), "17MB".into());
+        config.protected.insert("max_connections".into(), "60".into());
+        a.pg.configure(config.clone()).await.expect("configure");
+        a.sql("DO $$ BEGIN ASSERT current_setting('work_mem') = '7MB'; END $$").await.expect("reloaded");
+        let pending = a.running().await.pending_restart;
+        assert_eq!(pending.keys().collect::<Vec<_>>(), ["max_connections", "shared_buffers"]);
+        assert_eq!(pending["max_connections"], serde_json::json!({"old_value": "50", "new_value": "60"}));
+        assert_eq!(pending["shared_buffers"]["new_value"], "17MB");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        assert!(a.running().await.pending_restart.is_empty());
+        config.parameters.insert("shared_buffers".into(), "17408kB".into());
+        a.pg.configure(config).await.expect("configure");
+        assert!(a.running().await.pending_restart.is_empty(), "another spelling of the same value");
+    });
+}
+
+#[test]
+fn what_an_operator_has_to_fix_is_said() {
+    as_postgres("what_an_operator_has_to_fix_is_said", || async {
+        use std::os::unix::fs::PermissionsExt as _;
+        let place = Place::new();
+        let refused = |config: PostgresConfig| match Instance::new(config, "demo", "a".into(), SystemClock) {
+            Err(PgError::Unusable(why)) => why,
+            Err(other) => panic!("{other:?}"),
+            Ok(_) => panic!("accepted"),
+        };
+        let node = place.node("a");
+        let absent = PostgresConfig { bin_dir: Some("/nonexistent".into()), ..node.pg.config() };
+        assert!(refused(absent).contains("/nonexistent/postgres"));
+        let old = place.0.path().join("bin");
+        fs::create_dir(&old).expect("bin");
+        for tool in ["postgres", "initdb", "pg_basebackup"] {
+            fs::write(old.join(tool), "#!/bin/sh\necho 'postgres (PostgreSQL) 11.22'\n").expect("script");
+            fs::set_permissions(old.join(tool), fs::Permissions::from_mode(0o755)).expect("mode");
+        }
+        assert!(refused(PostgresConfig { bin_dir: Some(old), ..node.pg.config() }).contains("11"));
+        assert!(matches!(node.pg.start(StartAs::Primary, LIMIT).await, Err(PgError::Unusable(_))), "no data");
+
+        let options = || vec!["--no-sync".into()];
+        let error = node.pg.initdb(vec!["--pwfile=/x".into()], vec![]).await;
+        assert!(matches!(error, Err(PgError::Unusable(why)) if why.contains("pwfile")));
+        node.pg.initdb(options(), vec![]).await.expect("initdb");
+        let error = node.pg.initdb(options(), vec![]).await;
+        assert!(matches!(error, Err(PgError::Failed(why)) if why.contains("exists but is not empty")));
+        let _taken = std::net::TcpListener::bind(("127.0.0.1", node.port)).expect("port");
+        let error = node.pg.start(StartAs::Primary, LIMIT).await;
+        assert!(matches!(error, Err(PgError::Unusable(why)) if why.contains("taken")));
+        fs::set_permissions(&node.dir, fs::Permissions::from_mode(0o755)).expect("mode");
+        assert!(refused(node.pg.config()).contains("0755"));
+        assert!(matches!(node.pg.observe(Duration::from_secs(1)).await, PgStatus::Broken(_)));
+        fs::set_permissions(&node.dir, fs::Permissions::from_mode(0o700)).expect("mode");
+        node.pg.move_data_aside().await.expect("aside");
+        assert!(node.dir.with_extension("failed").join("PG_VERSION").exists());
+        assert_eq!(node.pg.observe(Duration::from_secs(1)).await, PgStatus::NoData);
+    });
+}
