@@ -1,5 +1,6 @@
 //! What `trunklinectl` needs of a configuration: everything is optional, the environment alone does.
 
+use std::fmt;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -12,7 +13,7 @@ use crate::report::{Errors, Notice, Origins, Report};
 use crate::section::Section;
 
 /// The command line's view of `patroni.yml`, `patronictl.yaml` or the environment.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct ClientConfig {
     /// The cluster's name, where one is configured.
     pub scope: Option<String>,
@@ -24,6 +25,18 @@ pub struct ClientConfig {
     pub ctl: Ctl,
     /// The whole merged document.
     pub raw: Value,
+}
+
+/// Without the document, which may hold passwords.
+impl fmt::Debug for ClientConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientConfig")
+            .field("scope", &self.scope)
+            .field("namespace", &self.namespace)
+            .field("etcd", &self.etcd)
+            .field("ctl", &self.ctl)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ClientConfig {

@@ -2,6 +2,7 @@
 
 mod read;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -12,7 +13,7 @@ use crate::report::{Errors, Notice};
 use crate::{Secret, document};
 
 /// One node's configuration: the file with the environment over it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Local {
     /// The cluster's name.
     pub scope: String,
@@ -147,6 +148,20 @@ impl Default for Log {
             format: "%(asctime)s %(levelname)s: %(message)s".to_owned(),
             dir: None,
         }
+    }
+}
+
+/// Without what may hold passwords as plain JSON.
+impl fmt::Debug for Local {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Local")
+            .field("scope", &self.scope)
+            .field("name", &self.name)
+            .field("namespace", &self.namespace)
+            .field("restapi", &self.restapi)
+            .field("etcd", &self.etcd)
+            .field("tags", &self.tags)
+            .finish_non_exhaustive()
     }
 }
 

@@ -4,6 +4,7 @@ mod effective;
 mod local;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use crate::section::Section;
 const DEFAULT_PORT: u16 = 5432;
 
 /// What this node's PostgreSQL shall be, after merging (config reference §2.2).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct PostgresConfig {
     /// Addresses to listen on (`listen_addresses`), comma separated.
     pub listen_addresses: String,
@@ -94,7 +95,7 @@ pub struct PostgresConfig {
 }
 
 /// A PostgreSQL user and how it connects.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Clone, PartialEq, Default)]
 pub struct Credentials {
     /// Role name; empty where none is configured (libpq then takes the operating system's user).
     pub username: String,
@@ -102,6 +103,34 @@ pub struct Credentials {
     pub password: Option<Secret>,
     /// Further libpq settings (`sslmode`, `sslrootcert` …).
     pub options: BTreeMap<String, String>,
+}
+
+/// Without what may hold passwords as plain JSON or in a command.
+impl fmt::Debug for PostgresConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresConfig")
+            .field("listen_addresses", &self.listen_addresses)
+            .field("port", &self.port)
+            .field("connect_address", &self.connect_address)
+            .field("data_dir", &self.data_dir)
+            .field("superuser", &self.superuser)
+            .field("replication", &self.replication)
+            .field("rewind", &self.rewind)
+            .field("parameters", &self.parameters)
+            .field("protected", &self.protected)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The options by name only: `sslpassword` is one.
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials")
+            .field("username", &self.username)
+            .field("password", &self.password)
+            .field("options", &self.options.keys())
+            .finish()
+    }
 }
 
 impl PostgresConfig {

@@ -26,7 +26,9 @@ pub(crate) fn kind(text: &str) -> Kind {
     if is_int(unsigned) {
         return Kind::Int;
     }
-    if is_float(unsigned) || (text == unsigned && matches!(text, ".nan" | ".NaN" | ".NAN")) {
+    // Of a number that begins with its point, PyYAML takes no sign.
+    let pointed = text != unsigned && unsigned.starts_with('.') && !matches!(unsigned, ".inf" | ".Inf" | ".INF");
+    if (is_float(unsigned) && !pointed) || (text == unsigned && matches!(text, ".nan" | ".NaN" | ".NAN")) {
         return Kind::Float;
     }
     if is_sexagesimal(unsigned) || is_date(text) {
@@ -136,6 +138,7 @@ mod tests {
             ("1.5e+3", Kind::Float),
             ("1.", Kind::Float),
             (".5", Kind::Float),
+            ("-.5", Kind::Text),
             (".", Kind::Text),
             ("-.inf", Kind::Float),
             ("-.nan", Kind::Text),

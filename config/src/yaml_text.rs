@@ -196,10 +196,10 @@ fn double_quoted(text: &str) -> String {
             '\r' => out.push_str("\\r"),
             '\u{1b}' => out.push_str("\\e"),
             '\u{85}' => out.push_str("\\N"),
-            '\u{a0}' => out.push_str("\\_"),
             '\u{2028}' => out.push_str("\\L"),
             '\u{2029}' => out.push_str("\\P"),
-            c if is_printable(c) => out.push(c),
+            // PyYAML takes no character beyond 16 bits as it is here.
+            c if is_printable(c) && c <= '\u{ffff}' => out.push(c),
             c => push_escape(&mut out, u32::from(c)),
         }
     }

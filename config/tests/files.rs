@@ -116,6 +116,17 @@ fn a_file_grown_over_years_loads() {
 }
 
 #[test]
+fn no_password_is_shown_by_debug() {
+    let (local, _) = Local::load(Some(&testdata("classic.yml")), &Env::default()).expect("loads");
+    let (postgres, _) = PostgresConfig::effective(&local, &Settings::default());
+    let (client, _) = ClientConfig::load(Some(&testdata("grown.yml")), &Env::default(), None).expect("loads");
+    let shown = format!("{local:?} {postgres:?} {client:?}");
+    for password in ["rep-pass", "secret", "rewind-pass", "42798", "p@ss"] {
+        assert!(!shown.contains(password), "{password} in {shown}");
+    }
+}
+
+#[test]
 fn the_environment_lies_over_the_file() {
     let variables = [
         ("PATRONI_NAME", "beta"),
