@@ -30,6 +30,7 @@ use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision};
+use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
 
 use self::decide::{Action, Decision};
@@ -84,6 +85,8 @@ pub struct Ha<D, P, C, R> {
     memory: Memory,
     /// The newest view: the watch's, or our own with what we have just written in it.
     view: Option<Arc<ClusterView>>,
+    /// The view's settings; until there is a cluster, those that this node would bootstrap it with.
+    settings: Settings,
     pg: PgStatus,
     task: Option<Running>,
     last: Decision,
@@ -127,7 +130,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Puts the loop together and starts its lease keeper.
     pub fn new(parts: Parts<D, P, C, R>, stop_keeper: watch::Receiver<bool>) -> Self {
         let name = MemberName::from(parts.local.name.as_str());
-        let settings = Settings::default();
+        let settings = first_settings(&parts.local);
         let timing = timing(&settings);
         let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
         let memory = Memory { started_at: clock.now(), ..Memory::default() };
@@ -139,6 +142,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             lease,
             memory,
             view: None,
+            settings,
             pg: PgStatus::NoData,
             task: None,
             last: Decision { action: Action::Wait, reason: "starting".to_owned() },
@@ -226,13 +230,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     async fn apply_settings(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        self.lease.set_timing(timing(&view.settings));
-        // Until there is a cluster, its settings are what this node would bootstrap it with.
-        let settings = match (&view.config, &self.parts.local.bootstrap) {
-            (None, Some(bootstrap)) => Settings::from_value(&Value::Object(bootstrap.dcs.clone())).0,
-            _ => view.settings.clone(),
+        self.settings = match view.config {
+            Some(_) => view.settings.clone(),
+            None => first_settings(&self.parts.local),
         };
-        let (config, notices) = PostgresConfig::effective(&self.parts.local, &settings);
+        self.lease.set_timing(timing(&self.settings));
+        let (config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
         if self.configured.as_ref() == Some(&config) {
             return;
         }
@@ -455,8 +458,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         wake
     }
 
-    fn settings(&self) -> Settings {
-        self.view.as_ref().map(|view| view.settings.clone()).unwrap_or_default()
+    fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     fn pg_is_primary(&self) -> bool {
@@ -509,6 +512,14 @@ fn matters(before: &ClusterView, now: &ClusterView) -> bool {
         || before.config.as_ref().map(|c| c.revision) != now.config.as_ref().map(|c| c.revision)
         || leader(before) != leader(now)
         || before.members.len() != now.members.len()
+}
+
+/// The settings of a cluster that does not exist yet.
+fn first_settings(local: &Local) -> Settings {
+    match &local.bootstrap {
+        Some(bootstrap) => Settings::from_value(&new_cluster(&bootstrap.dcs)).0,
+        None => Settings::default(),
+    }
 }
 
 fn timing(settings: &Settings) -> Timing {
