@@ -186,7 +186,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let (Some(bootstrap), Some(lease)) = (self.parts.local.bootstrap.clone(), self.lease.session().lease) else {
             return Next::Wait;
         };
-        match self.parts.store.begin_bootstrap().await {
+        match self.parts.store.begin_bootstrap(lease.id).await {
             Ok(Outcome::Done(_)) => {}
             Ok(Outcome::Conflict) => {
                 info!("another member was faster to bootstrap the cluster");

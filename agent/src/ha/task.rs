@@ -118,7 +118,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 for error in [stopped.err(), aside.err()].into_iter().flatten() {
                     warn!("cleaning up after the failed bootstrap: {error}");
                 }
-                if let Err(error) = self.store.cancel_bootstrap().await {
+                if let Err(error) = self.store.cancel_bootstrap(lease.id).await {
                     warn!("the initialize key could not be given back: {error}");
                 }
                 TaskEnd::Failed { why, damaged: false }
@@ -136,9 +136,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         let crate::postgres::PgStatus::Running(running) = status else {
             return Err("the new server does not answer".to_owned());
         };
-        self.store.put_initialize(running.system_id).await.map_err(dcs)?;
         self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
-        self.store.take_leader(&self.name, lease.id).await.map_err(dcs)?;
+        let finished = self.store.finish_bootstrap(&self.name, lease.id, running.system_id).await.map_err(dcs)?;
+        if !finished.is_done() {
+            return Err("the right to bootstrap was lost meanwhile".to_owned());
+        }
         if !self.lease.lead(lease) {
             return Err("the lease was lost during the bootstrap".to_owned());
         }

@@ -200,15 +200,19 @@ impl Reader<'_> {
                 let parsed = json_object(&entry.value).map(Value::Object);
                 let kept = || before.as_ref().map_or_else(|| json!({}), |config| config.value.clone());
                 let value = self.read(entry, parsed, kept);
-                view.settings = settings(&value);
+                view.settings = settings(&entry.key, &value);
                 view.config = Some(ConfigRecord { value, revision });
             }
         }
     }
 }
 
-fn settings(value: &Value) -> Settings {
-    Settings::from_value(value).0
+fn settings(key: &str, value: &Value) -> Settings {
+    let (settings, notices) = Settings::from_value(value);
+    for notice in notices {
+        tracing::warn!(%key, "{notice}");
+    }
+    settings
 }
 
 fn is_member_name(name: &str) -> bool {

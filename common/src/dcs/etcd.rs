@@ -17,17 +17,15 @@ mod watch;
 mod wire;
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{GetOptions, LeaseTimeToLiveOptions, WatchOptions};
-use futures::Stream;
 use parking_lot::Mutex;
 use trunkline_config::local::Etcd;
 
 use self::endpoints::{Endpoints, Resend};
-use super::{Dcs, DcsError, Lease, Snapshot, Txn, TxnResult, WatchEvent};
+use super::{Dcs, DcsError, Events, Lease, Snapshot, Txn, TxnResult};
 use crate::{Clock, Instant, LeaseId, Revision};
 
 /// How many leases' TTLs are remembered; a process holds one or two.
@@ -101,7 +99,7 @@ impl<C: Clock> EtcdDcs<C> {
 }
 
 impl<C: Clock> Dcs for EtcdDcs<C> {
-    type Watch = Pin<Box<dyn Stream<Item = Result<WatchEvent, DcsError>> + Send>>;
+    type Watch = Events;
 
     async fn read(&self, prefix: &str) -> Result<Snapshot, DcsError> {
         let get = |mut client: etcd_client::Client| async move {

@@ -9,7 +9,6 @@
 //! [`MemoryDcs::client`] gives each simulated node its own connection with its own [`Faults`].
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use futures::Stream;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::{Change, Compare, Dcs, DcsError, KeyValue, Lease, Op, Snapshot, Txn, TxnResult, WatchEvent};
+use super::{Change, Compare, Dcs, DcsError, Events, KeyValue, Lease, Op, Snapshot, Txn, TxnResult, WatchEvent};
 use crate::{Clock, Instant, LeaseId, Revision};
 
 /// etcd's floor with its default timers: one and a half election timeouts of a second, rounded up.
@@ -192,7 +191,7 @@ impl<C: Clock> MemoryDcs<C> {
 }
 
 impl<C: Clock> Dcs for MemoryDcs<C> {
-    type Watch = Pin<Box<dyn Stream<Item = Result<WatchEvent, DcsError>> + Send>>;
+    type Watch = Events;
 
     async fn read(&self, prefix: &str) -> Result<Snapshot, DcsError> {
         self.call(|data, _| Ok(data.snapshot(prefix))).await

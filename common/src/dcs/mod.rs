@@ -126,6 +126,9 @@ pub struct Lease {
     pub until: Instant,
 }
 
+/// The events of a watch, as both stores give them.
+pub type Events = std::pin::Pin<Box<dyn futures::Stream<Item = Result<WatchEvent, DcsError>> + Send>>;
+
 /// Why the store did not do what was asked, split by what the caller does next.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DcsError {

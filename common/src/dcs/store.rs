@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::codec;
@@ -18,6 +19,8 @@ use crate::{ClusterView, LeaseId, MemberName, Revision, SystemId};
 pub struct ClusterStore<D> {
     dcs: D,
     paths: Arc<Paths>,
+    /// What the last reading gave: where a value has become malformed since, the good one stays in force.
+    last: Arc<Mutex<Option<Arc<ClusterView>>>>,
 }
 
 /// How a write with a condition went.
@@ -52,7 +55,7 @@ pub struct SyncWrite {
 impl<D: Dcs> ClusterStore<D> {
     /// The keys below `paths` in `dcs`.
     pub fn new(dcs: D, paths: Paths) -> Self {
-        Self { dcs, paths: Arc::new(paths) }
+        Self { dcs, paths: Arc::new(paths), last: Arc::default() }
     }
 
     /// The store below.
@@ -68,7 +71,10 @@ impl<D: Dcs> ClusterStore<D> {
     /// Reads everything, linearizably.
     pub async fn read(&self) -> Result<ClusterView, DcsError> {
         let snapshot = self.dcs.read(self.paths.prefix()).await?;
-        Ok(codec::view(&self.paths, &snapshot, None))
+        let last = self.last.lock().clone();
+        let view = codec::view(&self.paths, &snapshot, last.as_deref());
+        *self.last.lock() = Some(Arc::new(view.clone()));
+        Ok(view)
     }
 
     /// Creates the leader key with `name` and `lease`, if there is none **and** `sync` still is what the decision was
@@ -101,7 +107,8 @@ impl<D: Dcs> ClusterStore<D> {
         }
     }
 
-    /// Proves that the leader key is ours and attached to `lease`; moves it there if it is ours by name with another
+    /// Proves that the leader key is ours and attached to `lease` (a renewed lease alone does not: the key may have been
+    /// deleted by hand, and a deposed leader of etcd still answers keep-alives for a moment); moves it there if it is ours by name with another
     /// lease (after a restart of the agent). Conflict: it belongs to somebody else, or is gone.
     pub async fn confirm_leader(&self, name: &MemberName, lease: LeaseId) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
@@ -117,7 +124,7 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when: vec![mine], then: vec![put], otherwise: vec![] }).await?))
     }
 
-    /// Takes the leader key whoever has it: only at the end of a bootstrap, when nobody else can.
+    /// Takes the leader key whoever has it. Nobody who has a rival may do this; see [`Self::finish_bootstrap`].
     pub async fn take_leader(&self, name: &MemberName, lease: LeaseId) -> Result<(), DcsError> {
         self.put(Op::Put(self.paths.key("leader"), name.as_str().into(), lease)).await
     }
@@ -142,18 +149,63 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.status_op(status)], otherwise: vec![] }).await?))
     }
 
-    /// Wins or loses the right to bootstrap.
-    pub async fn begin_bootstrap(&self) -> Result<Outcome, DcsError> {
+    /// Wins or loses the right to bootstrap. The right is attached to `lease`: it ends with the bootstrapping agent, where
+    /// Patroni leaves an empty `initialize` key behind that somebody has to delete.
+    ///
+    /// A request of ours that was carried out although its answer got lost counts as done.
+    pub async fn begin_bootstrap(&self, lease: LeaseId) -> Result<Outcome, DcsError> {
         let key = self.paths.key("initialize");
-        let then = vec![Op::Put(key.clone(), Vec::new(), LeaseId(0))];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise: vec![] }).await?))
+        let then = vec![Op::Put(key.clone(), Vec::new(), lease)];
+        let otherwise = vec![Op::Get(key.clone())];
+        let result = self.dcs.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise }).await?;
+        match result.read.first() {
+            Some(Some(kv)) if kv.value.is_empty() && kv.lease == lease => Ok(Outcome::Done(kv.modified)),
+            _ => Ok(Outcome::of(&result)),
+        }
     }
 
-    /// Gives the right to bootstrap back, if nobody has finished meanwhile.
-    pub async fn cancel_bootstrap(&self) -> Result<Outcome, DcsError> {
+    /// Gives the right to bootstrap back, if it still is ours.
+    pub async fn cancel_bootstrap(&self, lease: LeaseId) -> Result<Outcome, DcsError> {
         let key = self.paths.key("initialize");
-        let when = vec![Compare::Value(key.clone(), Vec::new())];
+        let when = self.bootstrapping(lease);
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![Op::Delete(key)], otherwise: vec![] }).await?))
+    }
+
+    /// Ends a bootstrap: `initialize` and `leader` in one step, if the right to bootstrap still is ours. An agent that was
+    /// frozen meanwhile must not put its cluster over another's.
+    ///
+    /// Tried again where no answer came: whoever gives up here has made a cluster that nobody may ever bootstrap again.
+    pub async fn finish_bootstrap(
+        &self,
+        name: &MemberName,
+        lease: LeaseId,
+        system: SystemId,
+    ) -> Result<Outcome, DcsError> {
+        const ATTEMPTS: usize = 5;
+        let (initialize, leader) = (self.paths.key("initialize"), self.paths.key("leader"));
+        let system = system.to_string().into_bytes();
+        let txn = Txn {
+            when: self.bootstrapping(lease),
+            then: vec![
+                Op::Put(initialize.clone(), system.clone(), LeaseId(0)),
+                Op::Put(leader.clone(), name.as_str().into(), lease),
+            ],
+            otherwise: vec![Op::Get(initialize), Op::Get(leader)],
+        };
+        let mut outcome = self.dcs.txn(txn.clone()).await;
+        for _ in 1..ATTEMPTS {
+            if !matches!(outcome, Err(DcsError::Timeout(_) | DcsError::Unavailable(_))) {
+                break;
+            }
+            outcome = self.dcs.txn(txn.clone()).await;
+        }
+        let result = outcome?;
+        match result.read.as_slice() {
+            [Some(done), Some(leads)] if done.value == system && leads.lease == lease => {
+                Ok(Outcome::Done(done.modified))
+            }
+            _ => Ok(Outcome::of(&result)),
+        }
     }
 
     /// The cluster's identity is known.
@@ -209,6 +261,11 @@ impl<D: Dcs> ClusterStore<D> {
         self.dcs.txn(Txn { then: vec![op], ..Txn::default() }).await.map(|_| ())
     }
 
+    fn bootstrapping(&self, lease: LeaseId) -> Vec<Compare> {
+        let key = self.paths.key("initialize");
+        vec![Compare::Value(key.clone(), Vec::new()), Compare::Lease(key, lease)]
+    }
+
     fn sync_op(&self, value: Option<Value>) -> Op {
         let key = self.paths.key("sync");
         match value {
@@ -219,5 +276,125 @@ impl<D: Dcs> ClusterStore<D> {
 
     fn status_op(&self, status: &Value) -> Op {
         Op::Put(self.paths.key("status"), codec::compact(status), LeaseId(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TokioClock;
+    use crate::cluster::Initialize;
+    use crate::dcs::memory::MemoryDcs;
+    use serde_json::json;
+
+    type Store = ClusterStore<MemoryDcs<TokioClock>>;
+
+    fn store() -> Store {
+        ClusterStore::new(MemoryDcs::new(TokioClock::default()), Paths::new("service", "demo"))
+    }
+
+    async fn lease(store: &Store) -> LeaseId {
+        store.grant(Duration::from_secs(5)).await.unwrap().id
+    }
+
+    fn name(name: &str) -> MemberName {
+        name.into()
+    }
+
+    async fn leader(store: &Store) -> Option<(String, LeaseId)> {
+        store.read().await.unwrap().leader.map(|leader| (leader.name.0, leader.lease))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_acquires_and_a_stale_sync_list_elects_nobody() {
+        let store = store();
+        let (a, b) = (lease(&store).await, lease(&store).await);
+        let written = codec::encode_sync(Some(&name("a")), 0, &["b".into()]);
+        let first = store.put_sync(SyncWrite { value: Some(written), seen: Revision(0) }).await.unwrap();
+        let Outcome::Done(seen) = first else { panic!("{first:?}") };
+        assert_eq!(store.acquire_leader(&name("c"), b, Revision(0), None).await, Ok(Outcome::Conflict));
+        let write = SyncWrite { value: Some(codec::encode_sync(Some(&name("b")), 0, &[])), seen };
+        assert!(store.acquire_leader(&name("b"), b, seen, Some(write)).await.unwrap().is_done());
+        let view = store.read().await.unwrap();
+        assert_eq!((view.sync.leader, view.sync.standbys), (Some(name("b")), vec![]));
+        assert_eq!(view.leader.unwrap().modified, view.sync.revision, "in one step");
+        assert_eq!(store.acquire_leader(&name("a"), a, view.sync.revision, None).await, Ok(Outcome::Conflict));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_answer_does_not_lose_what_was_won() {
+        let store = store();
+        let a = lease(&store).await;
+        store.dcs().set_faults(|faults| faults.lost_answers = 1);
+        assert!(store.begin_bootstrap(a).await.is_err());
+        assert!(store.begin_bootstrap(a).await.unwrap().is_done());
+        store.dcs().set_faults(|faults| faults.lost_answers = 1);
+        assert!(store.acquire_leader(&name("a"), a, Revision(0), None).await.is_err());
+        assert!(store.acquire_leader(&name("a"), a, Revision(0), None).await.unwrap().is_done());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_leader_key_follows_its_name_to_a_new_lease() {
+        let store = store();
+        let (old, new) = (lease(&store).await, lease(&store).await);
+        store.acquire_leader(&name("a"), old, Revision(0), None).await.unwrap();
+        let created = store.read().await.unwrap().leader.unwrap().created;
+        assert!(store.confirm_leader(&name("a"), old).await.unwrap().is_done());
+        assert_eq!(store.read().await.unwrap().leader.unwrap().modified, created, "confirming writes nothing");
+        assert!(store.confirm_leader(&name("a"), new).await.unwrap().is_done());
+        assert_eq!(leader(&store).await, Some(("a".to_owned(), new)));
+        assert_eq!(store.read().await.unwrap().leader.unwrap().created, created);
+        assert_eq!(store.confirm_leader(&name("b"), old).await, Ok(Outcome::Conflict));
+        store.dcs().revoke(new).await.unwrap();
+        assert_eq!(store.confirm_leader(&name("a"), old).await, Ok(Outcome::Conflict), "gone is gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_the_holder_releases_and_reports() {
+        let store = store();
+        let a = lease(&store).await;
+        store.acquire_leader(&name("a"), a, Revision(0), None).await.unwrap();
+        let status = json!({"optime": 7});
+        assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
+        assert_eq!(store.release_leader(&name("b"), Some(status.clone())).await, Ok(Outcome::Conflict));
+        assert_eq!(store.read().await.unwrap().status.optime.0, 0);
+        assert!(store.release_leader(&name("a"), Some(status)).await.unwrap().is_done());
+        let view = store.read().await.unwrap();
+        assert_eq!((view.leader, view.status.optime.0), (None, 7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bootstrap_ends_with_its_agent() {
+        let store = store();
+        let (frozen, next) = (lease(&store).await, store.grant(Duration::from_secs(60)).await.unwrap().id);
+        assert!(store.begin_bootstrap(frozen).await.unwrap().is_done());
+        assert_eq!(store.begin_bootstrap(next).await, Ok(Outcome::Conflict));
+        tokio::time::advance(Duration::from_secs(6)).await;
+        assert!(store.begin_bootstrap(next).await.unwrap().is_done());
+        // The first one wakes up.
+        let late = store.finish_bootstrap(&name("a"), frozen, SystemId(1_000_000_001)).await;
+        assert!(!matches!(late, Ok(Outcome::Done(_))), "{late:?}");
+        assert_eq!(store.cancel_bootstrap(frozen).await, Ok(Outcome::Conflict));
+        store.dcs().set_faults(|faults| faults.lost_answers = 2);
+        assert!(store.finish_bootstrap(&name("b"), next, SystemId(1_000_000_002)).await.unwrap().is_done());
+        let view = store.read().await.unwrap();
+        assert_eq!(view.initialize, Initialize::Done(SystemId(1_000_000_002)));
+        assert_eq!(leader(&store).await, Some(("b".to_owned(), next)));
+        store.dcs().revoke(next).await.unwrap();
+        assert_eq!(store.read().await.unwrap().initialize, Initialize::Done(SystemId(1_000_000_002)), "stays");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn writes_name_the_revision_they_were_decided_on() {
+        let store = store();
+        let value = json!({"ttl": 30});
+        let Outcome::Done(first) = store.put_config(&value, Some(Revision(0))).await.unwrap() else { panic!("absent") };
+        assert_eq!(store.put_config(&value, Some(Revision(0))).await, Ok(Outcome::Conflict));
+        assert!(store.put_config(&value, Some(first)).await.unwrap().is_done());
+        assert_eq!(store.put_config(&value, Some(first)).await, Ok(Outcome::Conflict));
+        let gone = SyncWrite { value: None, seen: Revision(0) };
+        assert!(store.put_sync(gone).await.unwrap().is_done(), "deleting what is not there");
+        store.delete_cluster().await.unwrap();
+        assert_eq!(store.read().await.unwrap().config, None);
     }
 }

@@ -47,7 +47,8 @@ impl<C: Clock> Endpoints<C> {
         let tls = tls_options(config)?;
         let endpoint = |url: &String| Endpoint {
             url: url.clone(),
-            options: connect_options(url, config, &tls),
+            options: with_login(connect_options(url, &tls), config),
+            without_login: connect_options(url, &tls),
             client: Mutex::new(None),
         };
         let all: Vec<Endpoint> = config.endpoints.iter().map(endpoint).collect();
@@ -125,6 +126,7 @@ impl<C: Clock> Endpoints<C> {
 struct Endpoint {
     url: String,
     options: ConnectOptions,
+    without_login: ConnectOptions,
     /// Made at first use, dropped when it stops answering: a connection to a host that went away without a word
     /// would otherwise be tried until TCP gives up.
     client: Mutex<Option<Client>>,
@@ -171,8 +173,16 @@ impl Endpoint {
         if let Some(client) = self.client.lock().clone() {
             return Ok(client);
         }
-        let options = self.options.clone().with_connect_timeout(limit * 4 / 5);
-        let client = Client::connect([&self.url], Some(options)).await?;
+        let timeout = limit * 4 / 5;
+        let options = self.options.clone().with_connect_timeout(timeout);
+        let client = match Client::connect([&self.url], Some(options)).await {
+            // Users are configured here but not demanded there (yet: it will say so when they are).
+            Err(error) if error.to_string().contains("authentication is not enabled") => {
+                let options = self.without_login.clone().with_connect_timeout(timeout);
+                Client::connect([&self.url], Some(options)).await?
+            }
+            result => result?,
+        };
         *self.client.lock() = Some(client.clone());
         Ok(client)
     }
@@ -242,7 +252,14 @@ fn causes(status: &tonic::Status) -> impl Iterator<Item = &(dyn std::error::Erro
     std::iter::successors(std::error::Error::source(status), |error| error.source())
 }
 
-fn connect_options(url: &str, config: &Etcd, tls: &TlsOptions) -> ConnectOptions {
+fn with_login(options: ConnectOptions, config: &Etcd) -> ConnectOptions {
+    match &config.authentication {
+        Some((user, password)) => options.with_user(user, password.reveal()),
+        None => options,
+    }
+}
+
+fn connect_options(url: &str, tls: &TlsOptions) -> ConnectOptions {
     let mut options = ConnectOptions::new()
         // Without it a member that lost the quorum leaves watches and keep-alives silent for ever.
         .with_require_leader(true)
@@ -251,9 +268,6 @@ fn connect_options(url: &str, config: &Etcd, tls: &TlsOptions) -> ConnectOptions
         .with_auto_token_refresh(true);
     if url.starts_with("https://") {
         options = options.with_tls(tls.clone());
-    }
-    if let Some((user, password)) = &config.authentication {
-        options = options.with_user(user, password.reveal());
     }
     options
 }

@@ -1,13 +1,12 @@
 //! A watch that never falls silent: it reports changes, proves each second that it lives, or ends with an error.
 
 use std::collections::VecDeque;
-use std::pin::Pin;
 use std::time::Duration;
 
 use etcd_client::{WatchRequestSender, WatchResponse, WatchResponseStream, WatchStream};
-use futures::{Stream, StreamExt};
+use futures::StreamExt;
 
-use super::super::{DcsError, WatchEvent};
+use super::super::{DcsError, Events, WatchEvent};
 use super::wire;
 use crate::{Clock, Instant};
 
@@ -23,7 +22,7 @@ pub(super) fn events<C: Clock>(
     created: Option<WatchResponse>,
     clock: C,
     patience: Duration,
-) -> Result<Pin<Box<dyn Stream<Item = Result<WatchEvent, DcsError>> + Send>>, DcsError> {
+) -> Result<Events, DcsError> {
     let (requests, responses) = stream.split();
     let patience = patience.clamp(PATIENCE.0, PATIENCE.1);
     let probe_at = clock.now() + PROBE;

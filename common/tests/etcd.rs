@@ -1,0 +1,279 @@
+//! Real etcd: the contract, and the faults that only a real cluster has.
+
+#![allow(clippy::unwrap_used)] // Helpers outside of test functions.
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Cluster, RETRY_TIMEOUT, connect, eventually};
+use tokio::sync::watch;
+use trunkline_common::dcs::contract::Subject;
+use trunkline_common::dcs::etcd::EtcdDcs;
+use trunkline_common::dcs::follow::{Follower, Knowledge};
+use trunkline_common::dcs::paths::Paths;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::dcs::{Dcs, DcsError, Lease, Op, Txn};
+use trunkline_common::{Clock, LeaseId, Revision, SystemClock};
+use trunkline_config::Secret;
+use trunkline_config::local::Etcd;
+
+type Store = ClusterStore<EtcdDcs<SystemClock>>;
+
+fn put(key: &str, value: &str) -> Txn {
+    Txn { then: vec![Op::Put(key.to_owned(), value.into(), LeaseId(0))], ..Txn::default() }
+}
+
+async fn check_contract(cluster: &Cluster) {
+    let (dcs, other) = (cluster.client().await, cluster.client().await);
+    let subject = Subject { dcs, other, clock: SystemClock, prefix: "/contract/".to_owned() };
+    let endpoint = cluster.members[0].url.clone();
+    let compact = async |revision: Revision| {
+        let mut client = etcd_client::Client::connect([&endpoint], None).await.unwrap();
+        client.compact(revision.0, None).await.unwrap();
+    };
+    subject.check(compact).await;
+}
+
+#[tokio::test]
+async fn one_member_keeps_the_contract() {
+    check_contract(&Cluster::start(1).await).await;
+}
+
+#[tokio::test]
+async fn three_members_keep_the_contract() {
+    check_contract(&Cluster::start(3).await).await;
+}
+
+/// Renews every half second for `duration`; gives the longest time between two renewals as the lease sees it.
+async fn longest_gap(dcs: &EtcdDcs<SystemClock>, lease: Lease, duration: Duration) -> Duration {
+    let end = SystemClock.now() + duration;
+    let mut sent = lease.until - lease.ttl;
+    let mut longest = Duration::ZERO;
+    while SystemClock.now() < end {
+        match dcs.renew(lease.id).await {
+            Ok(renewed) => {
+                longest = longest.max((renewed.until - renewed.ttl).since(sent));
+                sent = renewed.until - renewed.ttl;
+                SystemClock.sleep(Duration::from_millis(500)).await;
+            }
+            Err(DcsError::LeaseLost) => panic!("the lease was lost after a gap of {:?}", SystemClock.now().since(sent)),
+            Err(_) => (),
+        }
+    }
+    longest
+}
+
+async fn follow(cluster: &Cluster) -> (Store, watch::Receiver<Knowledge>) {
+    let paths = Paths::new("service", "demo");
+    let following = ClusterStore::new(cluster.client().await, paths.clone());
+    let mut known = Follower::spawn(following, SystemClock);
+    known.wait_for(|known| known.view.is_some()).await.unwrap();
+    (ClusterStore::new(cluster.client().await, paths), known)
+}
+
+/// Writes a new leader through whatever still works and waits until the follower shows it.
+async fn converges(store: &Store, known: &mut watch::Receiver<Knowledge>, name: &str) {
+    eventually("a write succeeds", Duration::from_secs(20), async || {
+        store.take_leader(&name.into(), LeaseId(0)).await.is_ok()
+    })
+    .await;
+    let shows_it = |known: &Knowledge| {
+        let leader = known.view.as_ref().and_then(|view| view.leader.as_ref());
+        leader.is_some_and(|leader| leader.name.as_str() == name) && known.trouble.is_none()
+    };
+    tokio::time::timeout(Duration::from_secs(5), known.wait_for(shows_it)).await.expect("converged").unwrap();
+}
+
+#[tokio::test]
+async fn a_hung_member_first_in_the_list_costs_one_deadline() {
+    let mut cluster = Cluster::start(3).await;
+    let follower = (cluster.leader().await + 1) % 3;
+    cluster.put_first(follower);
+    let dcs = cluster.client().await;
+    let (store, mut known) = follow(&cluster).await;
+    let lease = dcs.grant(Duration::from_secs(5)).await.unwrap();
+    cluster.freeze(0);
+
+    // A client that starts now meets the hung member first.
+    let fresh = cluster.client().await;
+    let before = SystemClock.now();
+    fresh.read("/").await.expect("another member answers");
+    assert!(SystemClock.now().since(before) < RETRY_TIMEOUT);
+    fresh.txn(put("/x", "1")).await.expect("the hung member is not asked again");
+
+    let gap = longest_gap(&dcs, lease, Duration::from_secs(6)).await;
+    assert!(gap < Duration::from_millis(1500), "no renewal for {gap:?}");
+    converges(&store, &mut known, "a").await;
+    cluster.thaw(0);
+    converges(&store, &mut known, "b").await;
+}
+
+#[tokio::test]
+async fn a_transaction_without_an_answer_is_not_sent_again() {
+    let mut cluster = Cluster::start(3).await;
+    let follower = (cluster.leader().await + 1) % 3;
+    cluster.put_first(follower);
+    let dcs = cluster.client().await;
+    dcs.txn(put("/counted", "0")).await.unwrap();
+    cluster.freeze(0);
+    let lost = dcs.txn(put("/counted", "1")).await;
+    assert!(matches!(lost, Err(DcsError::Timeout(_))), "{lost:?}");
+    let now = dcs.read("/counted").await.unwrap();
+    assert_eq!(now.entries[0].value, b"0", "nobody else was asked to do it");
+}
+
+#[tokio::test]
+async fn a_killed_etcd_leader_loses_no_lease() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    cluster.put_first(leader);
+    let dcs = cluster.client().await;
+    let (store, mut known) = follow(&cluster).await;
+    let lease = dcs.grant(Duration::from_secs(5)).await.unwrap();
+    cluster.kill(0);
+    let gap = longest_gap(&dcs, lease, Duration::from_secs(6)).await;
+    assert!(gap < Duration::from_millis(4500), "no renewal for {gap:?}");
+    converges(&store, &mut known, "a").await;
+    cluster.run(0);
+    converges(&store, &mut known, "b").await;
+}
+
+#[tokio::test]
+async fn a_hung_etcd_leader_loses_no_lease() {
+    let mut cluster = Cluster::start(3).await;
+    let leader = cluster.leader().await;
+    cluster.put_first(leader);
+    let dcs = cluster.client().await;
+    let (store, mut known) = follow(&cluster).await;
+    let lease = dcs.grant(Duration::from_secs(5)).await.unwrap();
+    cluster.freeze(0);
+    let gap = longest_gap(&dcs, lease, Duration::from_secs(6)).await;
+    assert!(gap < Duration::from_millis(4500), "no renewal for {gap:?}");
+    converges(&store, &mut known, "a").await;
+    cluster.thaw(0);
+    converges(&store, &mut known, "b").await;
+}
+
+#[tokio::test]
+async fn a_lost_quorum_is_reported() {
+    let cluster = Cluster::start(3).await;
+    let (store, mut known) = follow(&cluster).await;
+    let lease = store.grant(Duration::from_secs(5)).await.unwrap();
+    cluster.freeze(1);
+    cluster.freeze(2);
+    let lost = SystemClock.now();
+    let answers = [store.read().await.err(), store.dcs().renew(lease.id).await.err()];
+    for error in answers {
+        // A keep-alive may be answered for as long as a leader believes in itself.
+        assert!(matches!(error, Some(DcsError::Timeout(_) | DcsError::Unavailable(_)) | None), "{error:?}");
+    }
+    let doubts = known.wait_for(|known| known.trouble.is_some());
+    tokio::time::timeout(Duration::from_secs(10), doubts).await.expect("reported").unwrap();
+    let asked = SystemClock.now();
+    assert!(store.read().await.is_err() && store.take_leader(&"x".into(), LeaseId(0)).await.is_err());
+    assert!(SystemClock.now().since(asked) < 2 * RETRY_TIMEOUT + Duration::from_millis(500), "calls are bounded");
+    let confirmed = known.borrow().confirmed_at.unwrap();
+    assert!(confirmed.since(lost) < Duration::from_secs(7), "what nobody confirmed is not called confirmed");
+    cluster.thaw(1);
+    cluster.thaw(2);
+    converges(&store, &mut known, "a").await;
+}
+
+#[tokio::test]
+async fn a_restarted_member_is_followed_again() {
+    let mut cluster = Cluster::start(1).await;
+    let (store, mut known) = follow(&cluster).await;
+    for name in ["a", "b"] {
+        cluster.kill(0);
+        let doubts = known.wait_for(|known| known.trouble.is_some());
+        // At once where the watch is open; after one call where it is only being opened.
+        tokio::time::timeout(2 * RETRY_TIMEOUT, doubts).await.expect("noticed").unwrap();
+        cluster.run(0);
+        converges(&store, &mut known, name).await;
+    }
+}
+
+#[tokio::test]
+async fn nobody_there_is_not_the_same_as_no_answer() {
+    let mut cluster = Cluster::start(1).await;
+    cluster.kill(0);
+    let dcs = cluster.client().await;
+    let refused = dcs.txn(put("/x", "1")).await;
+    assert!(matches!(refused, Err(DcsError::Unavailable(_))), "certainly not carried out: {refused:?}");
+    assert!(matches!(dcs.read("/").await, Err(DcsError::Unavailable(_))));
+    cluster.run(0);
+    eventually("etcd is back", Duration::from_secs(10), async || dcs.txn(put("/x", "1")).await.is_ok()).await;
+    cluster.freeze(0);
+    let hung = dcs.txn(put("/x", "2")).await;
+    assert!(matches!(hung, Err(DcsError::Timeout(_))), "may have been carried out: {hung:?}");
+    let before = SystemClock.now();
+    dcs.set_retry_timeout(Duration::from_millis(300));
+    assert!(dcs.read("/").await.is_err());
+    assert!(SystemClock.now().since(before) < Duration::from_millis(600), "the bound can be changed");
+}
+
+#[tokio::test]
+async fn logs_in_again_when_its_token_is_gone() {
+    let mut cluster = Cluster::start(1).await;
+    let mut admin = etcd_client::Client::connect([&cluster.members[0].url], None).await.unwrap();
+    let user =
+        |password: &str| Etcd { authentication: Some(("root".to_owned(), Secret::new(password))), ..cluster.config() };
+    let (right, wrong) = (user("secret"), user("guess"));
+    connect(&right).await.read("/").await.expect("a login where none is needed does no harm");
+    admin.user_add("root", "secret", None).await.unwrap();
+    admin.user_grant_role("root", "root").await.unwrap();
+    let early = connect(&right).await;
+    early.read("/").await.unwrap();
+    admin.auth_enable().await.unwrap();
+
+    let refused = connect(&wrong).await.read("/").await;
+    assert!(matches!(refused, Err(DcsError::Refused(_))), "{refused:?}");
+    let nobody = cluster.client().await.read("/").await;
+    assert!(nobody.is_err(), "{nobody:?}");
+    early.read("/").await.expect("logs in once it must");
+    let dcs = connect(&right).await;
+    let lease = dcs.grant(Duration::from_secs(5)).await.unwrap();
+    dcs.txn(put("/x", "1")).await.unwrap();
+
+    // Tokens of the simple kind live in the member's memory.
+    cluster.kill(0);
+    cluster.run(0);
+    eventually("etcd is back", Duration::from_secs(10), async || dcs.read("/x").await.is_ok()).await;
+    dcs.renew(lease.id).await.expect("renewed with a new token");
+    dcs.txn(put("/x", "2")).await.unwrap();
+}
+
+#[tokio::test]
+async fn speaks_tls_with_certificates_on_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let openssl = |args: &str| {
+        let done =
+            std::process::Command::new("openssl").args(args.split(' ')).current_dir(dir.path()).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    };
+    std::fs::write(path("ext"), "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth").unwrap();
+    openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=ca -days 2");
+    openssl("req -newkey rsa:2048 -nodes -keyout node.key -out node.csr -subj /CN=node");
+    openssl("x509 -req -in node.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out node.pem -days 2 -extfile ext");
+    let options = [("cert-file", "node.pem"), ("key-file", "node.key"), ("trusted-ca-file", "ca.pem")];
+    let mut extra: Vec<String> = options.iter().map(|(option, file)| format!("--{option}={}", path(file))).collect();
+    extra.push("--client-cert-auth=true".to_owned());
+    let cluster = Cluster::start_with(1, "https", &extra);
+    let config = Etcd {
+        cacert: Some(path("ca.pem").into()),
+        cert: Some(path("node.pem").into()),
+        key: Some(path("node.key").into()),
+        ..cluster.config()
+    };
+    cluster.ready(&config).await;
+    connect(&config).await.txn(put("/x", "1")).await.unwrap();
+    let without = connect(&Etcd { cert: None, key: None, ..config.clone() }).await.read("/").await;
+    assert!(without.is_err(), "a client without a certificate is refused");
+    let stranger = connect(&cluster.config()).await.read("/").await;
+    assert!(stranger.is_err(), "a server of an unknown authority is refused");
+    let missing = Etcd { cacert: Some(path("none").into()), ..config };
+    let missing = EtcdDcs::connect(&missing, SystemClock, RETRY_TIMEOUT).await.err();
+    assert!(matches!(&missing, Some(DcsError::Refused(text)) if text.contains("etcd3.cacert")), "{missing:?}");
+}
