@@ -37,7 +37,7 @@ bench-failover: ## write outage beside Patroni + HAProxy in the same run (needs 
 	@tools/setup test
 	@tools/patroni-venv
 	cargo build --locked --profile $(PROFILE) --workspace --bins
-	@cargo bench --locked --package trunkline-benches --bench failover -- $(ARGS)
+	@$(BIN)/failover $(ARGS)
 
 compose-check: ## build the image, start docker-compose.yml, kill the leader, check, take it down
 	@tools/setup compose

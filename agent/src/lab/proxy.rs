@@ -91,6 +91,11 @@ impl Proxy {
         Target::new(self.ports.read_only, password)
     }
 
+    /// Where its output goes.
+    pub fn log(&self) -> &std::path::Path {
+        self.proc.log()
+    }
+
     /// Its process.
     pub fn process(&mut self) -> &mut Proc {
         &mut self.proc

@@ -26,7 +26,7 @@ async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
     others.iter().for_each(|node| scene.cluster.nodes[*node].thaw());
 
     let new = scene.cluster.leader_other_than(old, LIMIT).await?;
-    scene.read_write().execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
+    scene.node(new).execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
     let version_file = scene.cluster.nodes[old].data_dir().join("PG_VERSION");
     let before = version_file.metadata().context("the data directory is gone")?.ino();
 

@@ -38,6 +38,11 @@ impl Load {
         Ok(load)
     }
 
+    /// What was acknowledged past the proxy so far.
+    pub fn direct_record(&self) -> Record {
+        self.direct.record()
+    }
+
     /// Ends the clients.
     pub async fn end(self) -> Seen {
         let routed = self.writers.stop().await;
