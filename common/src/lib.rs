@@ -8,6 +8,9 @@ pub mod cluster;
 pub mod dcs;
 pub mod id;
 pub mod lsn;
+pub mod metrics;
+pub mod shutdown;
+pub mod telemetry;
 pub mod timeline;
 pub mod tls;
 

@@ -1,0 +1,139 @@
+//! Logs as Patroni writes them: the same line, levels and `log.format` tokens, so that existing parsers go on working.
+//!
+//! Lines go through a bounded queue to a thread of their own, as in Patroni: a blocked standard error or a full disk must
+//! not stop the HA loop. What does not fit into the queue is dropped and counted.
+
+mod format;
+mod sink;
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt;
+use trunkline_config::local::Log;
+
+use self::format::{Format, PythonStyle};
+use self::sink::Sink;
+
+/// Libraries that say much at debug that helps nobody here.
+const QUIET: &str = "h2=info,hyper=info,hyper_util=info,tonic=info,tower=info,rustls=info,reqwest=info,mio=info";
+
+/// Why logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The log file cannot be written.
+    #[error("log.dir: {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The thread that writes cannot be started.
+    #[error("the log cannot be written: {0}")]
+    Thread(io::Error),
+    /// Not one of Python's level names.
+    #[error("log.level: '{0}' is none of DEBUG, INFO, WARNING, ERROR, CRITICAL")]
+    Level(String),
+    /// Somebody else has set up logging in this process.
+    #[error("logging is set up already")]
+    Again,
+}
+
+/// The running log. Dropping it writes what is still queued.
+pub struct Telemetry {
+    sink: Sink,
+    /// Replaces the filter; false if there is none any more.
+    replace: Box<dyn Fn(EnvFilter) -> bool + Send + Sync>,
+}
+
+/// Sets up logging for the process. `RUST_LOG`, where set, is used instead of `log.level`.
+pub fn init(log: &Log) -> Result<Telemetry, TelemetryError> {
+    let level = Level::parse(&log.level)?;
+    let sink = Sink::start(log.dir.as_deref())?;
+    let format = Format { style: PythonStyle::parse(&log.format), json: log.json };
+    let writer = sink.clone();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| level.filter());
+    let builder = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .event_format(format)
+        .with_writer(move || writer.clone())
+        .with_env_filter(filter)
+        .with_filter_reloading();
+    let handle = builder.reload_handle();
+    builder.finish().try_init().map_err(|_| TelemetryError::Again)?;
+    Ok(Telemetry { sink, replace: Box::new(move |filter| handle.reload(filter).is_ok()) })
+}
+
+impl Telemetry {
+    /// Changes the level, after a reload of the configuration.
+    pub fn set_level(&self, level: &str) -> Result<(), TelemetryError> {
+        let filter = Level::parse(level)?.filter();
+        if (self.replace)(filter) { Ok(()) } else { Err(TelemetryError::Again) }
+    }
+
+    /// Waits until everything logged so far is written, at most a second: for an end by `std::process::exit`.
+    pub fn flush(&self) {
+        self.sink.flush(Duration::from_secs(1));
+    }
+
+    /// Lines dropped because the queue was full.
+    pub fn dropped(&self) -> u64 {
+        self.sink.dropped()
+    }
+}
+
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+/// Python's levels. `CRITICAL` is an error event with the field `critical = true`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Debug,
+    Info,
+    Warning,
+    Error,
+}
+
+impl Level {
+    /// Python's names in any case, with its aliases.
+    fn parse(name: &str) -> Result<Self, TelemetryError> {
+        match name.to_ascii_uppercase().as_str() {
+            "DEBUG" | "NOTSET" => Ok(Level::Debug),
+            "INFO" => Ok(Level::Info),
+            "WARNING" | "WARN" => Ok(Level::Warning),
+            // Nothing here says what is critical but not an error: the two filters are one.
+            "ERROR" | "CRITICAL" | "FATAL" => Ok(Level::Error),
+            _ => Err(TelemetryError::Level(name.to_owned())),
+        }
+    }
+
+    fn filter(self) -> EnvFilter {
+        let level = match self {
+            Level::Debug => "debug",
+            Level::Info => "info",
+            Level::Warning => "warn",
+            Level::Error => "error",
+        };
+        EnvFilter::new(if self == Level::Debug { format!("{level},{QUIET}") } else { level.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_are_pythons() {
+        for name in ["DEBUG", "info", "Warning", "WARN", "ERROR", "CRITICAL"] {
+            assert!(Level::parse(name).is_ok(), "{name}");
+        }
+        let error = Level::parse("LOUD").unwrap_err().to_string();
+        assert!(error.contains("log.level") && error.contains("LOUD"), "{error}");
+    }
+}
