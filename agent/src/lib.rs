@@ -6,6 +6,7 @@
 //! * [`peer`] asks other members' REST APIs how they are.
 //! * [`ctl`] is `trunklinectl`; [`lab`] runs whole clusters on this machine for its `demo` and for the tests.
 
+pub mod ctl;
 pub mod ha;
 pub mod lab;
 pub mod node;

@@ -203,6 +203,9 @@ const LARGEST_ANSWER: usize = 4 << 20;
 /// How long an idle connection is kept: a little less than the server keeps it.
 const IDLE: Duration = Duration::from_secs(50);
 
+/// How long a connection may take to come about: a host that is gone does not refuse it.
+const CONNECT: Duration = Duration::from_secs(5);
+
 impl RestClient {
     /// As agents call each other. Patroni's rule: servers are verified (without their host name) only where this node has
     /// a client certificate.
@@ -232,6 +235,7 @@ impl RestClient {
             .no_proxy()
             .http1_only()
             .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(CONNECT)
             .tcp_nodelay(true)
             .tcp_keepalive(Duration::from_secs(10))
             .pool_idle_timeout(IDLE)

@@ -11,7 +11,7 @@ pub(crate) fn python_str(value: &Value) -> String {
 }
 
 /// `repr(value)`, as it shows inside of lists and maps.
-fn python_repr(value: &Value) -> String {
+pub(crate) fn python_repr(value: &Value) -> String {
     match value {
         Value::Null => "None".to_owned(),
         Value::Bool(true) => "True".to_owned(),
@@ -26,7 +26,8 @@ fn python_repr(value: &Value) -> String {
     }
 }
 
-fn quoted(text: &str) -> String {
+/// `repr(text)`.
+pub(crate) fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
     for c in text.chars() {

@@ -12,7 +12,7 @@ mod answer;
 mod auth;
 mod dynamic;
 pub mod health;
-mod json;
+pub(crate) mod json;
 mod listener;
 mod metrics;
 mod policy;

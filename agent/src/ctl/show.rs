@@ -1,0 +1,86 @@
+//! `history`, `show-config`, `dsn` and `version`: what only looks.
+
+use serde_json::Value;
+use trunkline_common::cluster::HistoryLine;
+use trunkline_config::yaml::to_yaml;
+
+use super::args::{DefaultGroupArgs, DsnArgs, HistoryArgs, Role, VersionArgs};
+use super::context::Context;
+use super::error::{CtlError, Result};
+use super::output::{Sheet, render};
+use super::prompt::echo;
+use super::rest::Method;
+use super::select::{Node, any_member, with_role};
+use super::text::{pg_version, python_str};
+
+/// `history`.
+pub(super) async fn history(context: &Context, args: &HistoryArgs) -> Result<()> {
+    let cluster = context.target_in_own_group(&args.target)?.read().await?;
+    let sheet = Sheet {
+        columns: Some(["TL", "LSN", "Reason", "Timestamp", "New Leader"].map(str::to_owned).to_vec()),
+        rows: cluster.view.history.iter().map(history_row).collect(),
+        right: &["TL", "LSN"],
+        ..Sheet::default()
+    };
+    echo(render(&sheet, args.format.into(), "\t"))
+}
+
+fn history_row(line: &HistoryLine) -> Vec<Value> {
+    vec![
+        line.timeline.0.into(),
+        line.switchpoint.0.into(),
+        line.reason.as_str().into(),
+        line.promoted_at.as_deref().unwrap_or("").into(),
+        line.new_leader.as_deref().unwrap_or("").into(),
+    ]
+}
+
+/// `show-config`.
+pub(super) async fn show_config(context: &Context, args: &DefaultGroupArgs) -> Result<()> {
+    let cluster = context.target_in_own_group(args)?.read().await?;
+    match &cluster.view.config {
+        Some(config) => echo(to_yaml(&config.value)),
+        None => Ok(()),
+    }
+}
+
+/// `dsn`.
+pub(super) async fn dsn(context: &Context, args: &DsnArgs) -> Result<()> {
+    let cluster = context.target(&context.scope(args.cluster.as_deref())?, args.group).read().await?;
+    let Some(node) = any_member(&cluster, args.role, args.member.as_deref())? else {
+        return Err(CtlError::new("Can not find a suitable member"));
+    };
+    let Some((host, port)) = node.member.host_port() else {
+        return Err(CtlError::new(format!("Member {} does not tell its address (no conn_url in its key)", node.name)));
+    };
+    echo(format!("host={host} port={port}"))
+}
+
+/// `version`.
+pub(super) async fn version(context: Option<&Context>, args: &VersionArgs) -> Result<()> {
+    echo(format!("trunklinectl version {}", env!("CARGO_PKG_VERSION")))?;
+    let (Some(name), Some(context)) = (&args.cluster, context) else { return Ok(()) };
+    echo("")?;
+    let cluster = context.target(name, args.group).read().await?;
+    for node in with_role(&cluster, Role::Any) {
+        let wanted = args.members.is_empty() || args.members.contains(&node.name);
+        if wanted && node.member.api_url.is_some() {
+            match member_version(context, &node).await {
+                Ok(version) => echo(format!("{}: {version}", node.name))?,
+                Err(why) => echo(format!("{}: failed to get version: {why}", node.name))?,
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn member_version(context: &Context, node: &Node) -> std::result::Result<String, String> {
+    let answer = context.rest.call(node, Method::Get, "patroni", None).await.map_err(|error| error.to_string())?;
+    let status: Value = serde_json::from_str(&answer.body).map_err(|error| error.to_string())?;
+    let agent = status.pointer("/patroni/version").map_or_else(|| "None".to_owned(), python_str);
+    let server = match status.get("server_version").and_then(Value::as_i64).filter(|version| *version != 0) {
+        Some(number) => format!(" PostgreSQL {}", pg_version(number)),
+        None => String::new(),
+    };
+    Ok(format!("Patroni {agent}{server}"))
+}
