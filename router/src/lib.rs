@@ -5,7 +5,7 @@
 //! | where may a session go, and whose sessions must end? | [`table`] (pure) |
 //! | where does an event of the DCS become a route? | [`follow`], [`probe`] |
 //! | what is the first packet? | [`startup`] (pure) |
-//! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`cancel`], [`reply`] |
+//! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`reply`] |
 //! | where do bytes move? | [`relay`] |
 //! | which sessions are there, and who ends them? | [`sessions`] |
 //! | who listens, and how does the process stop or hand over? | [`accept`], [`server`] |
@@ -16,6 +16,7 @@
 
 pub mod accept;
 pub mod admin;
+pub mod answer;
 pub mod balance;
 pub mod cancel;
 pub mod follow;

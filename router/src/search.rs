@@ -1,11 +1,13 @@
-//! The way of one client to a server: choose, or wait for a choice; dial; register; forward the client's own bytes.
+//! The way of one client to a server: choose, or wait for a choice; dial; register; forward the client's own bytes; hear
+//! what the server says first.
 //!
-//! Until its first packet is forwarded a session has no state anywhere, so it can wait, and be sent elsewhere, as often as
-//! needed. What bounds the waiting: a number of places for all ports, `hold_timeout` for each, and no memory but the first
-//! packet's. A client that goes away while it waits gives its place back at once.
+//! Until a server has taken the session it has no state anywhere, so it can wait, and be sent elsewhere, as often as
+//! needed. What bounds the waiting: a number of places for all ports, `hold_timeout` for each, and no memory but the
+//! client's own packet. A client that goes away while it waits gives its place back at once.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::net::RecvFlags;
@@ -13,14 +15,15 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tracing::debug;
-use trunkline_common::{Clock, Instant, MemberName};
+use trunkline_common::{Clock, Instant};
 use trunkline_config::router::NoCandidate;
 
+use crate::answer::{self, Answer};
 use crate::reply::Refusal;
 use crate::router::{Listening, Router};
 use crate::session::No;
 use crate::sessions::Session;
-use crate::startup::Packet;
+use crate::startup::{Malformed, Packet};
 use crate::table::{Backend, RouteTable};
 use crate::{balance, socket};
 
@@ -31,42 +34,103 @@ const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// Servers tried before a pause.
 const ATTEMPTS: usize = 4;
 
-/// What a search is about.
+/// What a client asks for.
 #[derive(Debug)]
-pub struct Search<'a> {
-    /// Whose knowledge and bounds.
-    pub router: &'a Router,
-    /// Where the client connected.
-    pub listening: &'a Listening,
-    /// The client.
-    pub client: &'a Arc<TcpStream>,
-    /// Its first packet …
+pub struct Request {
+    /// The kind.
     pub packet: Packet,
-    /// … as it was sent.
-    pub bytes: &'a [u8],
+    /// The packet as it was sent.
+    pub bytes: Vec<u8>,
 }
 
-/// A session whose first packet has been forwarded.
+impl Default for Request {
+    /// None yet.
+    fn default() -> Self {
+        Self { packet: Packet::Startup { minor: 0 }, bytes: Vec::new() }
+    }
+}
+
+/// A server that a client's packet has been forwarded to.
 #[derive(Debug)]
 pub struct Found {
-    /// The connection to the server.
+    /// The connection to it.
     pub server: Arc<TcpStream>,
     /// The registration.
     pub session: Session,
 }
 
+/// What comes of a request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// A session.
+    Begun(Found),
+    /// A server that has no encryption. The search goes on with the client's next request.
+    Denied,
+}
+
+/// One client's search for a server.
+#[derive(Debug)]
+pub struct Search<'a> {
+    router: &'a Router,
+    listening: &'a Listening,
+    client: &'a Arc<TcpStream>,
+    /// What the client asks for now.
+    request: Request,
+    /// Requests for encryption that it was denied; any further server has to deny them, too.
+    denied: Vec<Request>,
+    /// The server that denied the last one.
+    at_hand: Option<Found>,
+    /// Something unread of the client has been seen, which tokio will not report again.
+    looked: AtomicBool,
+}
+
 type Tables = watch::Receiver<Arc<RouteTable>>;
 
-impl Search<'_> {
-    /// Tries servers and waits for some until the first packet has been forwarded to one, the client is gone, or the time
-    /// is up.
-    pub async fn run(&self) -> Result<Found, No> {
-        if self.packet.awaits_answer() && self.has_sent_more() {
+impl<'a> Search<'a> {
+    /// The search of `client`, which begins with its first request.
+    pub fn new(router: &'a Router, listening: &'a Listening, client: &'a Arc<TcpStream>) -> Self {
+        let (request, looked) = (Request::default(), AtomicBool::new(false));
+        Self { router, listening, client, request, denied: Vec::new(), at_hand: None, looked }
+    }
+
+    /// Whether the client waits for the answer to a request for encryption.
+    pub fn awaits_answer(&self) -> bool {
+        self.request.packet.awaits_answer()
+    }
+
+    /// Whether the client may have sent something that tokio will not report again.
+    pub fn has_looked(&self) -> bool {
+        self.looked.load(Ordering::Relaxed)
+    }
+
+    /// Tries servers and waits for some until one has answered, the client is gone, or the time is up.
+    pub async fn run(&mut self, request: Request) -> Result<Outcome, No> {
+        if self.denied.iter().any(|before| before.packet == request.packet) {
+            return Err(Malformed::Repeated.into());
+        }
+        self.request = request;
+        if self.awaits_answer() && matches!(peek(self.client), Ok(1..)) {
             return Err(No::Refused(Refusal::EarlyData));
         }
+        let (found, answer) = match self.ask_at_hand().await? {
+            Some(answered) => answered,
+            None => self.find().await?,
+        };
+        let request = std::mem::take(&mut self.request);
+        if answer == Answer::Begun {
+            // A session lasts; the search need not.
+            self.denied = Vec::new();
+            return Ok(Outcome::Begun(found));
+        }
+        self.at_hand = Some(found);
+        self.denied.push(request);
+        Ok(Outcome::Denied)
+    }
+
+    async fn find(&self) -> Result<(Found, Answer), No> {
         let mut tables = self.router.tables();
-        if let Some(found) = self.try_servers(&mut tables).await {
-            return Ok(found);
+        if let Some(answered) = self.try_servers(&mut tables).await? {
+            return Ok(answered);
         }
         if self.listening.port.no_candidate == NoCandidate::Refuse {
             return Err(No::Refused(Refusal::NoServer));
@@ -87,7 +151,7 @@ impl Search<'_> {
     }
 
     /// Waits for a server in a place of the waiting room.
-    async fn hold(&self, tables: &mut Tables, began: Instant) -> Result<Found, No> {
+    async fn hold(&self, tables: &mut Tables, began: Instant) -> Result<(Found, Answer), No> {
         let _place = self.router.hold.enter().ok_or(No::Refused(Refusal::TooManyHeld))?;
         let deadline = began + self.router.limits.hold_timeout;
         let mut pause = FIRST_PAUSE;
@@ -109,8 +173,8 @@ impl Search<'_> {
             // Who has been given a turn is past the reach of the deadline: turns are bounded by the number of places.
             let turn = self.router.hold.turn(self.router.clock.now());
             self.unless_over(deadline.max(turn + FIRST_PAUSE), self.router.clock.sleep_until(turn)).await?;
-            if let Some(found) = self.try_servers(tables).await {
-                return Ok(found);
+            if let Some(answered) = self.try_servers(tables).await? {
+                return Ok(answered);
             }
         }
     }
@@ -130,25 +194,65 @@ impl Search<'_> {
         table.candidates(&self.listening.port)
     }
 
-    /// Tries the candidates of the newest table, each once.
-    async fn try_servers(&self, tables: &mut Tables) -> Option<Found> {
+    /// Tries candidates of the newest table, each once. `None`: none of them takes the session.
+    async fn try_servers(&self, tables: &mut Tables) -> Result<Option<(Found, Answer)>, No> {
         let mut candidates = self.candidates(&tables.borrow_and_update());
         for _ in 0..ATTEMPTS {
             let load = |backend: &Arc<Backend>| self.router.sessions.load(&backend.member);
-            let chosen = balance::pick(&candidates, load, &mut rand::rng())?.clone();
-            if let Some(found) = self.try_server(&chosen, tables.clone()).await {
-                return Some(found);
+            let Some(chosen) = balance::pick(&candidates, load, &mut rand::rng()).cloned() else { break };
+            if let Some(found) = self.connect(&chosen, tables.clone()).await
+                && let Some(answered) = self.ask(found).await?
+            {
+                return Ok(Some(answered));
             }
             candidates.retain(|candidate| candidate.member != chosen.member);
         }
-        None
+        Ok(None)
     }
 
-    async fn try_server(&self, backend: &Arc<Backend>, tables: Tables) -> Option<Found> {
+    /// Dials, registers, and repeats what the client has been through.
+    async fn connect(&self, backend: &Arc<Backend>, tables: Tables) -> Option<Found> {
         let server = Arc::new(self.dial(backend, tables).await?);
-        let session = self.router.sessions.begin(&self.listening.name, backend, self.client, &server)?;
-        let sent = tokio::time::timeout(self.router.limits.connect_timeout, send_all(&server, self.bytes)).await;
-        matches!(sent, Ok(Ok(()))).then_some(Found { server, session })
+        let session = self.router.sessions.begin(&self.listening.name, backend, &server)?;
+        let repeat = async {
+            for request in &self.denied {
+                socket::write_all(&server, &request.bytes).await.ok()?;
+                (answer::first(&server, request.packet).await == Answer::Denied).then_some(())?;
+            }
+            Some(())
+        };
+        tokio::time::timeout(self.router.limits.connect_timeout, repeat).await.ok()??;
+        Some(Found { server, session })
+    }
+
+    async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
+        match self.at_hand.take() {
+            Some(found) => self.ask(found).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more.
+    async fn ask(&self, found: Found) -> Result<Option<(Found, Answer)>, No> {
+        let exchange = async {
+            match socket::write_all(&found.server, &self.request.bytes).await {
+                Ok(()) => answer::first(&found.server, self.request.packet).await,
+                Err(_) => Answer::Gone,
+            }
+        };
+        let answer = tokio::select! {
+            biased;
+            answer = exchange => answer,
+            gone = self.client_stirs() => return Err(gone),
+        };
+        match answer {
+            Answer::Denied => Ok(Some((found, answer))),
+            Answer::Begun if found.session.begun(self.client) => Ok(Some((found, answer))),
+            Answer::Begun | Answer::NotNow | Answer::Gone => {
+                debug!(port = &*self.listening.name, ?answer, "this server takes no session");
+                Ok(None)
+            }
+        }
     }
 
     /// Dials, until the server answers or is no candidate any more: a frozen host must not keep a client that another
@@ -184,15 +288,10 @@ impl Search<'_> {
                 Some(server)
             }
             Err(error) => {
-                debug!(member = MemberName::as_str(&backend.member), %error, "connect failed");
+                debug!(member = backend.member.as_str(), %error, "connect failed");
                 None
             }
         }
-    }
-
-    /// Whether something follows the first packet already.
-    fn has_sent_more(&self) -> bool {
-        matches!(peek(self.client), Ok(1..))
     }
 
     /// Returns when the client goes away, or says something while it must be silent.
@@ -202,34 +301,24 @@ impl Search<'_> {
             if ready.is_read_closed() {
                 return No::ClientGone;
             }
-            // Reported as `WouldBlock`, so that tokio waits for the next event and not for these bytes to be read.
             let mut seen = Ok(0);
-            let _ = self.client.try_io(Interest::READABLE, || {
+            let looked = self.client.try_io(Interest::READABLE, || {
                 seen = peek(self.client);
+                // Whatever it is, tokio shall wait for the next event and not for this one to be dealt with.
                 io::Result::<()>::Err(io::ErrorKind::WouldBlock.into())
             });
+            debug_assert!(looked.is_err());
             match seen {
                 Ok(0) => return No::ClientGone,
-                Ok(_) if self.packet.awaits_answer() => return No::Refused(Refusal::EarlyData),
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return No::ClientGone,
-                Ok(_) | Err(_) => {}
+                Ok(_) if self.awaits_answer() => return No::Refused(Refusal::EarlyData),
+                Ok(_) => self.looked.store(true, Ordering::Relaxed),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return No::ClientGone,
             }
         }
     }
 }
 
 fn peek(stream: &TcpStream) -> io::Result<usize> {
-    Ok(rustix::net::recv(stream, &mut [0u8; 1], RecvFlags::PEEK)?.0)
-}
-
-async fn send_all(server: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        server.writable().await?;
-        match server.try_write(bytes) {
-            Ok(sent) => bytes = &bytes[sent..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
+    Ok(rustix::net::recv(stream, &mut [0u8; 1], RecvFlags::PEEK)?.1)
 }

@@ -1,7 +1,8 @@
 //! One client: read the first packet exactly → find a server, or wait for one ([`search`](crate::search)) → relay → say
 //! why it ended.
 //!
-//! TLS is passed through: after an SSLRequest the server answers, and everything is opaque.
+//! TLS is passed through: where the server agrees to it, everything behind the request is opaque. Where it does not, the
+//! client's next packet is read as its first one was, and is a first packet again.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,13 +15,16 @@ use tracing::debug;
 
 use crate::reply::Refusal;
 use crate::router::{Listening, Router};
-use crate::search::Search;
+use crate::search::{Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::{cancel, relay, socket};
 
 /// How long a refused client may take to hear why.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Kinds of encryption that a client may ask for, one after the other.
+const DENIALS: usize = 2;
 
 /// Bytes of a refused client that are read and thrown away, so that closing does not reset what it was told.
 const FAREWELL_BYTES: usize = 64 << 10;
@@ -44,7 +48,7 @@ impl From<Malformed> for No {
 pub async fn serve(
     router: Arc<Router>,
     listening: Listening,
-    mut client: TcpStream,
+    client: TcpStream,
     peer: SocketAddr,
     permit: OwnedSemaphorePermit,
 ) {
@@ -53,12 +57,20 @@ pub async fn serve(
     if let Err(error) = socket::tune_client(&client) {
         debug!(port = &*listening.name, %peer, %error, "socket options refused");
     }
-    let ended = match first_packet(&mut client, router.limits.startup_timeout).await {
-        Ok((Packet::Cancel, bytes)) => Ended::Cancel(cancel::forward(&router, &listening, &bytes).await),
-        Ok((packet, bytes)) => route(&router, &listening, client, packet, &bytes).await,
+    let client = Arc::new(client);
+    let mut search = Search::new(&router, &listening, &client);
+    let outcome = converse(&router, &listening, &client, &mut search).await;
+    let awaits_answer = search.awaits_answer();
+    drop(search);
+    let ended = match outcome {
+        Ok(ended) => ended,
         Err(No::ClientGone) => Ended::ClientGone,
         Err(No::Refused(refusal)) => {
-            refuse(&mut client, refusal).await;
+            // No session was begun, so nobody else holds the socket.
+            if let Some(mut client) = Arc::into_inner(client) {
+                let denials = if awaits_answer && refusal != Refusal::EarlyData { DENIALS } else { 0 };
+                refuse(&mut client, refusal, denials, router.limits.startup_timeout).await;
+            }
             Ended::Refused(refusal)
         }
     };
@@ -67,36 +79,41 @@ pub async fn serve(
     drop((connection, permit));
 }
 
-/// From a known first packet to the end of the session.
-async fn route(router: &Router, listening: &Listening, client: TcpStream, packet: Packet, bytes: &[u8]) -> Ended {
-    let client = Arc::new(client);
-    match (Search { router, listening, client: &client, packet, bytes }).run().await {
-        Ok(found) => {
-            let end = relay::relay(&client, &found.server, &router.pipes, &listening.meter).await;
-            found.session.cut().map_or(Ended::Relayed(end), Ended::Cut)
+/// From the first packet to the end of the session.
+async fn converse(
+    router: &Router,
+    listening: &Listening,
+    client: &Arc<TcpStream>,
+    search: &mut Search<'_>,
+) -> Result<Ended, No> {
+    // Bounded: a request for encryption is denied once, after which only another kind of packet gets on.
+    loop {
+        let request = first_packet(client, router.limits.startup_timeout).await?;
+        if request.packet == Packet::Cancel {
+            return Ok(Ended::Cancel(cancel::forward(router, listening, &request.bytes).await));
         }
-        Err(No::ClientGone) => Ended::ClientGone,
-        Err(No::Refused(refusal)) => {
-            // No session was begun, so nobody else holds the socket.
-            if let Some(mut client) = Arc::into_inner(client) {
-                refuse_after(&mut client, packet, refusal, router.limits.startup_timeout).await;
+        match search.run(request).await? {
+            Outcome::Denied => socket::write_all(client, b"N").await.map_err(|_| No::ClientGone)?,
+            Outcome::Begun(found) => {
+                let unread = search.has_looked();
+                let end = relay::relay(client, &found.server, unread, &router.pipes, &listening.meter).await;
+                return Ok(found.session.cut().map_or(Ended::Relayed(end), Ended::Cut));
             }
-            Ended::Refused(refusal)
         }
     }
 }
 
-/// Reads the first packet and not one byte more.
-async fn first_packet(client: &mut TcpStream, limit: Duration) -> Result<(Packet, Vec<u8>), No> {
+/// Reads one packet and not one byte more.
+async fn first_packet(client: &TcpStream, limit: Duration) -> Result<Request, No> {
     let read = async {
         let mut bytes = Vec::new();
         loop {
             match startup::read(&bytes)? {
-                Progress::Packet(packet) => return Ok((packet, bytes)),
+                Progress::Packet(packet) => return Ok(Request { packet, bytes }),
                 Progress::Need(more) => {
                     let have = bytes.len();
                     bytes.resize(have + more, 0);
-                    client.read_exact(&mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
+                    socket::read_exact(client, &mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
                 }
             }
         }
@@ -104,28 +121,21 @@ async fn first_packet(client: &mut TcpStream, limit: Duration) -> Result<(Packet
     tokio::time::timeout(limit, read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
 }
 
-/// Refuses in answer to `packet`. Who asked for encryption is told "no" first and refused at its start-up packet: an
-/// ErrorResponse in place of that answer is something that clients must not show (CVE-2024-10977), and most of them would
-/// just connect again, and wait again.
-async fn refuse_after(client: &mut TcpStream, packet: Packet, refusal: Refusal, limit: Duration) {
-    if packet.awaits_answer() && refusal != Refusal::EarlyData {
-        let denied = client.write_all(b"N").await.is_ok();
-        // At most SSLRequest after GSSENCRequest, then a start-up packet.
-        match first_packet(client, limit).await {
-            Ok((next, _)) if denied && next.awaits_answer() && next != packet => {
-                let again = client.write_all(b"N").await.is_ok() && first_packet(client, limit).await.is_ok();
-                if !again {
-                    return;
-                }
-            }
-            Ok(_) if denied => {}
-            _ => return,
+/// Says why. Who has asked for encryption and waits for the answer is told "no" first, and refused at the start-up packet:
+/// an ErrorResponse in place of that answer is something that clients must not show (CVE-2024-10977), and most of them
+/// would just connect again, and wait again.
+async fn refuse(client: &mut TcpStream, refusal: Refusal, denials: usize, limit: Duration) {
+    let mut left = denials;
+    while left > 0 {
+        if client.write_all(b"N").await.is_err() {
+            return;
         }
+        left = match first_packet(client, limit).await {
+            Ok(next) if next.packet.awaits_answer() => left - 1,
+            Ok(_) => 0,
+            Err(_) => return,
+        };
     }
-    refuse(client, refusal).await;
-}
-
-async fn refuse(client: &mut TcpStream, refusal: Refusal) {
     let farewell = async {
         client.write_all(&refusal.packet()).await?;
         client.shutdown().await?;

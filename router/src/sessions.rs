@@ -2,7 +2,8 @@
 //!
 //! A session is registered before the first byte of its client reaches the server, under the same lock that a change of
 //! leadership takes. So there is no moment in which a session of a deposed leader could slip through: either it is found
-//! and ended, or it is refused and its client, which has no state yet, is sent elsewhere.
+//! and ended, or it is refused. Its client is registered once the server has answered; until then the client has no
+//! state, is not touched, and can be sent elsewhere.
 //!
 //! Ending means shutting down both sockets, which needs nothing of the server, nor of the thread that relays: a frozen
 //! host with a healthy-looking connection makes no difference. The relay notices by itself and cleans up.
@@ -48,7 +49,8 @@ struct Live {
     backend: Arc<Backend>,
     /// The epoch the session belongs to: that of its opening, or the one its standby began by being promoted.
     epoch: Option<Epoch>,
-    client: Arc<TcpStream>,
+    /// `None` until the server has taken the session.
+    client: Option<Arc<TcpStream>>,
     server: Arc<TcpStream>,
     cut: Arc<AtomicU8>,
 }
@@ -62,6 +64,19 @@ pub struct Session {
 }
 
 impl Session {
+    /// The server has taken the session: from now on it ends together with its client's connection. `false`: it has been
+    /// ended already, and the client has not noticed.
+    pub fn begun(&self, client: &Arc<TcpStream>) -> bool {
+        let mut inner = self.sessions.inner.lock();
+        if self.cut().is_some() {
+            return false;
+        }
+        if let Some(live) = inner.live.get_mut(&self.id) {
+            live.client = Some(client.clone());
+        }
+        true
+    }
+
     /// Why it was ended from outside, if it was.
     pub fn cut(&self) -> Option<Cut> {
         match self.cut.load(Ordering::Acquire) {
@@ -88,7 +103,6 @@ impl Sessions {
         self: &Arc<Self>,
         port: &Arc<str>,
         backend: &Arc<Backend>,
-        client: &Arc<TcpStream>,
         server: &Arc<TcpStream>,
     ) -> Option<Session> {
         let mut inner = self.inner.lock();
@@ -104,7 +118,7 @@ impl Sessions {
             port: port.clone(),
             backend: backend.clone(),
             epoch,
-            client: client.clone(),
+            client: None,
             server: server.clone(),
             cut: cut.clone(),
         };
@@ -192,6 +206,8 @@ impl Live {
     fn end(&self, cut: Cut) {
         self.cut.store(cut as u8, Ordering::Release);
         socket::abort(&self.server);
-        socket::close_both_ways(&self.client);
+        if let Some(client) = &self.client {
+            socket::close_both_ways(client);
+        }
     }
 }

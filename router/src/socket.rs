@@ -100,6 +100,34 @@ fn keepalive(socket: impl std::os::fd::AsFd, idle: Duration, interval: Duration,
     Ok(())
 }
 
+/// Fills `buffer`, and takes nothing beyond it.
+pub async fn read_exact(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+    let mut have = 0;
+    while have < buffer.len() {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer[have..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => have += read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `bytes`.
+pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(bytes) {
+            Ok(sent) => bytes = &bytes[sent..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Turns `TCP_USER_TIMEOUT` off. Linux ends a connection by it also when the peer is alive and acknowledges every probe,
 /// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die.
 pub fn forget_user_timeout(server: &TcpStream) {

@@ -66,6 +66,9 @@ pub enum Malformed {
     /// The list of parameters has no end.
     #[error("invalid startup packet layout: expected terminator as last byte")]
     Layout,
+    /// The same encryption is asked for again.
+    #[error("encryption has been requested and denied before")]
+    Repeated,
     /// A protocol other than 3, such as 2.0.
     #[error("unsupported frontend protocol {0}.{1}: this server supports 3.0 and later minor versions")]
     Version(u16, u16),

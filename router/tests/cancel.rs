@@ -5,6 +5,7 @@
 mod common;
 
 use common::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use trunkline_config::router::Target;
 
 #[tokio::test]
@@ -15,7 +16,7 @@ async fn on_the_read_write_port_the_leader_gets_it() {
     world.lead("a", leader.at).await;
     world.follow("b", standby.at).await;
     let mut client = connect(rw, CANCEL).await;
-    let (server, packet) = leader.session().await;
+    let (server, packet) = leader.request().await;
     assert_eq!(packet, CANCEL);
     // libpq waits for the end of the connection, which must not come before the server has acted.
     drop(server);
@@ -40,8 +41,23 @@ async fn on_a_read_only_port_every_standby_gets_it() {
         .await;
     let mut client = connect(ro, CANCEL).await;
     for server in [&b, &c, &d] {
-        assert_eq!(server.session().await.1, CANCEL);
+        assert_eq!(server.request().await.1, CANCEL);
     }
+    assert_eq!(rest(&mut client).await, b"");
+}
+
+#[tokio::test]
+async fn after_a_denied_request_for_encryption_too() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    // libpq 17 cancels as it connects: TLS first, if it can be had.
+    let mut client = connect(rw, SSL_REQUEST).await;
+    leader.request().await.0.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    client.write_all(CANCEL).await.unwrap();
+    assert_eq!(leader.request().await.1, CANCEL);
     assert_eq!(rest(&mut client).await, b"");
 }
 

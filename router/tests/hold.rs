@@ -26,7 +26,7 @@ async fn a_client_without_a_leader_is_held_and_then_served() {
     let took = SystemClock.now().since(published);
     assert_eq!(packet, STARTUP, "the client's own bytes");
     assert!(took < Duration::from_millis(250), "released on the event, not by a timer: {took:?}");
-    passes(&mut session, &mut client, b"R").await;
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'R');
     passes(&mut client, &mut session, b"p").await;
     world.held(0).await;
 }
@@ -179,6 +179,83 @@ async fn a_port_may_refuse_or_use_the_leader_instead() {
     let standby = Fake::start().await;
     world.follow("b", standby.at).await;
     session(falling_back, &standby).await;
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_sessions_now_is_waited_for() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let (stopping, other) = (Fake::start().await, Fake::start().await);
+    world.lead("a", stopping.at).await;
+    let mut client = connect(rw, STARTUP).await;
+    let (mut session, _) = stopping.request().await;
+    session.write_all(&error("57P03")).await.unwrap();
+    world.held(1).await;
+    // In a piece or two, or without a word: the same.
+    let (mut session, _) = stopping.request().await;
+    session.write_all(&error("57P03")[..9]).await.unwrap();
+    session.write_all(&error("57P03")[9..]).await.unwrap();
+    drop(stopping.request().await);
+    world.lead("b", other.at).await;
+    let (mut session, packet) = other.session().await;
+    assert_eq!(packet, STARTUP);
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'R', "the first thing it hears");
+    passes(&mut client, &mut session, b"p").await;
+    // Any other error is the client's business.
+    let mut client = connect(rw, STARTUP).await;
+    other.request().await.0.write_all(&error("28000")).await.unwrap();
+    assert_eq!(refused(&mut client).await, "28000");
+}
+
+#[tokio::test]
+async fn a_client_that_was_denied_encryption_can_still_be_moved() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let (a, b) = (Fake::start().await, Fake::start().await);
+    world.lead("a", a.at).await;
+    let mut client = connect(rw, SSL_REQUEST).await;
+    let (mut at_a, packet) = a.request().await;
+    assert_eq!(packet, SSL_REQUEST);
+    at_a.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    client.write_all(STARTUP).await.unwrap();
+    let mut startup = vec![0; STARTUP.len()];
+    within(at_a.read_exact(&mut startup)).await.unwrap();
+    assert_eq!(startup, STARTUP, "on the same connection");
+    at_a.write_all(&error("57P03")).await.unwrap();
+    world.held(1).await;
+    world.lead("b", b.at).await;
+    let (mut at_b, packet) = b.request().await;
+    assert_eq!(packet, SSL_REQUEST);
+    at_b.write_all(b"N").await.unwrap();
+    within(at_b.read_exact(&mut startup)).await.unwrap();
+    assert_eq!(startup, STARTUP);
+    at_b.write_all(b"R").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'R', "and no second N");
+    passes(&mut client, &mut at_b, b"p").await;
+    // Once is enough.
+    let mut client = connect(rw, SSL_REQUEST).await;
+    let (mut at_b, _) = b.request().await;
+    at_b.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    client.write_all(SSL_REQUEST).await.unwrap();
+    assert_eq!(refused(&mut client).await, "08P01");
+}
+
+#[tokio::test]
+async fn what_a_held_client_has_said_already_is_not_lost() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let mut client = connect(rw, STARTUP).await;
+    world.held(1).await;
+    client.write_all(b"said while held").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    let (mut session, _) = server.session().await;
+    let mut got = [0; 15];
+    within(session.read_exact(&mut got)).await.unwrap();
+    assert_eq!(&got, b"said while held");
 }
 
 #[tokio::test]

@@ -67,7 +67,7 @@ async fn big_transfers_arrive_whole_in_both_directions_at_once() {
     assert!(up == bytes, "to the server");
     assert!(down == bytes, "to the client");
     let text = world.router.metrics.render().unwrap();
-    let counted = format!("bytes_total{{direction=\"to_client\",port=\"leader\"}} {}\n", bytes.len());
+    let counted = format!("bytes_total{{direction=\"to_client\",port=\"leader\"}} {}\n", bytes.len() + 1);
     assert!(text.contains(&counted), "{text}");
     eventually(|| world.router.connections() == 0).await;
 }
@@ -187,7 +187,7 @@ async fn encryption_requests_pass_opaquely() {
     let fake = Fake::start().await;
     world.lead("a", fake.at).await;
     let mut client = connect(rw, SSL_REQUEST).await;
-    let (mut server, packet) = fake.session().await;
+    let (mut server, packet) = fake.request().await;
     assert_eq!(packet, SSL_REQUEST);
     passes(&mut server, &mut client, b"S").await;
     passes(&mut client, &mut server, b"\x16\x03\x01 whatever follows").await;

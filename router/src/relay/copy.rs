@@ -23,12 +23,24 @@ impl Half<'_> {
     pub(super) fn poll_copy(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Stop>> {
         ready!(self.poll_rest(cx))?;
         SCRATCH.with_borrow_mut(|scratch| {
-            let bytes = ready!(poll_read(cx, self.from, scratch)).map_err(|_| Stop::Read)?;
+            let bytes = match self.read_unread(scratch) {
+                Some(bytes) => bytes,
+                None => ready!(poll_read(cx, self.from, scratch)).map_err(|_| Stop::Read)?,
+            };
             self.way.copied(bytes);
             let sent = send_now(self.to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
             self.rest.extend_from_slice(&scratch[sent..bytes]);
             Poll::Ready(Ok(bytes))
         })
+    }
+
+    /// The very first read, past tokio. Whatever it does not take is reported anew.
+    fn read_unread(&mut self, scratch: &mut [u8]) -> Option<usize> {
+        if !std::mem::take(&mut self.unread) {
+            return None;
+        }
+        // An end and an error are not used up by this: the ordinary read finds them again.
+        rustix::net::recv(self.from, scratch, RecvFlags::empty()).ok().map(|(bytes, _)| bytes).filter(|bytes| *bytes > 0)
     }
 
     /// Writes what an earlier step could not; its memory is given back.

@@ -54,10 +54,11 @@ pub enum End {
     ServerLost,
 }
 
-/// Relays until both directions have ended, and says which side ended first.
-pub async fn relay(client: &TcpStream, server: &TcpStream, pool: &Pool, meter: &Meter) -> End {
+/// Relays until both directions have ended, and says which side ended first. `unread`: the client has sent something that
+/// tokio has reported already and will not report again.
+pub async fn relay(client: &TcpStream, server: &TcpStream, unread: bool, pool: &Pool, meter: &Meter) -> End {
     let mut relay = Relay {
-        up: Half::new(client, server),
+        up: Half { unread, ..Half::new(client, server) },
         down: Half::new(server, client),
         unanswered: Some(0),
         linger: None,
@@ -163,6 +164,8 @@ struct Half<'a> {
     from: &'a TcpStream,
     to: &'a TcpStream,
     way: splice::Way,
+    /// There is something to read, whatever tokio says.
+    unread: bool,
     /// Read and not yet written.
     rest: Vec<u8>,
     stop: Option<Stop>,
@@ -172,7 +175,7 @@ struct Half<'a> {
 
 impl<'a> Half<'a> {
     fn new(from: &'a TcpStream, to: &'a TcpStream) -> Self {
-        Self { from, to, way: splice::Way::default(), rest: Vec::new(), stop: None, drained: false }
+        Self { from, to, way: splice::Way::default(), unread: false, rest: Vec::new(), stop: None, drained: false }
     }
 
     /// Nothing will be read from the source any more.

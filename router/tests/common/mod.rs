@@ -133,8 +133,15 @@ impl Fake {
         Self { at: listener.local_addr().unwrap(), listener }
     }
 
-    /// The next connection, with its first packet read.
+    /// The next connection, with its first packet read and taken: the client sees an `R`.
     pub async fn session(&self) -> (TcpStream, Vec<u8>) {
+        let (mut stream, packet) = self.request().await;
+        stream.write_all(b"R").await.unwrap();
+        (stream, packet)
+    }
+
+    /// The next connection, with its first packet read and not answered.
+    pub async fn request(&self) -> (TcpStream, Vec<u8>) {
         let (mut stream, _) = within(self.listener.accept()).await.unwrap();
         let mut length = [0; 4];
         within(stream.read_exact(&mut length)).await.unwrap();
@@ -161,9 +168,10 @@ pub async fn connect(to: SocketAddr, first: &[u8]) -> TcpStream {
 
 /// A session through the router: the client's end and the server's.
 pub async fn session(to: SocketAddr, server: &Fake) -> (TcpStream, TcpStream) {
-    let client = connect(to, STARTUP).await;
+    let mut client = connect(to, STARTUP).await;
     let (server, packet) = server.session().await;
     assert_eq!(packet, STARTUP);
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'R');
     (client, server)
 }
 
@@ -180,6 +188,12 @@ pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut got = Vec::new();
     let _ = within(stream.read_to_end(&mut got)).await;
     got
+}
+
+/// An ErrorResponse with this SQLSTATE.
+pub fn error(sqlstate: &str) -> Vec<u8> {
+    let fields = format!("SFATAL\0VFATAL\0C{sqlstate}\0Mthe database system is shutting down\0\0");
+    [b"E".to_vec(), (fields.len() as u32 + 4).to_be_bytes().to_vec(), fields.into_bytes()].concat()
 }
 
 /// The SQLSTATE of the ErrorResponse that ends the connection.

@@ -1,0 +1,106 @@
+//! What a server says first, looked at without taking it.
+//!
+//! A server that is about to stop, or has not quite started, accepts connections and refuses them with
+//! `cannot_connect_now`. Nothing has come of the session by then, so it can wait for a better server, as if the connect had
+//! been refused. And who has asked for encryption and is denied it still has no session: only the start-up packet that
+//! follows begins one.
+
+use std::io;
+
+use rustix::net::RecvFlags;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::startup::Packet;
+
+/// The longest ErrorResponse that is looked into.
+const LOOK: usize = 1_024;
+
+/// A server's first word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Everything from here on is between client and server. Nothing has been taken.
+    Begun,
+    /// `N`: no encryption. The client may go on in plain text, or close. This byte has been taken.
+    Denied,
+    /// The server takes no sessions now (`57P03`).
+    NotNow,
+    /// The server has closed, or its connection broke.
+    Gone,
+}
+
+/// Waits for the answer to `packet`, for as long as the server takes.
+pub async fn first(server: &TcpStream, packet: Packet) -> Answer {
+    if packet == Packet::DirectTls {
+        return Answer::Begun;
+    }
+    let mut answer = Answer::Gone;
+    loop {
+        if server.readable().await.is_err() {
+            return Answer::Gone;
+        }
+        let looked = server.try_io(Interest::READABLE, || {
+            let mut seen = [0; LOOK];
+            let (_, have) = rustix::net::recv(server, &mut seen, RecvFlags::PEEK)?;
+            // Too little to tell is reported as `WouldBlock`, so that tokio waits for more to arrive.
+            answer = verdict(&seen[..have.min(LOOK)], packet).ok_or(io::ErrorKind::WouldBlock)?;
+            Ok(())
+        });
+        match looked {
+            Ok(()) if answer == Answer::Denied => {
+                return if matches!(server.try_read(&mut [0]), Ok(1)) { answer } else { Answer::Gone };
+            }
+            Ok(()) => return answer,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return Answer::Gone,
+        }
+    }
+}
+
+/// What the bytes so far mean; `None`: too few to tell.
+fn verdict(seen: &[u8], packet: Packet) -> Option<Answer> {
+    match seen {
+        [] => Some(Answer::Gone),
+        [b'N', ..] if packet.awaits_answer() => Some(Answer::Denied),
+        [b'E', rest @ ..] if !packet.awaits_answer() => {
+            let (length, fields) = rest.split_first_chunk::<4>()?;
+            let length = u32::from_be_bytes(*length) as usize;
+            if fields.len() + 4 < length && seen.len() < LOOK {
+                return None;
+            }
+            let refuses = fields.split(|byte| *byte == 0).any(|field| field == b"C57P03");
+            Some(if refuses { Answer::NotNow } else { Answer::Begun })
+        }
+        _ => Some(Answer::Begun),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reply::Refusal;
+
+    #[test]
+    fn first_words() {
+        let startup = Packet::Startup { minor: 0 };
+        let (not_now, full) = (Refusal::NoServer.packet(), Refusal::TooManyHeld.packet());
+        for (seen, packet, expected) in [
+            (&b""[..], startup, Some(Answer::Gone)),
+            (b"R\0\0\0\x08\0\0\0\0", startup, Some(Answer::Begun)),
+            (b"v\0\0", startup, Some(Answer::Begun)),
+            (&not_now, startup, Some(Answer::NotNow)),
+            (&not_now[..3], startup, None),
+            (&not_now[..not_now.len() - 1], startup, None),
+            (&full, startup, Some(Answer::Begun)),
+            (b"Nothing", startup, Some(Answer::Begun)),
+            (b"N", Packet::SslRequest, Some(Answer::Denied)),
+            (b"N", Packet::GssEncRequest, Some(Answer::Denied)),
+            (b"S", Packet::SslRequest, Some(Answer::Begun)),
+            (b"E", Packet::SslRequest, Some(Answer::Begun)),
+        ] {
+            assert_eq!(verdict(seen, packet), expected, "{seen:?} to {packet:?}");
+        }
+        let endless = [b"E\x7f\xff\xff\xff".to_vec(), vec![b'x'; LOOK]].concat();
+        assert_eq!(verdict(&endless[..LOOK], startup), Some(Answer::Begun), "not looked at for ever");
+    }
+}
