@@ -40,7 +40,10 @@ impl Half<'_> {
             return None;
         }
         // An end and an error are not used up by this: the ordinary read finds them again.
-        rustix::net::recv(self.from, scratch, RecvFlags::empty()).ok().map(|(bytes, _)| bytes).filter(|bytes| *bytes > 0)
+        rustix::net::recv(self.from, scratch, RecvFlags::empty())
+            .ok()
+            .map(|(bytes, _)| bytes)
+            .filter(|bytes| *bytes > 0)
     }
 
     /// Writes what an earlier step could not; its memory is given back.
