@@ -490,6 +490,104 @@ fn changed_settings_are_reloaded_or_wait_for_a_restart() {
 }
 
 #[test]
+fn settings_that_postgresql_rejects_are_left_out() {
+    as_postgres("settings_that_postgresql_rejects_are_left_out", || async {
+        let place = Place::new();
+        let node = place.node("a");
+        let mut config = node.pg.config();
+        for (name, value) in [("no_such_setting", "1"), ("work_mem", "lots"), ("maintenance_work_mem", "65MB")] {
+            config.parameters.insert(name.into(), value.into());
+        }
+        node.pg.configure(config.clone()).await.expect("configure");
+        node.pg.initdb(vec!["--no-sync".into()], vec![]).await.expect("initdb");
+        node.pg.start(StartAs::Primary, LIMIT).await.expect("starts without the bad ones");
+        node.sql("DO $$ BEGIN ASSERT current_setting('maintenance_work_mem') = '65MB'; END $$")
+            .await
+            .expect("the good one");
+        let conf = fs::read_to_string(node.dir.join("postgresql.conf")).expect("conf");
+        assert!(!conf.contains("no_such_setting") && !conf.contains("lots"), "{conf}");
+
+        // What is wrong elsewhere stops it, with PostgreSQL's own words.
+        node.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        fs::write(node.dir.join("postgresql.base.conf"), "nonsense = 1\n").expect("base");
+        let error = node.pg.start(StartAs::Primary, LIMIT).await;
+        assert!(matches!(&error, Err(PgError::Failed(why)) if why.contains("nonsense")), "{error:?}");
+    });
+}
+
+#[test]
+fn everything_goes_over_tls_where_the_users_ask_for_it() {
+    as_postgres("everything_goes_over_tls_where_the_users_ask_for_it", || async {
+        let place = Place::new();
+        let (cert, key) = (place.0.path().join("node.crt"), place.0.path().join("node.key"));
+        // Self-signed, as authority, server and client at once: what Patroni's own acceptance suite uses.
+        let made = std::process::Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+            .args(["-subj", "/CN=postgres", "-addext", "subjectAltName=IP:127.0.0.1", "-out"])
+            .arg(&cert)
+            .arg("-keyout")
+            .arg(&key)
+            .output();
+        assert!(made.expect("openssl").status.success());
+        let options = [("sslmode", "verify-ca"), ("sslrootcert", &*cert.to_string_lossy())];
+        let options = options.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let secure = |node: &Node| {
+            let mut config = node.pg.config();
+            for user in [&mut config.superuser, &mut config.replication, &mut config.rewind] {
+                user.options = options.clone().into();
+            }
+            config.parameters.insert("ssl".into(), "on".into());
+            config.parameters.insert("ssl_cert_file".into(), cert.to_string_lossy().into());
+            config.parameters.insert("ssl_key_file".into(), key.to_string_lossy().into());
+            config
+        };
+        let hba = ["hostssl all all 127.0.0.1/32 scram-sha-256", "hostssl replication all 127.0.0.1/32 scram-sha-256"];
+        let a = place.node("a");
+        a.pg.configure(secure(&a)).await.expect("configure");
+        let options = vec!["--no-sync".into(), "--auth=reject".into()];
+        a.pg.initdb(options, hba.map(str::to_owned).into()).await.expect("initdb");
+        // initdb's own lines come first.
+        let generated = fs::read_to_string(a.dir.join("pg_hba.conf")).expect("hba").replace("reject", "trust #");
+        let lines: Vec<_> = generated.lines().filter(|line| !line.contains("trust #")).collect();
+        fs::write(a.dir.join("pg_hba.conf"), lines.join("\n") + "\n").expect("hba");
+        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        a.pg.create_users(None).await.expect("users");
+
+        let b = place.node("b");
+        b.pg.configure(secure(&b)).await.expect("configure");
+        b.pg.clone_from(a.upstream()).await.expect("clone");
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        a.until("streams", |running| !running.replication.is_empty()).await;
+        assert_eq!(b.pg.diverged(a.upstream()).await, Divergence::None);
+        assert!(a.sql("SELECT 1").await.is_err(), "without TLS nobody gets in");
+    });
+}
+
+#[test]
+fn a_replica_can_be_made_by_the_users_own_method() {
+    as_postgres("a_replica_can_be_made_by_the_users_own_method", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.node("b");
+        let script = place.0.path().join("copy.sh");
+        let text = "#!/bin/sh\nset -e\nfor arg; do case \"$arg\" in --datadir=*) dir=${arg#*=};; --connstring=*) conn=${arg#*=};; \
+            --level=*) level=${arg#*=};; esac; done\n[ \"$level\" = 3 ]\nexec \"$0.pg_basebackup\" -D \"$dir\" -d \"$conn\" -X stream -c fast --no-sync\n";
+        fs::write(&script, text).expect("script");
+        let pg_basebackup = place.0.path().join("copy.sh.pg_basebackup");
+        std::os::unix::fs::symlink("/usr/lib/postgresql/15/bin/pg_basebackup", pg_basebackup).expect("link");
+        let mut config = b.pg.config();
+        config.create_replica_methods = vec!["absent".into(), "copy".into()];
+        let absent = serde_json::json!({ "command": "/nonexistent/tool" });
+        let copy = serde_json::json!({ "command": format!("sh {}", script.display()), "level": 3 });
+        config.raw = [("absent".to_owned(), absent), ("copy".to_owned(), copy)].into_iter().collect();
+        b.pg.configure(config).await.expect("configure");
+        b.pg.clone_from(a.upstream()).await.expect("the second method works");
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        a.until("streams", |running| !running.replication.is_empty()).await;
+    });
+}
+
+#[test]
 fn what_an_operator_has_to_fix_is_said() {
     as_postgres("what_an_operator_has_to_fix_is_said", || async {
         use std::os::unix::fs::PermissionsExt as _;

@@ -82,7 +82,7 @@ impl Instance {
     async fn custom(&self, config: &PostgresConfig, method: &str, source: &Upstream) -> Result<(), PgError> {
         let empty = serde_json::Map::new();
         let section = config.raw.get(method).and_then(Value::as_object).unwrap_or(&empty);
-        let flag = |key: &str| section.get(key).is_some_and(|value| truthy(value));
+        let flag = |key: &str| section.get(key).is_some_and(truthy);
         if !flag("keep_data") {
             files::remove_data(&config.data_dir)?;
             files::create_private_dir(&config.data_dir)?;

@@ -50,12 +50,13 @@ pub fn look(data_dir: &Path) -> DataDir {
 ///
 /// Nothing is synced to disk: every start writes the files anew, so a crash of the host costs nothing.
 pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result<bool, PgError> {
-    let conf = config.config_dir.join("postgresql.conf");
+    let conf = conf_file(config);
     let (hba, ident) = (config.config_dir.join("pg_hba.conf"), config.config_dir.join("pg_ident.conf"));
     let base = base_file(config, &conf)?;
     let text = settings::postgresql_conf(config, managed, &base, &hba, &ident, version);
     let mut changed = replace(&conf, &text).map_err(|error| unwritable(&conf, &error))?;
-    for (file, lines, parameter) in [(&hba, &config.pg_hba, "hba_file"), (&ident, &config.pg_ident, "ident_file")] {
+    let (hba_lines, ident_lines) = (config.pg_hba_for(managed.role), config.pg_ident_for(managed.role));
+    for (file, lines, parameter) in [(&hba, hba_lines, "hba_file"), (&ident, ident_lines, "ident_file")] {
         if config.parameters.contains_key(parameter) {
             continue;
         }
@@ -63,7 +64,7 @@ pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result
             changed |= seed(config, file)?;
             continue;
         };
-        changed |= replace(file, &settings::lines(lines)).map_err(|error| unwritable(file, &error))?;
+        changed |= replace(file, &settings::lines(&lines)).map_err(|error| unwritable(file, &error))?;
     }
     let auto = config.data_dir.join("postgresql.auto.conf");
     if let Some(stripped) = fs::read_to_string(&auto).ok().and_then(|text| settings::without_recovery_settings(&text)) {
@@ -97,8 +98,13 @@ pub fn write_pgpass(config: &PostgresConfig, upstream: &Upstream) -> Result<bool
 
 /// What is in a data directory's `postgresql.conf` of the settings managed here.
 pub fn managed(config: &PostgresConfig) -> Managed {
-    let text = fs::read_to_string(config.config_dir.join("postgresql.conf")).unwrap_or_default();
+    let text = fs::read_to_string(conf_file(config)).unwrap_or_default();
     settings::managed_in(&text)
+}
+
+/// The main configuration file.
+pub fn conf_file(config: &PostgresConfig) -> PathBuf {
+    config.config_dir.join(format!("{}.conf", config.config_base_name()))
 }
 
 /// Appends lines to a file.
@@ -166,17 +172,17 @@ fn base_file(config: &PostgresConfig, conf: &Path) -> Result<String, PgError> {
     if let Some(custom) = &config.custom_conf {
         return Ok(custom.to_string_lossy().into_owned());
     }
-    let name = "postgresql.base.conf";
-    let base = config.config_dir.join(name);
+    let name = format!("{}.base.conf", config.config_base_name());
+    let base = config.config_dir.join(&name);
     if base.exists() {
-        return Ok(name.to_owned());
+        return Ok(name);
     }
     let original = fs::read_to_string(conf).ok().filter(|text| !settings::is_ours(text));
     // With a configuration directory of its own, initdb's file is still in the data directory.
     let initdbs = || fs::read_to_string(config.data_dir.join("postgresql.conf")).ok().filter(|t| !settings::is_ours(t));
     let text = original.or_else(initdbs).unwrap_or_default();
     replace(&base, &text).map_err(|error| unwritable(&base, &error))?;
-    Ok(name.to_owned())
+    Ok(name)
 }
 
 /// With a configuration directory of its own, a file that initdb or a clone left in the data directory is taken over.

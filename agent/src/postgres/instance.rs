@@ -26,6 +26,9 @@ use super::{ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Start
 /// After SIGQUIT, how long an immediate stop may take before SIGKILL.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
 
+/// How often the configuration file is checked for settings to leave out.
+const CHECKS: u32 = 8;
+
 /// The bound on `before_stop`.
 const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
 
@@ -74,7 +77,8 @@ impl Instance {
             return Err(PgError::Unusable(why));
         }
         check_version(&config, version)?;
-        let managed = files::managed(&config);
+        let role = if has_standby_signal(&config.data_dir) { "replica" } else { "primary" };
+        let managed = Managed { role, ..files::managed(&config) };
         let inner = Inner {
             scope: scope.into(),
             name,
@@ -284,14 +288,30 @@ impl Instance {
             Err(error @ PgError::Failed(_)) => error,
             result => return result,
         };
-        // One setting that PostgreSQL does not know or does not accept keeps it from starting at all: leave those out.
-        let (rejected, complaints) = self.rejected_settings().await?;
-        if rejected.is_empty() {
-            return Err(if complaints.is_empty() { error } else { PgError::Failed(complaints) });
+        if self.leave_out_rejected().await? {
+            return self.spawn_and_wait(standby, until.since(self.inner.clock.now())).await;
         }
-        tracing::warn!("PostgreSQL rejects {rejected:?}, starting without: {complaints}");
-        self.rewrite(|managed| managed.rejected.extend(rejected))?;
-        self.spawn_and_wait(standby, until.since(self.inner.clock.now())).await
+        Err(error)
+    }
+
+    /// One setting that PostgreSQL does not know or does not accept keeps it from starting at all: leaves those out; true
+    /// if there are any and the rest is good.
+    async fn leave_out_rejected(&self) -> Result<bool, PgError> {
+        let mut left_out = false;
+        // PostgreSQL reads a file in passes and complains about one kind of error in each.
+        for _ in 0..CHECKS {
+            let (rejected, complaints) = self.rejected_settings().await?;
+            if complaints.is_empty() {
+                return Ok(left_out);
+            }
+            let new = self.rewrite(|managed| managed.rejected.extend(rejected.clone()))?;
+            if !new {
+                return Err(PgError::Failed(complaints));
+            }
+            tracing::warn!("PostgreSQL rejects {rejected:?}, starting without: {complaints}");
+            left_out = true;
+        }
+        Ok(left_out)
     }
 
     async fn spawn_and_wait(&self, standby: bool, limit: Duration) -> Result<(), PgError> {
@@ -328,7 +348,7 @@ impl Instance {
         let config = self.config_now();
         let mut command = std::process::Command::new(program::path(&config, "postgres"));
         command.arg("-D").arg(&config.data_dir);
-        command.arg(format!("--config_file={}", config.config_dir.join("postgresql.conf").display()));
+        command.arg(format!("--config_file={}", files::conf_file(&config).display()));
         command
     }
 
@@ -463,9 +483,8 @@ impl Instance {
             status => return Err(PgError::Failed(format!("the server is {} after its promotion", words(&status)))),
         };
         let timeline = timeline.ok_or_else(|| PgError::Failed("the new timeline can't be read".to_owned()))?;
-        if config.parameters_by_role.contains_key("primary") || config.parameters_by_role.contains_key("replica") {
-            self.reload_if_changed()?;
-        }
+        // Settings and access rules may differ by role.
+        self.reload_if_changed()?;
         tracing::info!("promoted, timeline {timeline}");
         Ok(timeline)
     }

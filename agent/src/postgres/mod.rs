@@ -44,6 +44,8 @@ use trunkline_common::{History, Lsn, MemberName, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
 /// What is known of the server right now.
+// One of these lives at a time, and it is nearly always the large one.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum PgStatus {
     /// No data directory, or an empty one.

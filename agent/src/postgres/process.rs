@@ -211,11 +211,17 @@ fn processes_in(dir: &Path) -> Vec<Pid> {
     pids.filter(|pid| is_server_process(*pid, dir)).collect()
 }
 
-/// Zombies have no working directory, so they don't count.
+/// Zombies have no working directory, so they don't count. A process that is just exiting has lost its program but not
+/// yet its directory: it does, until it is over.
 fn is_server_process(pid: Pid, dir: &Path) -> bool {
-    let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", pid.as_raw_pid())).ok();
-    let postgres = |exe: PathBuf| exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres"));
-    link("cwd").is_some_and(|cwd| cwd == dir) && link("exe").is_some_and(postgres)
+    let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", pid.as_raw_pid()));
+    if !link("cwd").is_ok_and(|cwd| cwd == dir) {
+        return false;
+    }
+    match link("exe") {
+        Ok(exe) => exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres")),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
 }
 
 /// Whether `pid` is the postmaster that wrote `file`, not a stranger who got its number after a reboot.

@@ -113,7 +113,7 @@ impl Instance {
             command.arg("--restore-target-wal");
         }
         if version >= 15 && config.config_dir != config.data_dir {
-            command.arg("--config-file").arg(config.config_dir.join("postgresql.conf"));
+            command.arg("--config-file").arg(files::conf_file(&config));
         }
         command.args(&config.rewind_options);
         tracing::info!("pg_rewind to {} at {}:{}", upstream.name, upstream.host, upstream.port);
@@ -125,7 +125,7 @@ impl Instance {
         let config = self.config_now();
         let mut command = Command::new(program::path(&config, "postgres"));
         command.arg("--single").arg("-D").arg(&config.data_dir);
-        command.arg(format!("--config_file={}", config.config_dir.join("postgresql.conf").display()));
+        command.arg(format!("--config_file={}", files::conf_file(&config).display()));
         command.args(["-c", "archive_mode=on", "-c", "archive_command=false", "template1"]);
         tracing::info!("crash recovery in single-user mode");
         program::run(&mut command).await

@@ -82,12 +82,11 @@ pub fn postgresql_conf(
 
 /// The settings of the user that belong into `postgresql.conf` for this role.
 pub fn wanted(config: &PostgresConfig, role: &str, version: u32) -> Values {
-    let mut values = config.parameters.clone();
-    let overlay = config.parameters_by_role.get(role);
-    for (name, value) in overlay.into_iter().flatten().filter(|(name, _)| !config.protected.contains_key(*name)) {
-        values.insert(name.clone(), value.clone());
-    }
-    values.extend(wal_keep(config, version));
+    let mut values = config.parameters_for(role);
+    let (size, segments) = (values.remove("wal_keep_size"), values.remove("wal_keep_segments"));
+    let protected = |name: &str| config.protected.get(name).cloned();
+    let (size, segments) = (protected("wal_keep_size").or(size), protected("wal_keep_segments").or(segments));
+    values.extend(wal_keep(size, segments, version));
     values.retain(|name, _| !is_recovery_setting(name) && !on_command_line(config, name));
     values
 }
@@ -141,7 +140,7 @@ pub fn recovery(config: &PostgresConfig, upstream: Option<&Upstream>, name: &Mem
         settings.insert("application_name".to_owned(), name.0.clone());
         // Ignored for replication before 17, there for slot synchronisation since.
         settings.insert("dbname".to_owned(), config.database.clone());
-        if let Some(service) = config.raw.get("krbsrvname").and_then(|value| value.as_str()) {
+        if let Some(service) = config.krbsrvname() {
             settings.insert("krbsrvname".to_owned(), service.to_owned());
         }
         values.insert("primary_conninfo".to_owned(), conninfo::render(&settings));
@@ -216,15 +215,19 @@ fn on_command_line(config: &PostgresConfig, name: &str) -> bool {
 }
 
 /// `wal_keep_size` (since 13) or `wal_keep_segments`, whichever this version knows, from whichever is set.
-fn wal_keep(config: &PostgresConfig, version: u32) -> Option<(String, String)> {
-    let size = config.protected.get("wal_keep_size");
-    let segments = config.protected.get("wal_keep_segments");
+fn wal_keep(size: Option<String>, segments: Option<String>, version: u32) -> Option<(String, String)> {
     if version >= 13 {
         let from_segments = || segments.and_then(|n| n.trim().parse::<u64>().ok()).map(|n| format!("{}MB", n * 16));
-        return size.cloned().or_else(from_segments).map(|value| ("wal_keep_size".to_owned(), value));
+        return size.or_else(from_segments).map(|value| ("wal_keep_size".to_owned(), value));
     }
-    let from_size = || size.and_then(|size| size.trim().strip_suffix("MB")?.trim().parse::<u64>().ok());
-    let value = segments.cloned().or_else(|| from_size().map(|mb| mb.div_ceil(16).to_string()))?;
+    let megabytes = |size: String| {
+        let (number, factor) = match size.trim() {
+            text if text.ends_with("GB") => (text.trim_end_matches("GB"), 1024),
+            text => (text.trim_end_matches("MB"), 1),
+        };
+        Some(number.trim().parse::<u64>().ok()? * factor)
+    };
+    let value = segments.or_else(|| Some(size.and_then(megabytes)?.div_ceil(16).to_string()))?;
     Some(("wal_keep_segments".to_owned(), value))
 }
 
@@ -279,6 +282,20 @@ mod tests {
         assert!(text.contains("hba_file = '/data/pg_hba.conf'\n"));
         for absent in ["max_connections", "recovery_target_time", "port =", "wal_keep_segments"] {
             assert!(!text.contains(absent), "{absent} in {text}");
+        }
+    }
+
+    #[test]
+    fn wal_keep_is_what_the_version_knows() {
+        let text = |text: &str| Some(text.to_owned());
+        for (size, segments, version, expected) in [
+            (text("1GB"), None, 15, text("wal_keep_size=1GB")),
+            (None, text("8"), 15, text("wal_keep_size=128MB")),
+            (text("1GB"), None, 12, text("wal_keep_segments=64")),
+            (text("100MB"), None, 12, text("wal_keep_segments=7")),
+            (None, None, 15, None),
+        ] {
+            assert_eq!(wal_keep(size, segments, version).map(|(name, value)| format!("{name}={value}")), expected);
         }
     }
 

@@ -1,22 +1,16 @@
-//! TLS towards another PostgreSQL with libpq's meaning of `sslmode`, `sslrootcert`, `sslcert` and `sslkey`.
+//! TLS towards a PostgreSQL server with libpq's meaning of `sslmode`, `sslrootcert`, `sslcert` and `sslkey`.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use bytes::BytesMut;
 use futures::future::Either;
 use postgres_protocol::message::frontend;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::ParsedCertificate;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use trunkline_common::tls::{Verify, client_config};
 use trunkline_config::postgres::Credentials;
 
 /// Asks the server for TLS where `sslmode` says so (libpq's default is `prefer`), and continues on what it answers.
@@ -40,99 +34,36 @@ pub async fn negotiate(
         b'N' => return Err(format!("the server has no TLS, and sslmode is {mode}")),
         _ => return Err("an unexpected answer to SSLRequest".to_owned()),
     }
-    let config = client_config(mode, option("sslrootcert"), option("sslcert"), option("sslkey"))?;
+    let file = |key: &str| option(key).map(Path::new);
+    let root = file("sslrootcert");
+    let config = client_config(root, file("sslcert"), file("sslkey"), verification(mode, root.is_some())?);
+    let config = config.map_err(|error| error.to_string())?;
     let name = ServerName::try_from(host.to_owned()).map_err(|error| format!("{host}: {error}"))?;
-    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(io)?;
+    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(io)?;
     Ok(Either::Right(Box::new(stream)))
 }
 
-fn client_config(
-    mode: &str,
-    root: Option<&str>,
-    cert: Option<&str>,
-    key: Option<&str>,
-) -> Result<ClientConfig, String> {
-    let provider = Arc::new(ring::default_provider());
-    // `require` with a root certificate verifies the chain, as libpq does for compatibility.
-    let roots = match root.filter(|_| matches!(mode, "require" | "verify-ca" | "verify-full")) {
-        Some(file) => certificates(file)?,
-        None if mode.starts_with("verify") => return Err(format!("sslmode {mode} needs sslrootcert")),
-        None => Vec::new(),
-    };
-    let verifier = Verifier { roots, check_name: mode == "verify-full", provider: provider.clone() };
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier));
-    match (cert, key) {
-        (Some(cert), Some(key)) => {
-            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{key}: {error}"))?;
-            builder.with_client_auth_cert(certificates(cert)?, key).map_err(|error| format!("{cert}: {error}"))
-        }
-        _ => Ok(builder.with_no_client_auth()),
+/// What is verified: `require` with a root certificate is `verify-ca`, as in libpq.
+fn verification(mode: &str, root: bool) -> Result<Verify, String> {
+    match (mode, root) {
+        ("prefer", _) | ("require", false) => Ok(Verify::Nothing),
+        ("require" | "verify-ca", true) => Ok(Verify::Chain),
+        ("verify-full", true) => Ok(Verify::Full),
+        ("verify-ca" | "verify-full", false) => Err(format!("sslmode {mode} needs sslrootcert")),
+        _ => Err(format!("sslmode {mode} is not known")),
     }
 }
 
-fn certificates(file: &str) -> Result<Vec<CertificateDer<'static>>, String> {
-    let read = CertificateDer::pem_file_iter(Path::new(file)).and_then(Iterator::collect);
-    let list: Vec<_> = read.map_err(|error| format!("{file}: {error}"))?;
-    if list.is_empty() { Err(format!("{file} has no certificate")) } else { Ok(list) }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Verifies as libpq: nothing without a root certificate, the chain with one, the name only for `verify-full`.
-#[derive(Debug)]
-struct Verifier {
-    roots: Vec<CertificateDer<'static>>,
-    check_name: bool,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if self.roots.is_empty() {
-            return Ok(ServerCertVerified::assertion());
-        }
-        let cert = ParsedCertificate::try_from(end_entity)?;
-        // A self-signed certificate that is its own authority is common; webpki would refuse a CA as a server.
-        if !self.roots.iter().any(|root| root == end_entity) {
-            let mut store = RootCertStore::empty();
-            store.add_parsable_certificates(self.roots.iter().cloned());
-            let algorithms = self.provider.signature_verification_algorithms.all;
-            verify_server_cert_signed_by_trust_anchor(&cert, &store, intermediates, now, algorithms)?;
-        }
-        if self.check_name {
-            verify_server_name(&cert, server_name)?;
-        }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+    #[test]
+    fn sslmode_means_what_it_means_to_libpq() {
+        assert_eq!(verification("prefer", true), Ok(Verify::Nothing));
+        assert_eq!(verification("require", false), Ok(Verify::Nothing));
+        assert_eq!(verification("require", true), Ok(Verify::Chain));
+        assert_eq!(verification("verify-full", true), Ok(Verify::Full));
+        assert!(verification("verify-ca", false).is_err() && verification("yes", true).is_err());
     }
 }

@@ -201,12 +201,9 @@ impl Wire {
 
     async fn receive(&mut self) -> Result<Message, WireError> {
         loop {
-            if let Some(length) =
-                self.input.get(1..5).and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)))
-            {
-                if length as usize > LONGEST_MESSAGE {
-                    return Err(WireError(format!("a message of {length} bytes")));
-                }
+            let header = self.input.get(1..5).and_then(|bytes| Some(u32::from_be_bytes(bytes.try_into().ok()?)));
+            if let Some(length) = header.filter(|length| *length as usize > LONGEST_MESSAGE) {
+                return Err(WireError(format!("a message of {length} bytes")));
             }
             if let Some(message) = Message::parse(&mut self.input)? {
                 return Ok(message);
