@@ -41,7 +41,8 @@ struct User {
 }
 
 impl Lab {
-    /// A new lab below `/tmp`, with `name` in its directory's name.
+    /// A new lab below `/tmp`, with `name` in its directory's name. With `TRUNKLINE_LAB_KEEP` in the environment its files
+    /// are kept whatever happens.
     ///
     /// # Errors
     /// PostgreSQL or etcd are missing; no directory, no ports, no user to run PostgreSQL as.
@@ -56,7 +57,8 @@ impl Lab {
                 return Err(error);
             }
         };
-        let (success, keep) = (AtomicBool::new(false), AtomicBool::new(false));
+        let keep = std::env::var_os("TRUNKLINE_LAB_KEEP").is_some();
+        let (success, keep) = (AtomicBool::new(false), AtomicBool::new(keep));
         let inner = Inner { dir, user, tools, ports: Ports::claim()?, guard, success, keep };
         Ok(Self(Arc::new(inner)))
     }
