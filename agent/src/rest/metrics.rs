@@ -3,6 +3,8 @@
 use std::fmt::{Display, Write};
 use std::time::Duration;
 
+use prometheus::process_collector::ProcessCollector;
+use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_config::tags::failover_priority;
 
@@ -29,7 +31,35 @@ const STATES: [(&str, &str); 15] = [
     ("crashed", "crashed"),
 ];
 
-/// Everything, in Prometheus' text format.
+/// What the API counts itself, and what the operating system counts of this process.
+pub(crate) struct Instruments {
+    registry: Registry,
+    requests: IntCounterVec,
+}
+
+impl Instruments {
+    /// Nothing counted yet.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let opts = Opts::new("trunkline_rest_requests_total", "Requests answered, by status.");
+        let requests = IntCounterVec::new(opts, &["code"])?;
+        registry.register(Box::new(requests.clone()))?;
+        registry.register(Box::new(ProcessCollector::for_self()))?;
+        Ok(Self { registry, requests })
+    }
+
+    /// One more answer.
+    pub fn answered(&self, status: u16) {
+        self.requests.with_label_values(&[&status.to_string()]).inc();
+    }
+
+    /// Their part of the exposition.
+    pub fn exposition(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// What is known of the node, in Prometheus' text format.
 pub(crate) fn exposition(picture: &Picture, knowledge: &Knowledge, identity: &Identity) -> String {
     let scope = escaped(&identity.scope);
     let mut out = Exposition {

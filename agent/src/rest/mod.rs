@@ -41,6 +41,7 @@ use self::answer::{Answer, read_object};
 use self::auth::Caller;
 use self::health::Query;
 pub use self::listener::Server;
+use self::metrics::Instruments;
 use self::policy::Policy;
 use self::status::Picture;
 use self::switchover::Action;
@@ -79,6 +80,9 @@ pub enum RestError {
     /// The client for other members can't be made.
     #[error(transparent)]
     Client(#[from] crate::peer::ClientError),
+    /// Two metrics of one name, or the like.
+    #[error("metrics can't be set up: {0}")]
+    Metrics(#[from] prometheus::Error),
 }
 
 /// Who answers.
@@ -113,6 +117,7 @@ pub struct Api<D, P, C> {
     clock: C,
     policy: watch::Sender<Arc<Policy>>,
     peers: RwLock<HttpPeers>,
+    instruments: Instruments,
 }
 
 impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
@@ -129,7 +134,8 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let identity = Identity { scope: local.scope.clone(), name: MemberName(local.name.clone()) };
         let policy = watch::Sender::new(Arc::new(Policy::read(local)?));
         let peers = RwLock::new(HttpPeers::new(RestClient::for_agent(local)?));
-        Ok(Self { identity, store, knowledge, board, commands, postgres, clock, policy, peers })
+        let instruments = Instruments::new()?;
+        Ok(Self { identity, store, knowledge, board, commands, postgres, clock, policy, peers, instruments })
     }
 
     /// Reads address, certificates, credentials and allowlist again. After an error the old ones stay in force.
@@ -147,6 +153,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let policy = self.policy.borrow().clone();
         let (parts, body) = request.into_parts();
         let answer = self.dispatch(&policy, caller, &parts, body).await;
+        self.instruments.answered(answer.status);
         tracing::debug!(from = %caller.address, method = %parts.method, uri = %parts.uri, status = answer.status, "answered");
         answer.into_response(&policy)
     }
@@ -169,7 +176,8 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             ("GET", "failsafe") => self.failsafe_members(),
             ("GET", "metrics") => {
                 let picture = self.picture().await;
-                Answer::metrics(metrics::exposition(&picture, &self.knowledge.borrow(), &self.identity))
+                let node = metrics::exposition(&picture, &self.knowledge.borrow(), &self.identity);
+                Answer::metrics(node + &self.instruments.exposition())
             }
             ("GET", _) => {
                 let picture = self.picture().await;

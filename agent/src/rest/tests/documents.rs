@@ -149,8 +149,11 @@ async fn metrics_have_patronis_names_and_labels() {
     lead(&mut leader);
     leader.transitions.insert(("promote", "no leader"), 3);
     let node = Node::start(local("pg-a"), PgStatus::Running(primary()), leader).await;
+    assert_eq!(node.get("/nonsense").await.0, 503);
     let (status, text) = node.request("GET", "/metrics", None).await;
     assert_eq!(status, 200);
+    let open_files = text.lines().find_map(|line| line.strip_prefix("process_open_fds ")).unwrap();
+    assert!(open_files.parse::<u32>().unwrap() > 3);
     for line in [
         "patroni_version{scope=\"demo\",name=\"pg-a\"} 040104",
         "patroni_postgres_running{scope=\"demo\",name=\"pg-a\"} 1",
@@ -163,6 +166,7 @@ async fn metrics_have_patronis_names_and_labels() {
         "patroni_failover_priority{scope=\"demo\",name=\"pg-a\"} 1",
         "patroni_cluster_unlocked{scope=\"demo\",name=\"pg-a\"} 1",
         "trunkline_transitions_total{scope=\"demo\",name=\"pg-a\",kind=\"promote\",reason=\"no leader\"} 3",
+        "trunkline_rest_requests_total{code=\"503\"} 1",
         "trunkline_decision{scope=\"demo\",name=\"pg-a\",decision=\"keep\"} 1",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
