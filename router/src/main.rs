@@ -1,5 +1,6 @@
 //! `trunkline-router [--validate] router.yml`
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -135,5 +136,10 @@ fn init_log(config: &RouterConfig) {
         "ERROR" | "CRITICAL" => tracing::Level::ERROR,
         _ => tracing::Level::INFO,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    if config.log.json { log.json().init() } else { log.init() }
 }
