@@ -29,6 +29,9 @@ const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
 /// How often the configuration file is checked for settings to leave out.
 const CHECKS: u32 = 8;
 
+/// How long a promotion may be silent before the startup process is woken again; more than a promotion takes.
+const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
+
 /// The bound on `before_stop`.
 const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
 
@@ -468,12 +471,19 @@ impl Instance {
         files::replace(&signal, "").map_err(|error| files::unwritable(&signal, &error))?;
         postmaster.signal(Signal::USR1);
         // Recovery says "in production" there right after it has opened the server for writes.
-        let left = until.since(self.inner.clock.now());
         let in_production = || (self.control().ok()?.state == ControlState::InProduction).then_some(());
-        match changes.until(&postmaster, left, in_production).await {
-            Ok(()) => {}
-            Err(Ended::Gone) => return Err(PgError::Failed("PostgreSQL ended while it was promoted".to_owned())),
-            Err(Ended::Timeout) => return Err(PgError::Timeout { what: "promotion".to_owned(), limit }),
+        loop {
+            let left = until.since(self.inner.clock.now());
+            match changes.until(&postmaster, left.min(PROMOTE_NUDGE), in_production).await {
+                Ok(()) => break,
+                Err(Ended::Gone) => return Err(PgError::Failed("PostgreSQL ended while it was promoted".to_owned())),
+                // A startup process that has just lost its WAL receiver sleeps out wal_retrieve_retry_interval (5 s),
+                // promotion or not; a reload is one of the few things that wake it.
+                Err(Ended::Timeout) if left > PROMOTE_NUDGE => {
+                    postmaster.signal(Signal::HUP);
+                }
+                Err(Ended::Timeout) => return Err(PgError::Timeout { what: "promotion".to_owned(), limit }),
+            }
         }
         self.inner.managed.lock().role = "primary";
         self.confirm_sync_names(&postmaster).await?;

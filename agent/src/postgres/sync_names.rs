@@ -70,11 +70,22 @@ impl Instance {
                 None => true,
             };
             if taken_up && senders_agree(client, names).await? {
-                return Ok(());
+                return if names.is_empty() { Ok(()) } else { move_wal(client).await };
             }
             SystemClock.sleep(RECHECK).await;
         }
     }
+}
+
+/// Writes a little WAL. A commit may have begun to wait just before the WAL senders took up the names: the standby's answer
+/// for it came too early to release it, and without more WAL there is no other answer for `wal_receiver_status_interval`.
+async fn move_wal(client: &Client) -> Result<(), PgError> {
+    let recovering = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await.map_err(query::failed)?;
+    if recovering.try_get(0).map_err(query::failed)? {
+        return Ok(());
+    }
+    let text = "BEGIN; SET LOCAL synchronous_commit TO local; SELECT pg_catalog.txid_current(); COMMIT";
+    client.batch_execute(text).await.map_err(query::failed)
 }
 
 /// A process whose number is held by a pidfd.
