@@ -1,1 +1,274 @@
-fn main() {}
+//! `trunkline-agent`: arguments, configuration, runtime and signals. What it does is in the library.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info, warn};
+use trunkline_agent::ha::{Exit, Ha, Parts};
+use trunkline_agent::node::{Board, Command};
+use trunkline_agent::peer::{HttpPeers, RestClient};
+use trunkline_agent::postgres::{Instance, PgStatus};
+use trunkline_agent::rest::{Api, Server};
+use trunkline_common::dcs::etcd::EtcdDcs;
+use trunkline_common::dcs::follow::{Follower, Knowledge};
+use trunkline_common::dcs::paths::Paths;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::shutdown::Signals;
+use trunkline_common::telemetry::{self, Telemetry};
+use trunkline_common::{Clock, MemberName, SystemClock};
+use trunkline_config::{Env, Local, PostgresConfig, Problem, Settings};
+
+/// Runs one PostgreSQL of a highly available cluster; reads Patroni's patroni.yml.
+#[derive(Parser)]
+#[command(name = "trunkline-agent", version)]
+struct Args {
+    /// The configuration file, or a directory of them. Without one, PATRONI_CONFIGURATION or PATRONI_* variables are read.
+    config: Option<PathBuf>,
+    /// Check the configuration, say everything that is wrong with it, and exit.
+    #[arg(long, alias = "validate-config")]
+    validate: bool,
+    /// With --validate: don't complain about ports that are in use.
+    #[arg(short, long)]
+    ignore_listen_port: bool,
+    /// With --validate: print the configuration that results from file and environment.
+    #[arg(short, long)]
+    print: bool,
+}
+
+/// Bound of the queue of commands from REST and signals.
+const COMMANDS: usize = 64;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let env = Env::of_process();
+    if args.validate {
+        return validate(&args, &env);
+    }
+    let (local, notices) = match Local::load(args.config.as_deref(), &env) {
+        Ok(loaded) => loaded,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let log = match telemetry::init(&local.log) {
+        Ok(log) => Arc::new(log),
+        Err(error) => {
+            eprintln!("the log can't be opened: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    for notice in notices {
+        warn!("{notice}");
+    }
+    // Two threads: one may be busy with a small file while the other renews the lease.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let ended = runtime.context("the runtime could not be started").and_then(|runtime| {
+        let ended = runtime.block_on(run(args.config.clone(), env, local, log.clone()));
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        ended
+    });
+    match ended {
+        Ok(Exit::Stopped) => ExitCode::SUCCESS,
+        Ok(Exit::Refused(_)) => ExitCode::FAILURE,
+        Err(error) => {
+            error!(critical = true, "{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn validate(args: &Args, env: &Env) -> ExitCode {
+    let (mut problems, notices) = trunkline_config::validate::validate(args.config.as_deref(), env);
+    let loaded = Local::load(args.config.as_deref(), env).map(|(local, _)| local);
+    if let Ok(local) = &loaded
+        && !args.ignore_listen_port
+    {
+        problems.extend(ports_in_use(local, args.config.as_deref()));
+    }
+    for notice in notices {
+        eprintln!("{notice}");
+    }
+    for problem in &problems {
+        eprintln!("{problem}");
+    }
+    match loaded {
+        Ok(local) if problems.is_empty() => {
+            if args.print {
+                print!("{}", trunkline_config::yaml::to_yaml(&local.raw));
+            }
+            ExitCode::SUCCESS
+        }
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// The ports that the agent would listen on and that somebody else has.
+fn ports_in_use(local: &Local, file: Option<&Path>) -> Vec<Problem> {
+    let (config, _) = PostgresConfig::effective(local, &Settings::default());
+    let server =
+        format!("{}:{}", config.listen_addresses.split(',').next().unwrap_or("*").replace('*', "0.0.0.0"), config.port);
+    let taken = |(path, address): (&str, &str)| {
+        let error = std::net::TcpListener::bind(address).err()?;
+        Some(Problem {
+            source: file.map_or("environment".to_owned(), |file| file.display().to_string()),
+            path: path.to_owned(),
+            value: Some(address.to_owned()),
+            expected: format!("can't be listened on: {error}"),
+            remedy: Some(
+                "choose another port, or say --ignore-listen-port if it is this node that runs already".to_owned(),
+            ),
+        })
+    };
+    [("restapi.listen", local.restapi.listen.as_str()), ("postgresql.listen", server.as_str())]
+        .into_iter()
+        .filter_map(taken)
+        .collect()
+}
+
+async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>) -> anyhow::Result<Exit> {
+    let signals = Signals::listen().context("signals can't be received")?;
+    let clock = SystemClock;
+    let name = MemberName::from(local.name.as_str());
+    let (config, _) = PostgresConfig::effective(&local, &Settings::default());
+    let postgres = Instance::new(config, &local.scope, name.clone(), clock)?;
+    let etcd = EtcdDcs::connect(&local.etcd, clock, Duration::from_secs(1)).await.context("etcd3")?;
+    let store = ClusterStore::new(etcd.clone(), Paths::new(&local.namespace, &local.scope));
+    let knowledge = Follower::spawn(store.clone(), clock);
+    let client = RestClient::for_agent(&local)?;
+
+    if let Some(taken) = another_of_this_name(&store, &client, &local).await {
+        anyhow::bail!("Can't start; there is already a node named '{name}' running ({taken})");
+    }
+
+    let (board, board_seen) = watch::channel(first_board(&clock));
+    let (commands, commands_received) = mpsc::channel(COMMANDS);
+    let api = Api::new(
+        &local,
+        store.clone(),
+        knowledge.clone(),
+        board_seen.clone(),
+        commands.clone(),
+        postgres.clone(),
+        clock,
+    )?;
+    let api = Arc::new(api);
+    let server = Server::bind(api.clone()).await?;
+
+    let (stop, stopped) = watch::channel(false);
+    let mut rest_stopped = stopped.clone();
+    tokio::spawn(server.run(async move {
+        let _ = rest_stopped.wait_for(|stop| *stop).await;
+    }));
+    tokio::spawn(apply_retry_timeout(etcd, knowledge.clone()));
+    tokio::spawn(tell_systemd(board_seen));
+
+    let reload_env = env.clone();
+    let reload = move || {
+        let (local, notices) = Local::load(path.as_deref(), &reload_env).map_err(|errors| errors.to_string())?;
+        for notice in notices {
+            warn!("{notice}");
+        }
+        if let Err(error) = log.set_level(&local.log.level) {
+            warn!("the log keeps its level: {error}");
+        }
+        if let Err(error) = api.reload(&local) {
+            warn!("the REST API keeps its old settings: {error}");
+        }
+        Ok(local)
+    };
+    let parts = Parts {
+        store,
+        knowledge,
+        peers: HttpPeers::new(client),
+        postgres,
+        clock,
+        local,
+        reload: Box::new(reload),
+        board,
+        commands: commands_received,
+    };
+    // The keeper outlives the loop's shutdown: the hand-over needs its lease until the very end.
+    let (keeper_stop, keeper_stopped) = watch::channel(false);
+    let (ha_stop, ha_stopped) = watch::channel(false);
+    tokio::spawn(obey(signals, ha_stop, commands));
+    let exit = Ha::new(parts, keeper_stopped).run(ha_stopped).await;
+    keeper_stop.send_replace(true);
+    stop.send_replace(true);
+    info!("ended");
+    Ok(exit)
+}
+
+/// SIGTERM and SIGINT end the agent in order; SIGHUP reads the file again.
+async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sender<Command>) {
+    let mut reload = signals.reload.clone();
+    loop {
+        tokio::select! {
+            () = signals.stopped() => {
+                let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                stop.send_replace(true);
+                return;
+            }
+            Ok(()) = reload.changed() => {
+                let _ = commands.send(Command::Reload).await;
+            }
+        }
+    }
+}
+
+/// Whether another process answers under this name: two of them would both think that they hold the leader key.
+async fn another_of_this_name<C: Clock>(
+    store: &ClusterStore<EtcdDcs<C>>,
+    client: &RestClient,
+    local: &Local,
+) -> Option<String> {
+    let view = store.read().await.ok()?;
+    let url = view.members.get(&MemberName::from(local.name.as_str()))?.api_url.clone()?;
+    let endpoint = trunkline_agent::peer::endpoint(&url, "/liveness");
+    client.request("GET", &endpoint, None, Duration::from_secs(3)).await.ok()?;
+    Some(url)
+}
+
+/// One call to etcd may take as long as `retry_timeout` says, which is a setting in etcd.
+async fn apply_retry_timeout<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::Receiver<Knowledge>) {
+    let mut current = None;
+    while knowledge.changed().await.is_ok() {
+        let wanted = knowledge.borrow_and_update().view.as_ref().map(|view| view.settings.retry_timeout);
+        if let Some(timeout) = wanted.filter(|_| wanted != current) {
+            etcd.set_retry_timeout(timeout);
+            current = wanted;
+        }
+    }
+}
+
+/// READY after the first turn of the loop: from then on the node takes part.
+async fn tell_systemd(mut board: watch::Receiver<Board>) {
+    if board.changed().await.is_ok() {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    }
+}
+
+fn first_board(clock: &SystemClock) -> Board {
+    Board {
+        state: "starting".to_owned(),
+        role: "replica".to_owned(),
+        postgres: PgStatus::NoData,
+        leader_until: None,
+        pause: false,
+        task: None,
+        tags: serde_json::Map::new(),
+        scheduled_restart: None,
+        reason: "starting".to_owned(),
+        decision: "wait",
+        next_run: clock.now() + Duration::from_secs(30),
+        dcs_last_seen: 0,
+        watchdog_failed: false,
+        transitions: std::collections::BTreeMap::new(),
+        failsafe_active: false,
+    }
+}
