@@ -9,7 +9,9 @@
 //!   lease starts again with its full TTL plus one election timeout; that covers the moment in which a deposed leader
 //!   of etcd still answers keep-alives, so `until` stays honest.
 //! * A keep-alive proves the lease, not the keys attached to it: somebody may have deleted those.
-//! * Transactions run through consensus. One that got no answer may yet be carried out, up to seconds later.
+//! * Transactions run through consensus. One that got no answer may yet be carried out, at any later time: a member that
+//!   was frozen with the request in its socket does it when it thaws. Hence every write that could do harm late has a
+//!   condition that will not hold any more by then.
 //! * During an election nothing is answered; without a quorum only requests that demand a leader are refused.
 
 mod endpoints;

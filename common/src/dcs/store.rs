@@ -229,9 +229,12 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.sync_op(write.value)], otherwise: vec![] }).await?))
     }
 
-    /// Replaces `history`.
-    pub async fn put_history(&self, value: &Value) -> Result<(), DcsError> {
-        self.put_json("history", value, None).await.map(|_| ())
+    /// Replaces `history`, only while the leader key is ours: an unanswered write may be carried out much later, and must
+    /// not take the cluster's timeline back under another leader.
+    pub async fn put_history(&self, name: &MemberName, value: &Value) -> Result<Outcome, DcsError> {
+        let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
+        let then = vec![Op::Put(self.paths.key("history"), codec::compact(value), LeaseId(0))];
+        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `failsafe`.
@@ -356,6 +359,8 @@ mod tests {
         store.acquire_leader(&name("a"), a, Revision(0), None).await.unwrap();
         let status = json!({"optime": 7});
         assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
+        assert_eq!(store.put_history(&name("b"), &json!([])).await, Ok(Outcome::Conflict));
+        assert!(store.put_history(&name("a"), &json!([[1, 2, "why"]])).await.unwrap().is_done());
         assert_eq!(store.release_leader(&name("b"), Some(status.clone())).await, Ok(Outcome::Conflict));
         assert_eq!(store.read().await.unwrap().status.optime.0, 0);
         assert!(store.release_leader(&name("a"), Some(status)).await.unwrap().is_done());

@@ -142,7 +142,10 @@ async fn put(store: &TestStore, key: &str, value: Value) {
     match key {
         "config" => drop(store.put_config(&value, None).await.unwrap()),
         "failover" => drop(store.put_failover(&value, None).await.unwrap()),
-        "history" => store.put_history(&value).await.unwrap(),
+        "history" => {
+            let leader = store.read().await.unwrap().leader.expect("only a leader writes history").name;
+            assert!(store.put_history(&leader, &value).await.unwrap().is_done());
+        }
         "leader" => {
             let lease = store.grant(Duration::from_secs(60)).await.unwrap().id;
             store.take_leader(&value.as_str().unwrap().into(), lease).await.unwrap();
