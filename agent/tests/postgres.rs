@@ -449,7 +449,7 @@ fn slots_become_what_is_wanted() {
         b.pg.clone_from(a.upstream()).await.expect("clone");
         let upstream = Upstream { slot: Some("b".into()), ..a.upstream() };
         b.pg.start(StartAs::Standby(Some(upstream)), LIMIT).await.expect("start");
-        a.until("streams", |running| !running.replication.is_empty()).await;
+        a.until("streams", |running| running.replication.iter().any(|s| s.state == "streaming")).await;
         // In use: stays, without being an error.
         a.pg.set_slots(wanted(&[("c", None)])).await.expect("slots");
         assert_eq!(a.running().await.slots.len(), 2);

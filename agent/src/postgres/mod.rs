@@ -3,6 +3,7 @@
 //! [`Postgres`] is what the HA loop may ask of it. `instance` is the real one; the simulation has a model of it. This
 //! module obeys: it has no opinion about who leads and never looks into the DCS.
 //!
+//! * `instance` keeps what belongs together; `observe`, `start`, `stop`, `role` are what it does.
 //! * `process`, `pidfile`, `ready`: the postmaster, its end, and waiting for it to get somewhere.
 //! * `control`, `wal`: what the data directory says while no server answers.
 //! * `query`, `slots`, `sync_names`, `guc`: local SQL. `walsender`, `tls`: another member's.
@@ -17,14 +18,18 @@ mod control;
 mod files;
 mod guc;
 mod instance;
+mod observe;
 mod pidfile;
 mod process;
 mod program;
 mod query;
 mod ready;
 mod rewind;
+mod role;
 mod settings;
 mod slots;
+mod start;
+mod stop;
 mod sync_names;
 #[cfg(test)]
 mod testing;
@@ -260,7 +265,8 @@ pub trait Postgres: Clone + Send + Sync + 'static {
 
     /// Stops and waits for the end of every process, at most `limit`; then a fast stop fails with the server still
     /// stopping, an immediate one kills what is left. `shut_down` fires, at most once, with the position of the shutdown
-    /// checkpoint as soon as pg_control has it, even while a WAL sender still waits for a slow standby.
+    /// checkpoint as soon as pg_control has it, even while a WAL sender still waits for a slow standby. That is where the
+    /// record begins: a standby has it when its position is *greater* (records are never sent in part).
     fn stop(
         &self,
         mode: StopMode,

@@ -20,9 +20,9 @@ pub struct PidFile {
 /// The status line, written by the postmaster at each change of state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PidFileStatus {
-    /// Not up yet, or no status written yet.
+    /// Not up yet, or no status written yet; also a standby that is not consistent yet.
     Starting,
-    /// Up, but accepting no connections: a standby that is not consistent yet writes nothing else than `starting`.
+    /// Shutting down.
     Stopping,
     /// Accepts connections, not in recovery.
     Ready,

@@ -160,7 +160,7 @@ impl Instance {
                 let control = self.control().map_err(|error| error.to_string())?;
                 Ok(end_of(&control, &self.config_now().data_dir))
             }
-            status => Err(format!("the local server is {}", super::instance::words(&status))),
+            status => Err(format!("the local server is {}", super::observe::words(&status))),
         }
     }
 }

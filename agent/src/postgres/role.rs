@@ -1,0 +1,85 @@
+//! Changing the role of a running server: promotion, and following another upstream.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use trunkline_common::{Clock, TimelineId};
+
+use super::instance::Instance;
+use super::observe::words;
+use super::ready::{Changes, Ended};
+use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream, files, program, settings};
+
+/// How long a promotion may be silent before the startup process is woken again; more than a promotion takes.
+const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
+
+impl Instance {
+    pub(super) async fn run_promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
+        let until = self.inner.clock.now() + limit;
+        let config = self.config_now();
+        if let Some(command) = &config.pre_promote {
+            let run = async { program::run(&mut program::shell_words(command)?).await };
+            let timeout = PgError::Timeout { what: "pre_promote".to_owned(), limit };
+            tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout))?;
+        }
+        let Some(postmaster) = self.process().find() else {
+            return Err(PgError::Failed("promotion needs a running standby".to_owned()));
+        };
+        let mut changes = Changes::of(&config.data_dir);
+        // What pg_ctl promote does; the name of the file is the same in every version.
+        let signal = config.data_dir.join("promote");
+        files::replace(&signal, "").map_err(|error| files::unwritable(&signal, &error))?;
+        postmaster.signal(Signal::USR1);
+        // Recovery says "in production" there right after it has opened the server for writes.
+        let in_production = || (self.control().ok()?.state == ControlState::InProduction).then_some(());
+        loop {
+            let left = until.since(self.inner.clock.now());
+            match changes.until(&postmaster, left.min(PROMOTE_NUDGE), in_production).await {
+                Ok(()) => break,
+                Err(Ended::Gone) => return Err(PgError::Failed("PostgreSQL ended while it was promoted".to_owned())),
+                // A startup process that has just lost its WAL receiver sleeps out wal_retrieve_retry_interval (5 s),
+                // promotion or not; a reload is one of the few things that wake it.
+                Err(Ended::Timeout) if left > PROMOTE_NUDGE => {
+                    postmaster.signal(Signal::HUP);
+                }
+                Err(Ended::Timeout) => return Err(PgError::Timeout { what: "promotion".to_owned(), limit }),
+            }
+        }
+        self.inner.managed.lock().role = "primary";
+        self.confirm_sync_names(&postmaster).await?;
+        let left = until.since(self.inner.clock.now()).max(Duration::from_secs(1));
+        let timeline = match self.look(left).await {
+            PgStatus::Running(running) if running.role == PgRole::Primary => running.timeline,
+            status => return Err(PgError::Failed(format!("the server is {} after its promotion", words(&status)))),
+        };
+        let timeline = timeline.ok_or_else(|| PgError::Failed("the new timeline can't be read".to_owned()))?;
+        // Settings and access rules may differ by role.
+        self.reload_if_changed()?;
+        tracing::info!("promoted, timeline {timeline}");
+        Ok(timeline)
+    }
+
+    pub(super) async fn run_follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {
+        let config = self.config_now();
+        let mut changed = match &upstream {
+            Some(upstream) => files::write_pgpass(&config, upstream)?,
+            None => false,
+        };
+        let recovery = settings::recovery(&config, upstream.as_ref(), &self.inner.name, self.version());
+        changed |= self.rewrite(|managed| {
+            managed.recovery = recovery;
+            managed.role = "replica";
+        })?;
+        let Some(postmaster) = self.process().find() else { return Ok(()) };
+        if changed && self.version() < 13 {
+            // primary_conninfo takes a restart there.
+            let limit = config.pg_ctl_timeout;
+            self.run_stop(StopMode::Fast, limit, None).await?;
+            return self.run_start(StartAs::Standby(upstream), limit).await;
+        }
+        // Also where nothing changed: a reload ends recovery's pause of wal_retrieve_retry_interval (5 s) between two
+        // tries to reach the upstream.
+        postmaster.signal(Signal::HUP);
+        Ok(())
+    }
+}

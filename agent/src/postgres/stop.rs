@@ -1,0 +1,74 @@
+//! Stopping: in order, or at once.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use tokio::sync::oneshot;
+use trunkline_common::{Clock, Lsn};
+
+use super::instance::Instance;
+use super::ready::Changes;
+use super::{ControlState, PgError, StopMode, program};
+
+/// After SIGQUIT, how long an immediate stop may take before SIGKILL.
+const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
+
+/// The bound on `before_stop`.
+const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
+
+impl Instance {
+    pub(super) async fn run_stop(
+        &self,
+        mode: StopMode,
+        limit: Duration,
+        shut_down: Option<oneshot::Sender<Lsn>>,
+    ) -> Result<(), PgError> {
+        let until = self.inner.clock.now() + limit;
+        if mode == StopMode::Immediate {
+            return self.kill_in_thread((limit / 2).min(IMMEDIATE_GRACE), limit).await;
+        }
+        let config = self.config_now();
+        if let Some(command) = &config.before_stop {
+            let run = async { program::run(&mut program::shell_words(command)?).await };
+            match tokio::time::timeout(BEFORE_STOP_LIMIT.min(limit), run).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!("before_stop: {error}"),
+                Err(_) => tracing::warn!("before_stop was not done in time"),
+            }
+        }
+        let Some(postmaster) = self.process().find() else { return Ok(()) };
+        let mut changes = Changes::of(&config.data_dir);
+        postmaster.signal(Signal::INT);
+        let checkpointed = || {
+            let control = self.control().ok()?;
+            (control.state == ControlState::ShutDown).then_some(control.checkpoint)
+        };
+        if let Some(sender) = shut_down {
+            let left = until.since(self.inner.clock.now());
+            if let Ok(lsn) = changes.until(&postmaster, left, checkpointed).await {
+                // Nobody waits for it any more: fine.
+                let _ = sender.send(lsn);
+            }
+        }
+        let left = until.since(self.inner.clock.now());
+        let gone = tokio::time::timeout(left, postmaster.gone()).await;
+        gone.map_err(|_| PgError::Timeout { what: "stopping PostgreSQL".to_owned(), limit })
+    }
+
+    /// On a thread of its own: a fence must not wait for the runtime's workers or its pool of blocking threads.
+    pub(super) async fn kill_in_thread(&self, grace: Duration, limit: Duration) -> Result<(), PgError> {
+        let (done, outcome) = oneshot::channel();
+        let instance = self.clone();
+        let kill = move || {
+            // The caller may have given up; the kill is still right.
+            let _ = done.send(instance.process().kill(grace, limit));
+        };
+        let spawned = std::thread::Builder::new().name("fence".to_owned()).spawn(kill);
+        if spawned.is_err() {
+            return self.process().kill(grace, limit);
+        }
+        outcome.await.unwrap_or_else(|_| Err(PgError::Failed("the killing thread ended".to_owned())))?;
+        self.inner.sessions.close().await;
+        Ok(())
+    }
+}
