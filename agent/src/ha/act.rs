@@ -92,12 +92,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 if let Some(write) = write {
                     view.sync = written(&self.me.name, &write, revision);
                 }
-                let request = view.failover.take();
+                // A request that this fulfils is cleared once writes go on: the leader finds it out of date.
                 self.view = Some(Arc::new(view));
-                if request.is_some() {
-                    self.clear_failover().await;
-                }
-                Next::Again
+                Next::Decide
             }
             Ok(Outcome::Conflict) => {
                 info!("lost the race for the leader key, or the view was out of date");
@@ -115,7 +112,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn confirm(&mut self) -> Next {
         let Some(lease) = self.lease.session().lease else { return Next::Wait };
         match self.parts.store.confirm_leader(&self.me.name, lease.id).await {
-            Ok(Outcome::Done(_)) if self.lease.lead(lease) => Next::Again,
+            Ok(Outcome::Done(_)) if self.lease.lead(lease) => Next::Decide,
             Ok(_) => {
                 // The key went away since the view was made. The next view says who has it.
                 Next::Wait

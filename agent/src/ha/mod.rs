@@ -108,7 +108,8 @@ struct Running {
 /// What was last written, so that nothing is written twice.
 #[derive(Default)]
 struct Published {
-    member: Option<(Member, LeaseId)>,
+    /// With when: the view shows it a moment later.
+    member: Option<(Member, LeaseId, Instant)>,
     status: Option<Status>,
     slots: Option<BTreeMap<String, Option<trunkline_common::Lsn>>>,
     /// `initialize`, `config` and `history` are as they should be since this promotion.
@@ -120,6 +121,8 @@ struct Published {
 enum Next {
     /// Look and decide again at once.
     Again,
+    /// Decide again on what was seen: only what we hold has changed.
+    Decide,
     /// Wait for something to happen.
     Wait,
     /// End.
@@ -188,25 +191,28 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// Observe, decide, act, until there is nothing left to do at once.
     async fn turn(&mut self) -> Next {
+        let mut next = Next::Again;
         for _ in 0..MAX_STEPS {
             self.lease.beat(self.parts.clock.now());
-            self.take_view();
-            self.apply_settings().await;
-            self.start_scheduled_restart();
-            if self.task.is_some() {
-                self.publish_member().await;
-                return Next::Wait;
-            }
-            self.observe().await;
-            // A new primary is announced before anything else is done: routers are waiting for exactly this.
-            if self.pg_is_primary() && self.published.member.as_ref().is_none_or(|(member, _)| !member.claims_primary())
-            {
-                self.publish_member().await;
+            if next == Next::Again {
+                self.take_view();
+                self.apply_settings().await;
+                self.start_scheduled_restart();
+                if self.task.is_some() {
+                    self.publish_member().await;
+                    return Next::Wait;
+                }
+                self.observe().await;
+                // A new primary is announced before anything else is done: routers are waiting for exactly this.
+                let announced = self.published.member.as_ref().is_some_and(|(member, _, _)| member.claims_primary());
+                if self.pg_is_primary() && !announced {
+                    self.publish_member().await;
+                }
             }
             let decision = self.decide().await;
-            let next = self.act(decision).await;
+            next = self.act(decision).await;
             match next {
-                Next::Again => {}
+                Next::Again | Next::Decide => {}
                 Next::Wait => {
                     self.publish_member().await;
                     return Next::Wait;
@@ -448,8 +454,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             wake =
                 wake.min((until - decide::step_down_margin(self.settings().ttl)).max(now + Duration::from_millis(50)));
         }
-        if let Some(retry_at) = self.memory.retry_at.filter(|at| *at > now) {
-            wake = wake.min(retry_at);
+        for at in [self.memory.retry_at, self.memory.abstain_until].into_iter().flatten().filter(|at| *at > now) {
+            wake = wake.min(at);
         }
         let scheduled = self.view.as_ref().and_then(|view| view.failover.as_ref()?.scheduled_at);
         if let Some(left) = scheduled.and_then(|at| (at.to_utc() - self.parts.clock.wall()).to_std().ok()) {

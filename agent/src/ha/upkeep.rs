@@ -1,5 +1,7 @@
 //! What a leader keeps up to date, and what every node publishes of itself.
 
+use std::time::Duration;
+
 use tracing::{debug, info, warn};
 use trunkline_common::Clock;
 use trunkline_common::cluster::Initialize;
@@ -12,6 +14,9 @@ use super::{Ha, Next, publish};
 use crate::node::Board;
 use crate::peer::Peers;
 use crate::postgres::{PgStatus, Postgres};
+
+/// How long the watch may take to show what was written.
+const SHOWN_WITHIN: Duration = Duration::from_secs(1);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// A leader's turn without incident: status, slots, synchronous set; after a promotion also history and checkpoint.
@@ -169,12 +174,20 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let task = self.task.as_ref().map(|task| &task.kind);
         let mut member = publish::member(&self.me, &self.urls, &self.pg, task, &self.memory, self.view.as_deref());
         member.scheduled_restart = self.scheduled_restart.clone();
-        let there = self.view.as_ref().is_some_and(|view| view.members.contains_key(&self.me.name));
-        if there && self.published.member.as_ref() == Some(&(member.clone(), lease.id)) {
-            return;
+        let now = self.parts.clock.now();
+        if let Some((published, with, at)) = &self.published.member
+            && (published, *with) == (&member, lease.id)
+        {
+            // What is there counts, not what was sent: an older write whose answer never came may be carried out later.
+            let value = codec::encode_member(&member);
+            let there = self.view.as_ref().and_then(|view| view.members.get(&self.me.name));
+            let shown = there.is_some_and(|there| there.lease == lease.id && codec::encode_member(there) == value);
+            if shown || now.since(*at) < SHOWN_WITHIN {
+                return;
+            }
         }
         match self.parts.store.put_member(&self.me.name, &codec::encode_member(&member), lease.id).await {
-            Ok(()) => self.published.member = Some((member, lease.id)),
+            Ok(()) => self.published.member = Some((member, lease.id, now)),
             Err(error) => debug!("the member key could not be written: {error}"),
         }
     }
