@@ -1,6 +1,5 @@
 //! `trunkline-router [--validate] router.yml`
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +12,7 @@ use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::telemetry;
 use trunkline_config::{Env, RouterConfig};
 use trunkline_router::admin::Admin;
 use trunkline_router::server::{Background, Handover, Plan};
@@ -57,14 +57,15 @@ fn main() -> ExitCode {
     match run(config, handover) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error!("{error:#}");
+            // Said here and not in the log: that may be what could not be opened.
+            eprintln!("trunkline-router: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
 fn run(config: RouterConfig, handover: Handover) -> anyhow::Result<()> {
-    init_log(&config);
+    let _log = telemetry::init(&config.log).context("the log can't be opened")?;
     let router = Router::new(config.limits)?;
     let ports = config.ports.iter().map(|port| router.listening(port)).collect();
     let threads = match config.threads {
@@ -127,19 +128,4 @@ fn background(
         }
         follow::run(router, knowledge).await;
     })
-}
-
-fn init_log(config: &RouterConfig) {
-    let level = match config.log.level.to_ascii_uppercase().as_str() {
-        "DEBUG" => tracing::Level::DEBUG,
-        "WARNING" => tracing::Level::WARN,
-        "ERROR" | "CRITICAL" => tracing::Level::ERROR,
-        _ => tracing::Level::INFO,
-    };
-    let log = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
-    if config.log.json { log.json().init() } else { log.init() }
 }

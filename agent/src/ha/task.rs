@@ -249,14 +249,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         TaskEnd::Done
     }
 
-    /// Waits until a candidate has received the shutdown checkpoint: then it can be promoted without leaving this node
+    /// Waits until a candidate has received the shutdown checkpoint, whose record begins at `position`: then it can be promoted without leaving this node
     /// with WAL of its own. Bounded: a switchover to a slow standby goes on without.
     async fn await_candidate(&self, plan: &HandOverPlan, position: Lsn) {
         let give_up = self.clock.now() + plan.candidate_limit;
         while self.clock.now() < give_up {
             let statuses = self.peers.status(plan.candidates.clone(), Duration::from_millis(500)).await;
             let caught_up = |(name, status): (&MemberName, &Option<crate::peer::PeerStatus>)| {
-                status.as_ref().is_some_and(|peer| peer.in_recovery && peer.lsn >= position).then(|| name.clone())
+                status.as_ref().is_some_and(|peer| peer.in_recovery && peer.lsn > position).then(|| name.clone())
             };
             if let Some(name) = statuses.iter().find_map(caught_up) {
                 info!("{name} has the shutdown checkpoint at {position}");
