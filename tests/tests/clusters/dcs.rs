@@ -40,10 +40,11 @@ async fn one_of_three_etcd_members_may_hang_or_die() -> Result<()> {
     let leader = scene.cluster.settled(LIMIT).await?;
     let failures = load.writers.record().failures;
 
-    // Each in turn, so that etcd's own leader is among them; each for longer than a lease.
+    // Each in turn, so that etcd's own leader is among them. Not for longer than a lease: an etcd leader that thaws later
+    // than that, not knowing yet that it is deposed, revokes every lease it has not seen renewed (seen with 3.4.23).
     for member in 0..3 {
         scene.etcd.freeze(member);
-        tokio::time::sleep(Duration::from_secs(7)).await;
+        tokio::time::sleep(Duration::from_millis(3500)).await;
         scene.etcd.thaw(member);
         load.writers.progress(100, LIMIT).await?;
     }

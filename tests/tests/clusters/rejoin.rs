@@ -20,13 +20,17 @@ async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
     scene.cluster.settled(LIMIT).await?;
 
     let others: Vec<usize> = (0..3).filter(|node| *node != old).collect();
-    others.iter().for_each(|node| scene.cluster.nodes[*node].freeze());
+    // Killed, not frozen: what the primary sends to a frozen one waits in its sockets and arrives after all.
+    others.iter().for_each(|node| scene.cluster.nodes[*node].kill());
     scene.node(old).execute("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000); CHECKPOINT", short).await?;
     scene.cluster.nodes[old].kill();
-    others.iter().for_each(|node| scene.cluster.nodes[*node].thaw());
+    for node in &others {
+        scene.cluster.nodes[*node].start()?;
+    }
 
     let new = scene.cluster.leader_other_than(old, LIMIT).await?;
-    scene.node(new).execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
+    // The router holds this until the new leader takes writes; `GET /primary` is 200 a moment before.
+    scene.read_write().execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
     let version_file = scene.cluster.nodes[old].data_dir().join("PG_VERSION");
     let before = version_file.metadata().context("the data directory is gone")?.ino();
 
