@@ -17,9 +17,12 @@ async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
     let old = scene.cluster.settled(LIMIT).await?;
     let short = Duration::from_secs(5);
     scene.node(old).execute("CREATE TABLE t (who text)", short).await?;
-    scene.cluster.settled(LIMIT).await?;
-
     let others: Vec<usize> = (0..3).filter(|node| *node != old).collect();
+    for node in &others {
+        let target = scene.node(*node);
+        let copied = async || target.query_one("SELECT count(*) FROM t", short).await;
+        wait::until("the table on a replica", LIMIT, copied).await?;
+    }
     // Killed, not frozen: what the primary sends to a frozen one waits in its sockets and arrives after all.
     others.iter().for_each(|node| scene.cluster.nodes[*node].kill());
     scene.node(old).execute("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000); CHECKPOINT", short).await?;
