@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::future::Future;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,7 +26,12 @@ fn as_postgres<F: Future<Output = ()>>(test: &str, body: impl FnOnce() -> F) {
         let passwd = fs::read_to_string("/etc/passwd").expect("passwd");
         let line = passwd.lines().find(|line| line.starts_with("postgres:")).expect("a user postgres");
         let id = |at: usize| line.split(':').nth(at).and_then(|id| id.parse().ok()).expect("uid and gid");
-        let mut command = std::process::Command::new(std::env::current_exe().expect("own path"));
+        // A copy, because what lies below /root is out of that user's reach.
+        let place = tempfile::Builder::new().prefix("trunkline-test-").tempdir().expect("temp dir");
+        let program = place.path().join("postgres-tests");
+        fs::copy(std::env::current_exe().expect("own path"), &program).expect("a copy of the tests");
+        fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).expect("permissions");
+        let mut command = std::process::Command::new(&program);
         command.args(["--exact", test, "--nocapture"]).current_dir("/tmp").env("HOME", "/tmp");
         let status = command.uid(id(2)).gid(id(3)).status().expect("as postgres");
         assert!(status.success(), "failed as user postgres: {status}");
@@ -590,7 +596,6 @@ fn a_replica_can_be_made_by_the_users_own_method() {
 #[test]
 fn what_an_operator_has_to_fix_is_said() {
     as_postgres("what_an_operator_has_to_fix_is_said", || async {
-        use std::os::unix::fs::PermissionsExt as _;
         let place = Place::new();
         let refused = |config: PostgresConfig| match Instance::new(config, "demo", "a".into(), SystemClock) {
             Err(PgError::Unusable(why)) => why,
