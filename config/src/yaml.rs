@@ -30,7 +30,16 @@ pub struct YamlError(String);
 /// # Errors
 /// With line and column, in one line.
 pub fn from_str(text: &str) -> Result<Value, YamlError> {
-    read(text, DuplicateKeyPolicy::Error)
+    read(text, DuplicateKeyPolicy::Error, Place::Elsewhere)
+}
+
+/// Reads one document exactly as PyYAML does, PostgreSQL's settings included (`on` is true, `0700` is 448): what
+/// `patronictl edit-config` stores.
+///
+/// # Errors
+/// With line and column, in one line.
+pub fn from_str_as_pyyaml(text: &str) -> Result<Value, YamlError> {
+    read(text, DuplicateKeyPolicy::LastWins, Place::Nowhere)
 }
 
 /// Reads one document as PyYAML does: of a repeated key the last one counts. Then the complaint about it is returned, too.
@@ -42,13 +51,13 @@ pub fn from_str_lenient(text: &str) -> Result<(Value, Option<String>), YamlError
         Ok(value) => return Ok((value, None)),
         Err(error) => error,
     };
-    match read(text, DuplicateKeyPolicy::LastWins) {
+    match read(text, DuplicateKeyPolicy::LastWins, Place::Elsewhere) {
         Ok(value) => Ok((value, Some(strict.to_string()))),
         Err(_) => Err(strict),
     }
 }
 
-fn read(text: &str, duplicates: DuplicateKeyPolicy) -> Result<Value, YamlError> {
+fn read(text: &str, duplicates: DuplicateKeyPolicy, place: Place) -> Result<Value, YamlError> {
     if text.len() > MAX_BYTES {
         return Err(YamlError(format!("{} bytes are too many; at most {MAX_BYTES} are read", text.len())));
     }
@@ -64,7 +73,7 @@ fn read(text: &str, duplicates: DuplicateKeyPolicy) -> Result<Value, YamlError> 
     };
     let first: Value = serde_saphyr::from_str_with_options(text, options()).map_err(|error| one_line(&error))?;
     let spelled = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
-        Spelling { seen: &first, place: Place::Elsewhere }.deserialize(deserializer)
+        Spelling { seen: &first, place }.deserialize(deserializer)
     });
     // Of a repeated key both values are seen, and the first one may not have the shape of the last.
     Ok(spelled.unwrap_or(first))
@@ -78,6 +87,8 @@ fn one_line(error: &impl fmt::Display) -> YamlError {
 /// Where a value is: PostgreSQL's settings keep their spelling.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
+    /// In a document where it does not matter.
+    Nowhere,
     Elsewhere,
     Postgresql,
     Parameters,
@@ -86,6 +97,7 @@ enum Place {
 impl Place {
     fn below(self, key: &str) -> Self {
         match (self, key) {
+            (Self::Nowhere, _) => Self::Nowhere,
             (Self::Postgresql, "recovery_conf") => Self::Parameters,
             (Self::Postgresql, key) if key == "parameters" || key.starts_with("parameters_") => Self::Parameters,
             (Self::Parameters, _) => Self::Parameters,
@@ -218,6 +230,13 @@ mod tests {
             "parameters": {"a": true},
         });
         assert_eq!(from_str(text), Ok(expected));
+    }
+
+    #[test]
+    fn settings_can_be_read_as_pyyaml_reads_them() {
+        let text = "postgresql: {parameters: {a: on, b: 0700, c: 'on', d: 5}}\nttl: 1\nttl: 2\n";
+        let expected = json!({"postgresql": {"parameters": {"a": true, "b": 448, "c": "on", "d": 5}}, "ttl": 2});
+        assert_eq!(from_str_as_pyyaml(text), Ok(expected));
     }
 
     #[test]

@@ -8,12 +8,13 @@ use serde_json::{Map, Value};
 use similar::TextDiff;
 use trunkline_common::dcs::store::Outcome;
 use trunkline_config::merge;
-use trunkline_config::yaml::{self, to_yaml};
+use trunkline_config::yaml;
 
 use super::args::EditArgs;
 use super::context::Context;
 use super::error::{CtlError, Result};
 use super::prompt::{confirm, echo};
+use super::yaml::document;
 
 /// `edit-config`.
 pub(super) async fn edit_config(context: &Context, args: &EditArgs) -> Result<()> {
@@ -22,9 +23,9 @@ pub(super) async fn edit_config(context: &Context, args: &EditArgs) -> Result<()
     let Some(config) = &cluster.view.config else {
         return Err(CtlError::new(format!("The config key does not exist in the cluster {}", cluster.name)));
     };
-    let before = to_yaml(&config.value);
+    let before = document(&config.value);
     let (after, changed) = match changed_by_options(args, &config.value)? {
-        Some(changed) => (to_yaml(&changed), changed),
+        Some(changed) => (document(&changed), changed),
         None => changed_by_editor(&before, &cluster.name)?,
     };
     if changed == config.value {
@@ -76,7 +77,7 @@ fn read_yaml_file(file: &str) -> Result<Map<String, Value>> {
         std::fs::read_to_string(file)
     };
     let text = text.map_err(|error| CtlError::new(format!("Can not read {file}: {error}")))?;
-    match yaml::from_str(&text) {
+    match yaml::from_str_as_pyyaml(&text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(CtlError::new(format!("{file} is not a configuration: key: value lines are expected"))),
         Err(error) => Err(CtlError::new(format!("{file} is not YAML: {error}"))),
@@ -87,8 +88,8 @@ fn read_yaml_file(file: &str) -> Result<Map<String, Value>> {
 fn set_pair(config: &mut Map<String, Value>, pair: &str) -> Result<()> {
     let invalid = || CtlError::new(format!("Invalid parameter setting {pair}"));
     let (path, value) = pair.split_once('=').ok_or_else(invalid)?;
-    let value =
-        yaml::from_str(value).map_err(|error| CtlError::new(format!("{pair}: the value is not YAML: {error}")))?;
+    let value = yaml::from_str_as_pyyaml(value)
+        .map_err(|error| CtlError::new(format!("{pair}: the value is not YAML: {error}")))?;
     set_path(config, &split_path(path.trim()), value);
     Ok(())
 }
@@ -147,7 +148,8 @@ fn changed_by_editor(before: &str, cluster: &str) -> Result<(String, Value)> {
     }
     // Read by its name: editors replace files.
     let after = std::fs::read_to_string(file.path()).map_err(cannot)?;
-    let value = yaml::from_str(&after).map_err(|error| CtlError::new(format!("That is not YAML: {error}")))?;
+    let value =
+        yaml::from_str_as_pyyaml(&after).map_err(|error| CtlError::new(format!("That is not YAML: {error}")))?;
     if !value.is_object() {
         return Err(CtlError::new("That is not a configuration: key: value lines are expected"));
     }
@@ -254,8 +256,8 @@ mod tests {
 
     #[test]
     fn the_diff_is_pythons() {
-        let before = to_yaml(&json!({"loop_wait": 2, "postgresql": {"use_pg_rewind": true}, "ttl": 30}));
-        let after = to_yaml(&json!({"loop_wait": 2, "postgresql": {"use_pg_rewind": true}, "ttl": 20}));
+        let before = document(&json!({"loop_wait": 2, "postgresql": {"use_pg_rewind": true}, "ttl": 30}));
+        let after = document(&json!({"loop_wait": 2, "postgresql": {"use_pg_rewind": true}, "ttl": 20}));
         let expected = [
             "--- ",
             "+++ ",

@@ -23,6 +23,8 @@ mod select;
 mod show;
 pub mod table;
 mod text;
+mod values;
+mod yaml;
 
 use std::process::ExitCode;
 

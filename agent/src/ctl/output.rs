@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value};
 use trunkline_common::dcs::codec::python_json;
-use trunkline_config::yaml::to_yaml;
 
 use super::table;
 use super::text::python_str;
+use super::yaml::{document, flow};
 
 /// How rows are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub(super) struct Sheet {
 pub(super) fn render(sheet: &Sheet, format: Format, delimiter: &str) -> String {
     match format {
         Format::Json => python_json(&objects(sheet)),
-        Format::Yaml => to_yaml(&objects(sheet)),
+        Format::Yaml => document(&objects(sheet)),
         Format::Tsv => tsv(sheet, delimiter),
         Format::Pretty | Format::Topology => bordered(sheet, format),
     }
@@ -65,7 +65,8 @@ fn objects(sheet: &Sheet) -> Value {
 
 fn tsv(sheet: &Sheet, delimiter: &str) -> String {
     let header = sheet.columns.iter().filter(|columns| !columns.is_empty()).map(|columns| columns.join(delimiter));
-    let row = |row: &Vec<Value>| row.iter().map(|value| cell(value, Format::Tsv)).collect::<Vec<_>>().join(delimiter);
+    let row =
+        |row: &Vec<Value>| row.iter().map(|value| cell(sheet, value, Format::Tsv)).collect::<Vec<_>>().join(delimiter);
     header.chain(sheet.rows.iter().map(row)).collect::<Vec<_>>().join("\n")
 }
 
@@ -75,45 +76,21 @@ fn bordered(sheet: &Sheet, format: Format) -> String {
     let unnamed = || (1..=width).map(|n| format!("Field {n}")).collect();
     let columns: Vec<String> = sheet.columns.clone().unwrap_or_else(unnamed);
     let columns: Vec<&str> = columns.iter().skip(skip).map(String::as_str).collect();
-    let cells = |row: &Vec<Value>| row.iter().skip(skip).map(|value| cell(value, format)).collect();
+    let cells = |row: &Vec<Value>| row.iter().skip(skip).map(|value| cell(sheet, value, format)).collect();
     let rows: Vec<Vec<String>> = sheet.rows.iter().map(cells).collect();
     table::pretty(&sheet.title, &columns, &rows, sheet.right)
 }
 
-/// A map in a cell is a member's tags: block style in tables, flow style where a row is a line.
-fn cell(value: &Value, format: Format) -> String {
+/// A map below a title is a member's tags: block style in tables, flow style where a row is a line.
+fn cell(sheet: &Sheet, value: &Value, format: Format) -> String {
     match value {
-        Value::Object(map) if format == Format::Pretty && !map.is_empty() => to_yaml(value).trim().to_owned(),
-        Value::Object(_) => flow_yaml(value),
+        Value::Object(map) if !sheet.title.is_empty() => match format {
+            Format::Pretty if !map.is_empty() => document(value).trim().to_owned(),
+            _ => flow(value),
+        },
+        Value::Number(_) => python_json(value),
         other => python_str(other),
     }
-}
-
-/// YAML on one line, keys sorted: `{a: 1, b: [x, y]}`.
-pub(super) fn flow_yaml(value: &Value) -> String {
-    match value {
-        Value::Object(map) => {
-            let mut entries: Vec<_> = map.iter().collect();
-            entries.sort_by_key(|(key, _)| *key);
-            let pair = |(key, value): (&String, &Value)| format!("{}: {}", flow_scalar(key), flow_yaml(value));
-            format!("{{{}}}", entries.into_iter().map(pair).collect::<Vec<_>>().join(", "))
-        }
-        Value::Array(items) => format!("[{}]", items.iter().map(flow_yaml).collect::<Vec<_>>().join(", ")),
-        Value::String(text) => flow_scalar(text),
-        scalar => block_scalar(scalar),
-    }
-}
-
-/// Between brackets, more characters have a meaning than in block style.
-fn flow_scalar(text: &str) -> String {
-    let block = block_scalar(&Value::from(text));
-    let is_plain = block == text;
-    if is_plain && text.contains(['[', ']', '{', '}', ',', ':', '?']) { format!("'{text}'") } else { block }
-}
-
-fn block_scalar(value: &Value) -> String {
-    let text = to_yaml(value);
-    text.strip_suffix("\n...\n").unwrap_or(&text).trim_end_matches('\n').to_owned()
 }
 
 #[cfg(test)]
@@ -182,18 +159,5 @@ mod tests {
         assert_eq!(render(&sheet, Format::Json, "\t"), "[{}]");
         assert_eq!(render(&sheet, Format::Yaml, "\t"), "- {}\n");
         assert!(render(&sheet, Format::Pretty, "\t").contains("| Field 1 | Field 2 |"));
-    }
-
-    #[test]
-    fn flow_style_quotes_what_has_a_meaning_there() {
-        let table = [
-            (json!({"note": "a: b", "x": [1, 2]}), "{note: 'a: b', x: [1, 2]}"),
-            (json!({"a": "b,c", "d": "e[f]"}), "{a: 'b,c', d: 'e[f]'}"),
-            (json!({"a": "on", "b": true, "c": null}), "{a: 'on', b: true, c: null}"),
-            (json!({}), "{}"),
-        ];
-        for (value, expected) in table {
-            assert_eq!(flow_yaml(&value), expected);
-        }
     }
 }

@@ -4,7 +4,6 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::{Number, Value};
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use trunkline_common::Clock;
@@ -17,6 +16,7 @@ use super::output::{Sheet, render};
 use super::prompt::{ask_hidden, echo};
 use super::select::{Node, any_member};
 use super::text::{quoted, seconds_stamp};
+use super::values::python_value;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -74,10 +74,15 @@ async fn run(
         (None, Some(role)) => format!("No connection to role {} is available", quoted(role.as_str())),
         (None, None) => "No connection is available".to_owned(),
     };
-    let Some(config) = node.and_then(|node| connection(&node, args, password)) else { return Ok(Err(none())) };
+    let Some(node) = node else { return Ok(Err(none())) };
+    let config = connection(&node, args, password)?;
     let client = match connect(&config).await {
         Ok(client) => client,
-        Err(why) => return Ok(Err(format!("ERROR, SQLSTATE: {why}"))),
+        Err(why) => {
+            let (host, port) = node.member.host_port().unwrap_or_default();
+            let place = format!("connection to server at \"{host}\", port {port} failed");
+            return Ok(Err(format!("ERROR, SQLSTATE: {place}: {why}")));
+        }
     };
     match fits(&client, args.role).await {
         Ok(true) => {}
@@ -88,10 +93,16 @@ async fn run(
 }
 
 /// User and password come from where libpq looks for them.
-fn connection(node: &Node, args: &QueryArgs, password: Option<&str>) -> Option<Config> {
-    let (host, port) = node.member.host_port()?;
+///
+/// # Errors
+/// The member does not tell its address, or nobody tells a user.
+fn connection(node: &Node, args: &QueryArgs, password: Option<&str>) -> Result<Config> {
+    let no_address =
+        || CtlError::new(format!("Member {} does not tell its address (no conn_url in its key)", node.name));
+    let (host, port) = node.member.host_port().ok_or_else(no_address)?;
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let user = args.username.clone().or_else(|| variable("PGUSER")).or_else(os_user)?;
+    let user = args.username.clone().or_else(|| variable("PGUSER")).or_else(os_user);
+    let user = user.ok_or_else(|| CtlError::new("Which database user? Give -U, or set PGUSER"))?;
     let database = args.dbname.clone().or_else(|| variable("PGDATABASE")).unwrap_or_else(|| user.clone());
     let password = password.map(str::to_owned).or_else(|| variable("PGPASSWORD")).or_else(|| {
         let file = variable("PGPASSFILE").map(PathBuf::from);
@@ -107,7 +118,7 @@ fn connection(node: &Node, args: &QueryArgs, password: Option<&str>) -> Option<C
     if let Some(password) = password {
         config.password(password);
     }
-    Some(config)
+    Ok(config)
 }
 
 fn os_user() -> Option<String> {
@@ -149,12 +160,27 @@ fn unescaped_fields(line: &str) -> Vec<String> {
 async fn connect(config: &Config) -> std::result::Result<Client, String> {
     let limit = CONNECT + Duration::from_secs(1);
     let connected = tokio::time::timeout(limit, config.connect(NoTls)).await;
-    let (client, connection) = connected
-        .map_err(|_| format!("no answer within {} seconds", limit.as_secs()))?
-        .map_err(|error| error.code().map_or_else(|| one_line(&error), |code| code.code().to_owned()))?;
+    let (client, connection) =
+        connected.map_err(|_| "timeout expired ".to_owned())?.map_err(|error| refused(&error))?;
     // Ends with the client.
     tokio::spawn(connection);
     Ok(client)
+}
+
+/// libpq's words.
+fn refused(error: &tokio_postgres::Error) -> String {
+    if let Some(db) = error.as_db_error() {
+        return format!("{}:  {} ", db.severity(), db.message().replace('\n', " "));
+    }
+    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
+    let io = causes.filter_map(|error| error.downcast_ref::<std::io::Error>()).next();
+    match io.map(std::io::Error::kind) {
+        Some(std::io::ErrorKind::ConnectionRefused) => {
+            "Connection refused \tIs the server running on that host and accepting TCP/IP connections? ".to_owned()
+        }
+        Some(std::io::ErrorKind::TimedOut) => "timeout expired ".to_owned(),
+        _ => one_line(error),
+    }
 }
 
 /// The DCS may lag behind: whoever asks for a role gets a server that has it.
@@ -166,6 +192,9 @@ async fn fits(client: &Client, role: Option<Role>) -> std::result::Result<bool, 
 
 /// Runs the statements and keeps the result of the last one.
 async fn execute(client: &Client, sql: &str) -> std::result::Result<Sheet, String> {
+    if sql.trim().is_empty() {
+        return Err("ERROR, SQLSTATE: can't execute an empty query".to_owned());
+    }
     // The simple protocol tells no types; a single statement can be asked for them beforehand.
     let types: Vec<Type> = match client.prepare(sql).await {
         Ok(statement) => statement.columns().iter().map(|column| column.type_().clone()).collect(),
@@ -181,7 +210,7 @@ async fn execute(client: &Client, sql: &str) -> std::result::Result<Sheet, Strin
                 finished = false;
             }
             SimpleQueryMessage::Row(row) => {
-                let cell = |n: usize| cell(row.get(n), types.get(n));
+                let cell = |n: usize| python_value(row.get(n), types.get(n));
                 if let Some(sheet) = &mut sheet {
                     sheet.rows.push((0..row.len()).map(cell).collect());
                 }
@@ -207,71 +236,9 @@ fn one_line(error: &dyn std::error::Error) -> String {
     text.join(": ")
 }
 
-/// A value as Python has it: what it prints differs from PostgreSQL's text for a few types.
-fn cell(text: Option<&str>, of: Option<&Type>) -> Value {
-    let Some(text) = text else { return Value::Null };
-    let typed = match of {
-        Some(&Type::BOOL) => Some(Value::Bool(text == "t")),
-        Some(&(Type::INT2 | Type::INT4 | Type::INT8 | Type::OID)) => text.parse::<i64>().ok().map(Value::from),
-        Some(&(Type::FLOAT4 | Type::FLOAT8)) => float(text),
-        Some(&(Type::JSON | Type::JSONB)) => serde_json::from_str(text).ok(),
-        Some(&(Type::TIMESTAMP | Type::TIMESTAMPTZ)) => Some(timestamp(text).into()),
-        _ => None,
-    };
-    typed.unwrap_or_else(|| text.into())
-}
-
-fn float(text: &str) -> Option<Value> {
-    match text {
-        "NaN" => Some("nan".into()),
-        "Infinity" => Some("inf".into()),
-        "-Infinity" => Some("-inf".into()),
-        text => Number::from_f64(text.parse().ok()?).map(Value::Number),
-    }
-}
-
-/// Python writes all six digits of a fraction, and minutes in an offset.
-fn timestamp(text: &str) -> String {
-    let Some((date, time)) = text.split_once(' ') else { return text.to_owned() };
-    let (clock, offset) = match time.find(['+', '-']) {
-        Some(at) => time.split_at(at),
-        None => (time, ""),
-    };
-    let clock = match clock.split_once('.') {
-        Some((whole, fraction)) => format!("{whole}.{fraction:0<6}"),
-        None => clock.to_owned(),
-    };
-    let minutes = if offset.len() == 3 { ":00" } else { "" };
-    format!("{date} {clock}{offset}{minutes}")
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
-
-    #[test]
-    fn cells_are_pythons() {
-        let table = [
-            (Some("t"), Some(Type::BOOL), json!(true)),
-            (Some("t"), Some(Type::TEXT), json!("t")),
-            (Some("t"), None, json!("t")),
-            (None, Some(Type::BOOL), json!(null)),
-            (Some("5"), Some(Type::INT4), json!(5)),
-            (Some("5"), Some(Type::FLOAT8), json!(5.0)),
-            (Some("NaN"), Some(Type::FLOAT8), json!("nan")),
-            (Some("1.50"), Some(Type::NUMERIC), json!("1.50")),
-            (Some(r#"{"a": 1}"#), Some(Type::JSONB), json!({"a": 1})),
-            (Some("2031-05-01 10:30:00.5+00"), Some(Type::TIMESTAMPTZ), json!("2031-05-01 10:30:00.500000+00:00")),
-            (Some("2031-05-01 10:30:00"), Some(Type::TIMESTAMP), json!("2031-05-01 10:30:00")),
-            (Some("2031-05-01 10:30:00+05:30"), Some(Type::TIMESTAMPTZ), json!("2031-05-01 10:30:00+05:30")),
-            (Some("infinity"), Some(Type::TIMESTAMP), json!("infinity")),
-        ];
-        for (text, of, expected) in table {
-            assert_eq!(cell(text, of.as_ref()), expected, "{text:?}");
-        }
-    }
 
     #[test]
     fn passwords_are_found_as_libpq_does() {

@@ -2,7 +2,6 @@
 
 use serde_json::Value;
 use trunkline_common::cluster::HistoryLine;
-use trunkline_config::yaml::to_yaml;
 
 use super::args::{DefaultGroupArgs, DsnArgs, HistoryArgs, Role, VersionArgs};
 use super::context::Context;
@@ -12,6 +11,7 @@ use super::prompt::echo;
 use super::rest::Method;
 use super::select::{Node, any_member, with_role};
 use super::text::{pg_version, python_str};
+use super::yaml::document;
 
 /// `history`.
 pub(super) async fn history(context: &Context, args: &HistoryArgs) -> Result<()> {
@@ -39,7 +39,7 @@ fn history_row(line: &HistoryLine) -> Vec<Value> {
 pub(super) async fn show_config(context: &Context, args: &DefaultGroupArgs) -> Result<()> {
     let cluster = context.target_in_own_group(args)?.read().await?;
     match &cluster.view.config {
-        Some(config) => echo(to_yaml(&config.value)),
+        Some(config) => echo(document(&config.value)),
         None => Ok(()),
     }
 }
