@@ -8,6 +8,10 @@ use trunkline_common::{Instant, MemberName};
 
 use crate::postgres::PgStatus;
 
+/// The Patroni version that this node behaves like: members of a mixed cluster read it in the member key and in status
+/// documents, and change what they do by it.
+pub const PATRONI_VERSION: &str = "4.1.4";
+
 /// What the HA loop last knew and did; published after every turn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Board {

@@ -151,7 +151,7 @@ impl Member {
 
     /// Host and port of `conn_url`; IPv6 brackets removed.
     pub fn host_port(&self) -> Option<(String, u16)> {
-        crate::dcs::codec::host_port(self.conn_url.as_deref()?)
+        host_port(self.conn_url.as_deref()?)
     }
 
     /// A boolean tag, by Python truthiness of its value as Patroni has it (the string `"false"` is true).
@@ -249,4 +249,17 @@ impl ClusterView {
         };
         History(self.history.iter().map(switch).collect())
     }
+}
+
+/// Host and port of a `postgres://` URL; the port defaults to 5432, brackets of IPv6 are removed.
+pub fn host_port(url: &str) -> Option<(String, u16)> {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?']).next()?;
+    let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, port.parse().ok()?),
+        _ => (authority, 5432),
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    (!host.is_empty()).then(|| (host.to_owned(), port))
 }

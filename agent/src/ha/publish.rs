@@ -10,10 +10,8 @@ use trunkline_config::tags;
 
 use super::situation::{Me, Memory};
 use super::task::TaskKind;
+use crate::node::PATRONI_VERSION;
 use crate::postgres::{ControlState, PgRole, PgStatus};
-
-/// Version that peers see in the member key: the Patroni whose protocol is spoken (dcs-layout §8).
-pub const PATRONI_VERSION: &str = "4.1.4";
 
 /// Patroni's state text (dcs-layout §4.1).
 pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory) -> &'static str {

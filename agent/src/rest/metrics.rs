@@ -8,8 +8,9 @@ use prometheus::{IntCounterVec, Opts, Registry, TextEncoder};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_config::tags::failover_priority;
 
+use super::Identity;
 use super::status::{Picture, Synchronous, postgres_time, received};
-use super::{Identity, PATRONI_VERSION};
+use crate::node::PATRONI_VERSION;
 use crate::postgres::PgRole;
 
 /// The values of `state`, in the order of their numbers in `patroni_postgres_state`.

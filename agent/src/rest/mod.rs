@@ -49,9 +49,6 @@ use crate::node::{Board, Command};
 use crate::peer::{HttpPeers, RestClient};
 use crate::postgres::{PgStatus, Postgres};
 
-/// The Patroni version that this node behaves like: members of a mixed cluster read it and change what they do by it.
-pub const PATRONI_VERSION: &str = "4.1.4";
-
 /// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
 const OBSERVE_LIMIT: Duration = Duration::from_millis(1500);
 

@@ -9,9 +9,10 @@ use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, SystemId};
 use trunkline_config::Settings;
 use trunkline_config::dynamic::SynchronousMode;
 
+use super::Identity;
 use super::health::Inputs;
-use super::{Identity, PATRONI_VERSION};
 use crate::node::Board;
+use crate::node::PATRONI_VERSION;
 use crate::postgres::{PgRole, PgStatus, Running};
 
 /// Everything one answer is made of, taken together.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::host_port;
 
 const KEYS: [&str; 10] = [
     "initialize",
