@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{LIMIT, Scene};
+use trunkline_tests::{LIMIT, Program, Scene, Spec};
 
 /// With the agent alive nothing has to expire: far less than the lease, on a machine that runs other tests as well.
 const AT_ONCE: Duration = Duration::from_millis(2500);
@@ -106,6 +107,34 @@ async fn a_lost_replica_stops_nothing() -> Result<()> {
         scene.cluster.nodes[replica].start()?;
         ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     }
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// Where commits wait for nobody, nothing but the lease keeps a second primary from being written to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_synchronous_replication_there_is_one_primary_and_a_handover_loses_nothing() -> Result<()> {
+    let mut spec = Spec::new(3, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": false, "primary_start_timeout": 0 });
+    let mut scene = Scene::with("async", 1, spec).await?;
+    let load = scene.load().await?;
+
+    let first = scene.cluster.settled(LIMIT).await?;
+    scene.cluster.switchover(first, None).await?;
+    let second = scene.cluster.leader_other_than(first, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    scene.cluster.settled(LIMIT).await?;
+
+    scene.cluster.nodes[second].stop(LIMIT).await?;
+    scene.cluster.leader_other_than(second, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    scene.cluster.nodes[second].start()?;
+    scene.cluster.settled(LIMIT).await?;
+
+    scene.etcd.kill(0);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    scene.etcd.restart(0).await?;
+    load.writers.progress(100, LIMIT).await?;
     scene.finish(load).await?;
     Ok(())
 }
