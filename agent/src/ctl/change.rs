@@ -206,8 +206,10 @@ impl Change<'_> {
                 warning(&error.to_string());
                 warning("Failing over to DCS");
                 let (now, verb) = (fine_stamp(context.clock.wall()), self.verb);
+                // Written before anything is printed: whether somebody reads our output must not decide it.
+                let written = write_request(target, plan).await;
                 echo(format!("{now} Could not {verb} using Patroni api, falling back to DCS"))?;
-                write_request(target, plan).await?;
+                written?;
                 return show_members(&cluster, false, Format::Pretty);
             }
         };

@@ -167,7 +167,9 @@ impl Shown {
     fn new(name: &MemberName, member: &Member, view: &ClusterView, format: Format) -> Self {
         let role = role(name, view);
         let replication = member.replication_state.clone().filter(|state| role != "leader" && !state.is_empty());
-        let state = replication.unwrap_or_else(|| member.state.clone());
+        // A view says "unknown" where the key says nothing; patronictl leaves the cell empty.
+        let own = Some(&member.state).filter(|state| *state != "unknown").cloned();
+        let state = replication.or(own).unwrap_or_default();
         let (receive, replay) = positions(name, member, view, &state);
         Self {
             name: name.to_string(),

@@ -51,7 +51,7 @@ async fn demo(args: crate::lab::demo::DemoArgs) -> ExitCode {
     match crate::lab::demo::run(args).await {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("Error: {error:#}");
+            error::complain(&format!("Error: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -3,7 +3,7 @@
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
-use super::error::{CtlError, Result};
+use super::error::{CtlError, Result, complain};
 
 /// How often a question that got no usable answer is asked again: input from a program must not keep us here for ever.
 const MAX_ASKED: usize = 100;
@@ -33,7 +33,8 @@ pub(super) fn warning(text: &str) {
     }
     let now = trunkline_common::Clock::wall(&trunkline_common::SystemClock);
     let now = now.with_timezone(&chrono::Local);
-    eprintln!("{},{:03} - WARNING - {text}", now.format("%Y-%m-%d %H:%M:%S"), now.timestamp_subsec_millis() % 1000);
+    let (time, millis) = (now.format("%Y-%m-%d %H:%M:%S"), now.timestamp_subsec_millis() % 1000);
+    complain(&format!("{time},{millis:03} - WARNING - {text}"));
 }
 
 /// Asks for a text; `default` is what an empty answer means, without one the question is asked again.

@@ -79,7 +79,9 @@ impl Rest {
         };
         match self.client.request(method, &endpoint(api_url, path), body, deadline).await {
             Ok(response) => Ok(Answer { status: response.status, body: response.text }),
-            Err(error) => Err(CallError(format!("Can not use the REST API of member {name}: {error}"))),
+            Err(error) => {
+                Err(CallError(format!("Can not use the REST API of member {name}: {error}. Is its agent running?")))
+            }
         }
     }
 }

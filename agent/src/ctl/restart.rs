@@ -133,7 +133,7 @@ pub(super) async fn flush(context: &Context, args: &FlushArgs) -> Result<()> {
     match args.members_and_target.split_last() {
         Some((what, members)) if what == "restart" => flush_restart(context, args, &target, members).await,
         Some((what, _)) if what == "switchover" => flush_switchover(context, &target).await,
-        _ => Err(CtlError::new("What shall be forgotten? The last argument is restart or switchover")),
+        _ => Err(CtlError::Usage("What shall be forgotten? The last argument is restart or switchover".to_owned())),
     }
 }
 
