@@ -66,6 +66,7 @@ fn main() -> ExitCode {
     for notice in notices {
         warn!("{notice}");
     }
+    end_with_any_panic(log.clone());
     // Two threads: one may be busy with a small file while the other renews the lease.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let ended = runtime.context("the runtime could not be started").and_then(|runtime| {
@@ -81,6 +82,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// An agent of which a part has died must not go on: without its keeper nobody would fence PostgreSQL. The supervisor
+/// starts it again, and it takes the running server over.
+fn end_with_any_panic(log: Arc<Telemetry>) {
+    std::panic::set_hook(Box::new(move |panic| {
+        error!(critical = true, "a defect of the agent: {panic}");
+        log.flush();
+        std::process::abort();
+    }));
 }
 
 fn validate(args: &Args, env: &Env) -> ExitCode {
