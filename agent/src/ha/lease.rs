@@ -85,6 +85,28 @@ impl LeaseHandle {
         self.timing.send_if_modified(|old| std::mem::replace(old, timing) != timing);
     }
 
+    /// Whether a server here may take writes now: the key is ours with time left, or an operator has taken over.
+    pub fn may_write(&self, now: Instant) -> bool {
+        self.timing.borrow().pause || self.session().leader_until().is_some_and(|until| now < until)
+    }
+
+    /// Returns when a server here must not take writes (any more).
+    pub async fn must_not_write<C: Clock>(&self, clock: &C) {
+        let mut session = self.subscribe();
+        loop {
+            let until = session.borrow_and_update().leader_until();
+            if !self.may_write(clock.now()) {
+                return;
+            }
+            // Without an end the operator is in charge: looked at again now and then.
+            let until = until.filter(|until| *until > clock.now()).unwrap_or(clock.now() + Duration::from_secs(1));
+            tokio::select! {
+                _ = session.changed() => {}
+                () = clock.sleep_until(until) => {}
+            }
+        }
+    }
+
     /// The loop is alive.
     pub fn beat(&self, now: Instant) {
         self.beat.send_replace(now);
@@ -166,6 +188,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
         let mut session_changed = self.handle.session.subscribe();
         let mut renew_at = self.clock.now();
         let mut stuck = false;
+        let mut asked = Duration::ZERO;
         loop {
             let timing = *timing_changed.borrow_and_update();
             let fence_at = session_changed.borrow_and_update().fence_at.filter(|_| !timing.pause);
@@ -180,11 +203,14 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                     error!("the HA loop has not moved for {:?}; the lease is not renewed any more", timing.ttl);
                 }
                 stuck = !alive;
-                // A renewal that hangs must not delay the fence.
+                // A renewal that hangs must not delay the fence, nor that of a leader which becomes one meanwhile.
+                let lease = self.handle.session().lease;
+                let would_fence = lease.map(|lease| lease.until - timing.fence_margin()).filter(|at| *at > now);
+                let give_up = fence_at.or(would_fence).unwrap_or(now + timing.ttl);
                 let answered = !stuck
                     && tokio::select! {
-                        answered = self.renew(timing) => answered,
-                        () = self.clock.sleep_until(fence_at.unwrap_or(now + timing.ttl)) => false,
+                        answered = self.renew(timing, &mut asked) => answered,
+                        () = self.clock.sleep_until(give_up) => false,
                     };
                 renew_at = self.clock.now() + if answered { timing.pace() } else { Duration::from_millis(100) };
                 continue;
@@ -199,13 +225,11 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
     }
 
     /// One proof: the lease lives, and while leading the key is ours and attached to it. True if the DCS answered.
-    async fn renew(&self, timing: Timing) -> bool {
+    /// `asked` is the length that the lease was asked for with: the store may grant more, and asking again for the same
+    /// would not change it.
+    async fn renew(&self, timing: Timing, asked: &mut Duration) -> bool {
         let session = self.handle.session();
-        // etcd may grant more than was asked for; asking again for the same would not change it.
-        let fits = |lease: &Lease| {
-            lease.ttl >= timing.ttl && lease.ttl <= timing.ttl.max(Duration::from_secs(2)) + Duration::from_secs(1)
-        };
-        let renewed = match session.lease.filter(fits) {
+        let renewed = match session.lease.filter(|_| *asked == timing.ttl) {
             Some(lease) => self.store.dcs().renew(lease.id).await,
             None => self.store.grant(timing.ttl).await,
         };
@@ -219,6 +243,16 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             }
             Err(error) => return self.trouble(&error),
         };
+        let margin = timing.fence_margin();
+        let other_lease = session.lease.map(|old| old.id) != Some(lease.id);
+        if session.leading && other_lease {
+            // From here on the key may hang on either of them, also when the answer that says so gets lost.
+            self.handle.session.send_modify(|session| {
+                let Some(old) = session.lease.as_mut().filter(|_| session.leading) else { return };
+                old.until = old.until.min(lease.until);
+                session.fence_at = Some(old.until - margin);
+            });
+        }
         if session.leading {
             match self.store.confirm_leader(&self.name, lease.id).await {
                 Ok(Outcome::Done(_)) => {}
@@ -230,14 +264,19 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 Err(error) => return self.trouble(&error),
             }
         }
-        let margin = timing.fence_margin();
+        let led_before = session.leading;
         self.handle.session.send_if_modified(|session| {
-            let told = session.lease.map(|lease| lease.id) != Some(lease.id) || session.trouble.is_some();
+            let told = other_lease || session.trouble.is_some();
             if session.trouble.take().is_some() {
                 info!("the DCS answers again");
             }
+            if session.leading && !led_before && other_lease {
+                // The loop began to lead meanwhile, and the key hangs on the lease that there was: the next renewal
+                // moves it.
+                return told;
+            }
+            *asked = timing.ttl;
             session.lease = Some(lease);
-            // Not if the loop began to lead while this renewal was on its way: then the key has not been confirmed.
             if session.leading {
                 session.fence_at = Some(lease.until - margin);
             }

@@ -172,3 +172,47 @@ async fn a_longer_ttl_moves_the_key_to_a_new_lease() {
     assert!(after.leading && after.lease.unwrap().id != before.id && after.lease.unwrap().ttl == TTL * 4);
     assert_eq!(bench.dcs.peek("/service/demo/leader").entries[0].lease, after.lease.unwrap().id);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_shorter_ttl_counts_from_the_moment_the_key_may_have_moved() {
+    let bench = leading().await;
+    bench.live(Duration::from_secs(2)).await;
+    let hop = Duration::from_millis(100);
+    bench.store.dcs().set_faults(|faults| (faults.request_delay, faults.answer_delay) = (hop, hop));
+    bench.handle.set_timing(Timing { ttl: Duration::from_secs(2), loop_wait: Duration::from_secs(1), pause: false });
+    let old = bench.handle.session().lease.unwrap().id;
+    let moved = || bench.dcs.peek("/service/demo/leader").entries.first().is_some_and(|key| key.lease != old);
+    while !moved() {
+        bench.handle.beat(bench.clock.now());
+        bench.clock.sleep(Duration::from_millis(5)).await;
+    }
+    // The key hangs on the short lease now, and we are not told.
+    bench.store.dcs().set_faults(|faults| faults.cut = true);
+    while bench.fences.lock().is_empty() {
+        assert!(bench.key_is_there(), "the key was free before the fence");
+        bench.live(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_may_write_is_told_when_that_ends() {
+    let bench = leading().await;
+    assert!(bench.handle.may_write(bench.clock.now()));
+    let lease = bench.handle.session().lease.unwrap();
+    let told = bench.handle.must_not_write(&bench.clock);
+    let end = async {
+        bench.live(TTL * 3).await;
+        bench.dcs.client().revoke(lease.id).await.unwrap();
+        bench.live(Duration::from_secs(1)).await;
+        bench.clock.now()
+    };
+    tokio::pin!(told, end);
+    tokio::select! {
+        biased;
+        () = &mut told => assert!(!bench.key_is_there()),
+        _ = &mut end => panic!("not told"),
+    }
+    assert!(!bench.handle.may_write(bench.clock.now()));
+    bench.handle.set_timing(Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: true });
+    assert!(bench.handle.may_write(bench.clock.now()), "an operator has taken over");
+}
