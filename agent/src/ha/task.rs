@@ -137,12 +137,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return Err("the new server does not answer".to_owned());
         };
         self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
-        let finished = self.store.finish_bootstrap(&self.name, lease.id, running.system_id).await.map_err(dcs)?;
-        if !finished.is_done() {
-            return Err("the right to bootstrap was lost meanwhile".to_owned());
-        }
-        if !self.lease.lead(lease) {
-            return Err("the lease was lost during the bootstrap".to_owned());
+        // From here on this is a whole cluster, and may be the one that `initialize` names: never thrown away, unless
+        // somebody else certainly has made another.
+        match self.store.finish_bootstrap(&self.name, lease.id, running.system_id).await {
+            Ok(Outcome::Done(_)) if self.lease.lead(lease) => {}
+            Ok(Outcome::Done(_)) => info!("the lease was replaced during the bootstrap; the loop looks for the key"),
+            Ok(Outcome::Conflict) => return Err("the right to bootstrap was lost meanwhile".to_owned()),
+            Err(error) => warn!("it is not known whether the bootstrap was recorded: {error}"),
         }
         self.postgres.callback("on_start", "primary");
         Ok(())
@@ -166,7 +167,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         let primary = role == StartAs::Primary;
-        match self.postgres.start(role, START_LIMIT).await {
+        match self.start_server(role, START_LIMIT).await {
             Ok(()) => {
                 if let Some(event) = event {
                     self.postgres.callback(event, if primary { "primary" } else { "replica" });
@@ -190,13 +191,35 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         let primary = role == StartAs::Primary;
-        match self.postgres.start(role, limit).await {
+        match self.start_server(role, limit).await {
             Ok(()) => {
                 self.postgres.callback("on_restart", if primary { "primary" } else { "replica" });
                 TaskEnd::Done
             }
             Err(error) => error.into(),
         }
+    }
+
+    /// Starts the server; one that takes writes only while it may. The key can be lost at any time: a fence finds nothing
+    /// to kill where there is no postmaster yet, and nobody else looks while a task runs.
+    async fn start_server(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
+        if role != StartAs::Primary {
+            return self.postgres.start(role, limit).await;
+        }
+        if self.lease.may_write(self.clock.now()) {
+            let started = tokio::select! {
+                biased;
+                () = self.lease.must_not_write(&self.clock) => None,
+                started = self.postgres.start(role, limit) => Some(started),
+            };
+            if let Some(started) = started
+                && self.lease.may_write(self.clock.now())
+            {
+                return started;
+            }
+            self.postgres.stop(StopMode::Immediate, Duration::from_secs(5), None).await?;
+        }
+        Err(PgError::Failed("the leader key was lost, so this server must not take writes".to_owned()))
     }
 
     /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
@@ -249,9 +272,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         TaskEnd::Done
     }
 
-    /// Waits until a candidate has received the shutdown checkpoint, whose record begins at `position`: then it can be promoted without leaving this node
-    /// with WAL of its own. Bounded: a switchover to a slow standby goes on without.
+    /// Waits until a candidate has received the shutdown checkpoint, whose record begins at `position`: then it can be
+    /// promoted without leaving this node with WAL of its own. Bounded: a switchover to a slow standby goes on without.
     async fn await_candidate(&self, plan: &HandOverPlan, position: Lsn) {
+        if plan.candidates.is_empty() {
+            return;
+        }
         let give_up = self.clock.now() + plan.candidate_limit;
         while self.clock.now() < give_up {
             let statuses = self.peers.status(plan.candidates.clone(), Duration::from_millis(500)).await;
@@ -311,9 +337,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         if let Err(error) = self.postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
             return error.into();
         }
-        match self.postgres.rewind(upstream).await {
+        match self.postgres.rewind(upstream.clone()).await {
             Ok(()) => TaskEnd::Done,
-            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
+            Err(error) => {
+                // A source that is not there (any more) says nothing about the data directory: tried again later.
+                let unreachable = matches!(self.postgres.diverged(upstream).await, Divergence::Unknown(_));
+                TaskEnd::Failed { why: error.to_string(), damaged: !unreachable }
+            }
         }
     }
 }
