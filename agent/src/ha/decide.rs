@@ -194,6 +194,9 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
 /// The leader's server is down: restart it in place, or let somebody else lead (`primary_start_timeout`).
 fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> Decision {
     let patience = view.settings.primary_start_timeout;
+    if s.memory.abstain_until.is_some_and(|until| s.now < until) {
+        return is(Action::Release, "PostgreSQL is down, and this node could not be promoted");
+    }
     if s.memory.demoted || s.down_for() >= patience || s.memory.failures > 0 {
         match election::takeover(s, view, None, false) {
             Takeover::Ask(members) => return is(Action::Ask(members), "PostgreSQL is down"),
@@ -286,6 +289,13 @@ fn follower(s: &Situation, view: &ClusterView) -> Decision {
     match s.pg {
         PgStatus::NoData => clone(s, view, leader),
         PgStatus::Broken(why) => is(Action::Wait, format!("the data directory can't be used: {why}")),
+        PgStatus::Starting | PgStatus::Unresponsive
+            if s.memory.was_primary && !s.memory.demoted && !view.settings.pause =>
+        {
+            let reason =
+                format!("{leader} holds the leader key, and the server here took writes before it fell silent");
+            is(Action::Demote(DemoteMode::LostKey), reason)
+        }
         PgStatus::Starting => is(Action::Wait, format!("PostgreSQL is starting; {leader} leads")),
         PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
         PgStatus::Unresponsive => is(Action::Wait, format!("PostgreSQL does not answer; {leader} leads")),
@@ -323,7 +333,8 @@ fn clone(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
 /// The server is down and somebody else leads: find out whether it can follow, mend it if not, start it.
 fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     let divergence = &s.memory.divergence;
-    if view.settings.pause && !matches!(divergence, DivergenceState::Rewind(_)) {
+    // In pause what somebody stopped stays stopped; what this node demoted follows.
+    if view.settings.pause && !s.memory.demoted && !matches!(divergence, DivergenceState::Rewind(_)) {
         return is(Action::Wait, "paused: PostgreSQL is not started");
     }
     if s.backing_off() {
@@ -372,6 +383,9 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
         return is(Action::Wait, "PostgreSQL does not run");
     };
     let target = upstream(s.me, view);
+    if target.is_none() && view.leader_member().is_none() {
+        return is(Action::Wait, format!("the address of {leader} is not known"));
+    }
     let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
     if address != running.upstream {
         return is(Action::Follow(target), format!("following {leader}"));
@@ -436,10 +450,19 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
         }
         Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
         Initialize::Absent if s.backing_off() => is(Action::Wait, failed_lately(s, "the bootstrap failed")),
-        Initialize::Absent => is(Action::Bootstrap, "trying to bootstrap a new cluster"),
+        Initialize::Absent => match has_data(s, view) {
+            Some(name) => is(Action::Wait, format!("waiting for {name}, which has data, to lead")),
+            None => is(Action::Bootstrap, "trying to bootstrap a new cluster"),
+        },
         Initialize::Running => is(Action::Wait, "another member is bootstrapping the cluster"),
         _ => is(Action::Wait, "waiting for a leader to copy from"),
     }
+}
+
+/// Another member that has data: there is a cluster, though the DCS does not know it (any more).
+fn has_data<'v>(s: &Situation, view: &'v ClusterView) -> Option<&'v MemberName> {
+    let others = view.members.iter().filter(|(name, _)| **name != s.me.name);
+    others.filter(|(_, member)| member.role != "uninitialized").map(|(name, _)| name).next()
 }
 
 /// The server is down and nobody leads: up as a standby first, so that positions can be compared.

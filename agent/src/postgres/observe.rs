@@ -32,7 +32,8 @@ impl Instance {
             PidFileStatus::Stopping => return PgStatus::Stopping,
             PidFileStatus::Ready | PidFileStatus::Standby => {}
         }
-        let Ok(control) = self.control() else { return PgStatus::Broken("global/pg_control can't be read".to_owned()) };
+        // Not `Broken`: that would mean that nothing runs here which could write.
+        let Ok(control) = self.control() else { return PgStatus::Unresponsive };
         let config = self.config_now();
         let query = self.inner.sessions.status(&config, &pid_file, control.system_id);
         match tokio::time::timeout(deadline, query).await {

@@ -261,6 +261,51 @@ fn a_crashed_primary_restarts_in_place_or_fails_over_as_configured() {
 }
 
 #[test]
+fn a_node_that_could_not_be_promoted_gives_the_key_back_once_it_is_down() {
+    let mut failed = world().leading();
+    failed.pg = stopped(ControlState::ShutDownInRecovery, true);
+    failed.memory.demoted = true;
+    failed.memory.abstain_until = Some(NOW + Duration::from_secs(5));
+    assert_eq!(failed.decide().action, Action::Release);
+    failed.memory.abstain_until = Some(NOW);
+    assert!(matches!(failed.decide().action, Action::Ask(_)));
+}
+
+#[test]
+fn a_silent_server_that_took_writes_is_stopped_beside_another_leader() {
+    for silent in [PgStatus::Unresponsive, PgStatus::Starting] {
+        let mut second = world();
+        second.pg = silent;
+        assert_eq!(second.decide().action, Action::Wait, "a standby");
+        second.memory.was_primary = true;
+        assert_eq!(second.decide().action, Action::Demote(DemoteMode::LostKey));
+        second.memory.demoted = true;
+        assert_eq!(second.decide().action, Action::Wait, "it comes back as a standby");
+        second.memory.demoted = false;
+        second.view().settings.pause = true;
+        assert_eq!(second.decide().action, Action::Wait, "an operator has taken over");
+    }
+}
+
+#[test]
+fn a_leader_without_an_address_is_not_unfollowed() {
+    let mut hidden = world();
+    hidden.view().members.remove(&"a".into());
+    assert_eq!(hidden.decide().action, Action::Wait);
+}
+
+#[test]
+fn in_pause_only_what_this_node_demoted_comes_back() {
+    let mut down = world();
+    down.view().settings.pause = true;
+    down.pg = stopped(ControlState::ShutDown, false);
+    assert_eq!(down.decide().action, Action::Wait, "somebody stopped it");
+    down.memory.demoted = true;
+    down.memory.divergence = DivergenceState::Check;
+    assert!(matches!(down.decide().action, Action::CheckDivergence(_)));
+}
+
+#[test]
 fn a_primary_that_cannot_renew_steps_down_before_its_lease_ends() {
     let mut late = world().leading();
     late.leader_until = Some(NOW + Duration::from_millis(900));
@@ -323,6 +368,8 @@ fn an_empty_node_bootstraps_or_copies() {
     let mut empty = world().leaderless();
     empty.pg = PgStatus::NoData;
     empty.view().initialize = Initialize::Absent;
+    assert_eq!(empty.decide().reason, "waiting for c, which has data, to lead", "the DCS has lost its keys");
+    empty.view().members.get_mut(&"c".into()).unwrap().role = "uninitialized".to_owned();
     assert_eq!(empty.decide().action, Action::Bootstrap);
     empty.view().initialize = Initialize::Running;
     assert_eq!(empty.decide().action, Action::Wait);
