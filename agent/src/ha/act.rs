@@ -62,6 +62,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
+                if role != StartAs::Primary {
+                    self.memory.was_primary = false;
+                }
                 self.spawn(TaskKind::Start, hands.start(role, names, Some("on_start")));
             }
             Action::CheckDivergence(upstream) => self.spawn(TaskKind::CheckDivergence, hands.compare(upstream)),
@@ -131,8 +134,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Err(error) => warn!("the leader key could not be released, it ends with its lease: {error}"),
         }
         // Not into the race again at once: whoever can take over shall.
-        let pause = self.settings().loop_wait.min(Duration::from_secs(1));
-        self.memory.abstain_until = Some(self.parts.clock.now() + pause);
+        let pause = self.parts.clock.now() + self.settings().loop_wait.min(Duration::from_secs(1));
+        self.memory.abstain_until = self.memory.abstain_until.max(Some(pause));
         Next::Wait
     }
 
@@ -153,8 +156,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn promote(&mut self, write: Option<SyncWrite>) -> Next {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
         if self.memory.abstain_until.is_some_and(|until| self.parts.clock.now() < until) {
-            info!("this node could not be promoted; giving the leader key back");
-            return self.release().await;
+            // A promotion that took too long may still go on: the key is given up only once the server is down.
+            info!("this node could not be promoted; stopping it before the leader key is given back");
+            return self.start_task(Action::Demote(DemoteMode::Sick));
         }
         if let Some(write) = write {
             match self.parts.store.put_sync(write.clone()).await {

@@ -28,7 +28,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 let _ = reply.send(self.scheduled_restart.take().is_some());
             }
             Command::Reinitialize { force, from_leader, reply } => {
-                let _ = reply.send(self.reinitialize(force, from_leader));
+                let _ = reply.send(self.reinitialize(force, from_leader).await);
             }
             Command::FailsafePoll { leader, reply, .. } => {
                 info!("{leader} asked whether it may lead without the DCS; failsafe mode is not supported yet");
@@ -139,7 +139,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.restart(filter, reply);
     }
 
-    fn reinitialize(&mut self, force: bool, from_leader: bool) -> Reply {
+    async fn reinitialize(&mut self, force: bool, from_leader: bool) -> Reply {
         let Some(view) = self.view.clone() else { return Err(refusal(503, "the DCS has not been read yet")) };
         if view.leader.is_none() {
             return Err(refusal(503, "Cluster has no leader, can not reinitialize"));
@@ -147,17 +147,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if view.is_leader(&self.me.name) {
             return Err(refusal(503, "I am the leader, can not reinitialize"));
         }
-        if let Some(task) = &self.task {
-            if !force {
-                return Err(refusal(503, format!("{} already in progress", task.kind.label())));
-            }
-            task.handle.abort();
-            self.task = None;
+        if let Some(task) = self.task.as_ref().filter(|_| !force) {
+            return Err(refusal(503, format!("{} already in progress", task.kind.label())));
         }
         let source = if from_leader { leader_upstream(&self.me, &view) } else { clone_source(&self.me, &view) };
         let Some(source) = source else {
             return Err(refusal(503, "the leader's address is not known"));
         };
+        self.abort_task().await;
         info!("making this replica anew from {}", source.name);
         let hands = self.hands();
         self.spawn(TaskKind::Reinitialize, hands.clone_from(source, true));

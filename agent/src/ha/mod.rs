@@ -28,7 +28,7 @@ use tracing::{debug, error, info, warn};
 use trunkline_common::cluster::{Member, Status};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision};
 use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
@@ -44,6 +44,9 @@ use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, StopMode};
 
 /// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
 const MAX_STEPS: usize = 8;
+
+/// A server that ends sooner than this after its start has failed to start.
+const SHORT_LIFE: Duration = Duration::from_secs(10);
 
 /// Why the loop ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +97,8 @@ pub struct Ha<D, P, C, R> {
     configured: Option<PostgresConfig>,
     published: Published,
     slots_seen: BTreeMap<String, Instant>,
+    /// The postmaster (by its start) and the `synchronous_standby_names` that it has been proven to wait by.
+    names_proven: Option<(String, String)>,
     scheduled_restart: Option<Value>,
     /// How often what happened, and why: metric labels.
     transitions: BTreeMap<(&'static str, &'static str), u64>,
@@ -152,6 +157,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             configured: None,
             published: Published::default(),
             slots_seen: BTreeMap::new(),
+            names_proven: None,
             scheduled_restart: None,
             transitions: BTreeMap::new(),
             checkpoint: None,
@@ -176,7 +182,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             tokio::select! {
                 biased;
                 _ = shutdown.wait_for(|stop| *stop) => {
-                    self.shut_down().await;
+                    // The lease has to live until the key is handed over.
+                    let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
+                    tokio::select! {
+                        () = self.shut_down() => {}
+                        () = alive => {}
+                    }
                     return Exit::Stopped;
                 }
                 _ = exits.changed() => debug!("woken by the exit of the postmaster"),
@@ -229,9 +240,18 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn take_view(&mut self) {
         let knowledge = self.parts.knowledge.borrow_and_update();
         let Some(view) = &knowledge.view else { return };
-        if self.view.as_ref().is_none_or(|ours| ours.revision <= view.revision) {
-            self.view = Some(view.clone());
+        if self.view.as_ref().is_some_and(|ours| ours.revision > view.revision) {
+            return;
         }
+        let leader = |view: &ClusterView| view.leader.as_ref().map(|leader| leader.created);
+        if self.view.as_ref().is_some_and(|ours| leader(ours) != leader(view)) {
+            // What failed under another leader may work under this one, and a verdict was about the other's history.
+            self.memory.retry_at = None;
+            if self.memory.failures == 0 && matches!(self.memory.divergence, DivergenceState::Rewind(_)) {
+                self.memory.divergence = DivergenceState::Check;
+            }
+        }
+        self.view = Some(view.clone());
     }
 
     async fn apply_settings(&mut self) {
@@ -281,6 +301,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
         }
+        let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
+        if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted {
+            self.memory.up_since = None;
+            self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
+        }
         if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
             info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory));
         }
@@ -328,14 +353,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn finish(&mut self, end: (TaskKind, TaskEnd)) {
         let (kind, end) = end;
         let now = self.parts.clock.now();
+        let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
+        self.memory.up_since = started.then_some(now);
         match (kind, end) {
             (kind, TaskEnd::Failed { why, damaged }) => {
                 warn!("{} failed: {why}", kind.label());
-                self.memory.failures += 1;
-                let exponent = self.memory.failures.min(6) - 1;
-                let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
-                self.memory.retry_at = Some(now + pause);
-                self.memory.last_failure = Some(why.clone());
+                self.note_failure(now, why.clone());
                 if kind == TaskKind::Rewind {
                     self.memory.divergence = match damaged {
                         true => DivergenceState::RewindFailed(why),
@@ -354,6 +377,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (_, TaskEnd::Compared(Divergence::None)) => {
                 info!("the local history is a prefix of the leader's");
                 self.memory.divergence = DivergenceState::NotAsked;
+                if matches!(self.pg, PgStatus::Running(_)) {
+                    // Asked because it does not stream, and that is not why: asking again at once would tell nothing new.
+                    self.memory.retry_at = Some(now + self.settings().loop_wait);
+                    self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
+                    return;
+                }
             }
             (_, TaskEnd::Compared(Divergence::Rewind(why))) => {
                 info!("the local history has left the leader's: {why}");
@@ -391,13 +420,20 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.memory.last_failure = None;
     }
 
+    /// Something failed: not again at once.
+    fn note_failure(&mut self, now: Instant, why: String) {
+        self.memory.failures = self.memory.failures.saturating_add(1);
+        let exponent = self.memory.failures.min(6) - 1;
+        let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
+        self.memory.retry_at = Some(now + pause);
+        self.memory.last_failure = Some(why);
+    }
+
     /// In order: a leader hands over to whoever has everything, then the member key says `stopped`.
     async fn shut_down(&mut self) {
         info!("shutting down");
-        if let Some(task) = self.task.take() {
-            // A promotion or a start that is cut off leaves a server behind that the stop below ends.
-            task.handle.abort();
-        }
+        // A promotion or a start that is cut off leaves a server behind that the stop below ends.
+        let aborted = self.abort_task().await;
         let limit = Duration::from_secs(60);
         if self.settings().pause {
             info!("paused: PostgreSQL is left running");
@@ -423,10 +459,28 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 return;
             }
         }
+        if aborted == Some(TaskKind::Bootstrap) {
+            self.undo_bootstrap().await;
+        }
         self.lease.resign();
         self.observe().await;
         self.publish_member().await;
         self.publish_board();
+    }
+
+    /// Half a cluster must not be taken for one by the next start. It is only half if the right to finish it was still
+    /// ours to give back.
+    async fn undo_bootstrap(&mut self) {
+        let Some(lease) = self.lease.session().lease else { return };
+        match self.parts.store.cancel_bootstrap(lease.id).await {
+            Ok(Outcome::Done(_)) => {
+                if let Err(error) = self.parts.postgres.move_data_aside().await {
+                    warn!("the data directory of the bootstrap that was cut off stays: {error}");
+                }
+            }
+            Ok(Outcome::Conflict) => {}
+            Err(error) => warn!("the initialize key could not be given back: {error}"),
+        }
     }
 
     /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
@@ -483,8 +537,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
+    /// Cuts the task off, and returns once nothing of it goes on: it may be about to spawn a postmaster.
+    async fn abort_task(&mut self) -> Option<TaskKind> {
+        let running = self.task.take()?;
+        running.handle.abort();
+        if self.parts.clock.within(Duration::from_secs(10), running.handle).await.is_none() {
+            warn!("{} does not end", running.kind.label());
+        }
+        Some(running.kind)
+    }
+
     fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
         self.task = Some(Running { kind, handle: tokio::spawn(work) });
+    }
+}
+
+/// Shows the keeper that what takes so long is meant to; for ever.
+async fn keep_beating<C: Clock>(lease: LeaseHandle, clock: C) {
+    loop {
+        lease.beat(clock.now());
+        clock.sleep(Duration::from_millis(200)).await;
     }
 }
 

@@ -76,6 +76,8 @@ pub struct Memory {
     pub demoted: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
     pub down_since: Option<Instant>,
+    /// When it was started last; `None` once something else was done to it.
+    pub up_since: Option<Instant>,
     /// Attempts to start, clone or rewind that failed since the last success.
     pub failures: u32,
     /// No new attempt before this.

@@ -10,10 +10,10 @@ use trunkline_common::dcs::{Dcs, codec};
 use trunkline_config::dynamic::new_cluster;
 
 use super::sync::{self, SyncStep};
-use super::{Ha, Next, publish};
+use super::{Ha, Next, decide, publish};
 use crate::node::Board;
 use crate::peer::Peers;
-use crate::postgres::{PgStatus, Postgres};
+use crate::postgres::{PgError, PgStatus, Postgres};
 
 /// How long the watch may take to show what was written.
 const SHOWN_WITHIN: Duration = Duration::from_secs(1);
@@ -21,6 +21,10 @@ const SHOWN_WITHIN: Duration = Duration::from_secs(1);
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// A leader's turn without incident: status, slots, synchronous set; after a promotion also history and checkpoint.
     pub(super) async fn lead(&mut self) -> Next {
+        if self.lease.session().trouble.is_some() {
+            // Every write would wait for its deadline, and the loop has to be awake to step down in order.
+            return Next::Wait;
+        }
         self.publish_member().await;
         self.upkeep_keys().await;
         self.checkpoint_after_promotion();
@@ -101,7 +105,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if self.published.slots.as_ref() == Some(&wanted) {
             return;
         }
-        match self.parts.postgres.set_slots(wanted.clone()).await {
+        let limit = self.sql_limit();
+        let set = self.parts.clock.within(limit, self.parts.postgres.set_slots(wanted.clone())).await;
+        match set.unwrap_or(Err(PgError::Timeout { what: "changing slots".to_owned(), limit })) {
             Ok(()) => self.published.slots = Some(wanted),
             Err(error) => {
                 debug!("the replication slots could not all be set: {error}");
@@ -128,6 +134,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn upkeep_sync(&mut self) -> Next {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
         let in_force = running.synchronous_standby_names.clone();
+        let proof = (running.postmaster_start_time.clone(), in_force.clone());
+        if decide::synchronous(&view) && !in_force.is_empty() && self.names_proven.as_ref() != Some(&proof) {
+            // A session that shows the value proves nothing: commits wait once the checkpointer has taken it up, which
+            // may be after a long checkpoint. Until then nobody may be promised to have every commit.
+            self.memory.sync_since.clear();
+            return if self.set_names(in_force, proof.0).await { Next::Again } else { Next::Wait };
+        }
         self.memory.sync_since.retain(|name, _| sync::mentions(&in_force, name));
         for sender in running.replication.iter().filter(|sender| sync::mentions(&in_force, &sender.application_name)) {
             // The first sight of a name in force: from this position on every commit waits for it.
@@ -139,15 +152,32 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Some(SyncStep::Key(write, why)) => self.write_sync(write, why).await,
             Some(SyncStep::Names(names, why)) => {
                 info!("synchronous_standby_names = '{names}': {why}");
-                match self.parts.postgres.set_synchronous_standby_names(names).await {
-                    Ok(()) => Next::Again,
-                    Err(error) => {
-                        warn!("synchronous_standby_names could not be set: {error}");
-                        Next::Wait
-                    }
-                }
+                if self.set_names(names, running.postmaster_start_time).await { Next::Again } else { Next::Wait }
             }
         }
+    }
+
+    /// Sets `synchronous_standby_names`; true once the postmaster that was started at `postmaster` has them in force.
+    async fn set_names(&mut self, names: String, postmaster: String) -> bool {
+        let limit = self.sql_limit();
+        let set = self.parts.postgres.set_synchronous_standby_names(names.clone());
+        let set = self.parts.clock.within(limit, set).await;
+        match set.unwrap_or(Err(PgError::Timeout { what: "taking up the new value".to_owned(), limit })) {
+            Ok(()) => {
+                self.names_proven = Some((postmaster, names));
+                true
+            }
+            Err(error) => {
+                warn!("synchronous_standby_names could not be set: {error}");
+                self.names_proven = None;
+                false
+            }
+        }
+    }
+
+    /// How long a leader's turn waits for its own server: renewals depend on the loop going on.
+    fn sql_limit(&self) -> Duration {
+        (self.settings().ttl / 4).clamp(Duration::from_millis(500), Duration::from_secs(2))
     }
 
     async fn write_sync(&mut self, write: SyncWrite, why: String) -> Next {
@@ -170,7 +200,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// Writes the member key, if it would say something new.
     pub(super) async fn publish_member(&mut self) {
-        let Some(lease) = self.lease.session().lease else { return };
+        let session = self.lease.session();
+        let Some(lease) = session.lease.filter(|_| session.trouble.is_none()) else { return };
         let task = self.task.as_ref().map(|task| &task.kind);
         let mut member = publish::member(&self.me, &self.urls, &self.pg, task, &self.memory, self.view.as_deref());
         member.scheduled_restart = self.scheduled_restart.clone();
