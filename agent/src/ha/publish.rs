@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde_json::{Map, Value};
 use trunkline_common::cluster::{HistoryLine, Member, Status};
 use trunkline_common::timeline::Switch;
 use trunkline_common::{ClusterView, History, Instant, Lsn, MemberName, TimelineId};
@@ -131,22 +132,44 @@ pub fn history(
     Some(lines)
 }
 
-/// Slots that this node should have for other members (ha-loop §16, physical only), with the position to advance to on a
-/// standby. `seen` says when each slot's member was last there: the slot outlives it by `member_slots_ttl`.
+/// Slots that this node should have (ha-loop §16, physical only), with the position to advance to on a standby: those of
+/// other members, the permanent ones, and those that `ignore_slots` says to leave alone. `seen` says when each slot's
+/// member was last there: the slot outlives it by `member_slots_ttl`.
 pub fn slots(
     view: &ClusterView,
     me: &Me,
+    existing: &BTreeMap<String, Lsn>,
     seen: &BTreeMap<String, Instant>,
     now: Instant,
 ) -> BTreeMap<String, Option<Lsn>> {
-    if !me.use_slots {
-        return BTreeMap::new();
-    }
-    let keep = view.settings.member_slots_ttl.max(Duration::from_secs(1));
+    let settings = &view.settings;
+    let keep = settings.member_slots_ttl.max(Duration::from_secs(1));
+    let members = seen.iter().filter(|(_, at)| now.since(**at) < keep).map(|(slot, _)| slot);
+    let permanent = settings.slots.iter().filter(|(_, slot)| is_physical(slot)).map(|(name, _)| name);
+    let ignored = existing.keys().filter(|slot| settings.ignore_slots.iter().any(|matcher| ignores(matcher, slot)));
     let own = me.name.slot_name();
-    let wanted = seen.iter().filter(|(slot, at)| now.since(**at) < keep && **slot != own);
     let position = |slot: &String| view.status.slots.as_ref()?.get(slot).copied();
-    wanted.map(|(slot, _)| (slot.clone(), position(slot))).collect()
+    let wanted = members.chain(permanent).filter(|slot| **slot != own).map(|slot| (slot.clone(), position(slot)));
+    wanted.chain(ignored.map(|slot| (slot.clone(), None))).collect()
+}
+
+/// Whether an entry of `slots` is a physical slot (config §4): no mapping at all, `type: physical`, or neither type nor
+/// database and plugin.
+fn is_physical(slot: &Value) -> bool {
+    match slot.get("type").and_then(Value::as_str) {
+        Some(kind) => kind == "physical",
+        None => slot.get("database").is_none() || slot.get("plugin").is_none(),
+    }
+}
+
+/// Whether a matcher of `ignore_slots` is about this physical slot: all that it names must fit, and a physical slot has
+/// neither database nor plugin.
+fn ignores(matcher: &Map<String, Value>, slot: &str) -> bool {
+    matcher.iter().all(|(field, value)| match field.as_str() {
+        "name" => value.as_str() == Some(slot),
+        "type" => value.as_str() == Some("physical"),
+        _ => false,
+    })
 }
 
 /// Notes which members' slots are in use now. A node that doesn't lead also keeps what the leader retains, so that it
@@ -171,4 +194,38 @@ pub fn status(view: &ClusterView, me: &Me, pg: &PgStatus, wanted: &BTreeMap<Stri
     retain.dedup();
     let with_slots = me.use_slots && !view.settings.member_slots_ttl.is_zero();
     Some(Status { optime: running.lsn, slots: with_slots.then_some(slots), retain_slots: with_slots.then_some(retain) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use trunkline_config::Settings;
+
+    #[test]
+    fn slots_of_members_permanent_ones_and_ignored_ones_are_kept() {
+        let settings = json!({
+            "slots": { "archive": null, "typed": { "type": "physical" }, "logical": { "database": "d", "plugin": "p" } },
+            "ignore_slots": [{ "name": "theirs", "type": "physical" }, { "name": "nobodys", "plugin": "x" }],
+        });
+        let view = ClusterView { settings: Settings::from_value(&settings).0, ..ClusterView::default() };
+        let me = Me {
+            name: "a".into(),
+            tags: Map::new(),
+            may_bootstrap: true,
+            use_pg_rewind: true,
+            use_slots: true,
+            reclone_diverged: false,
+            reclone_unrewindable: false,
+        };
+        let now = Instant::from_boot(Duration::from_secs(10_000));
+        let seen = BTreeMap::from([
+            ("a".to_owned(), now),
+            ("b".to_owned(), now - Duration::from_secs(60)),
+            ("long_gone".to_owned(), now - Duration::from_secs(2000)),
+        ]);
+        let existing = ["theirs", "nobodys", "stray"].map(|slot| (slot.to_owned(), Lsn(1))).into();
+        let wanted = slots(&view, &me, &existing, &seen, now);
+        assert_eq!(wanted.keys().map(String::as_str).collect::<Vec<_>>(), ["archive", "b", "theirs", "typed"]);
+    }
 }

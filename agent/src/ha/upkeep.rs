@@ -93,11 +93,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn upkeep_slots(&mut self) {
-        let Some(view) = self.view.clone() else { return };
+        let (Some(view), PgStatus::Running(running)) = (self.view.clone(), &self.pg) else { return };
+        if !self.me.use_slots {
+            // Slots are then the operator's own business.
+            return;
+        }
         let now = self.parts.clock.now();
         let leads = self.pg_is_primary();
         publish::note_slots(&mut self.slots_seen, &view, leads, now);
-        let mut wanted = publish::slots(&view, &self.me, &self.slots_seen, now);
+        let mut wanted = publish::slots(&view, &self.me, &running.slots, &self.slots_seen, now);
         if leads {
             // The standbys move their own slots here; positions are only for copies on standbys.
             wanted.values_mut().for_each(|position| *position = None);

@@ -54,6 +54,9 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
     if !root.has("bootstrap") {
         root.notice("bootstrap", "without this section the node never initialises a new cluster");
     }
+    if let Some(watchdog) = root.section("watchdog") {
+        check_watchdog(&watchdog);
+    }
     let scope = required_name(&root, "scope", "the cluster's name", "PATRONI_SCOPE");
     let name = read_name(&root);
     let namespace = read_namespace(&root);
@@ -79,6 +82,18 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
         log,
         raw: Value::Object(map.clone()),
     })
+}
+
+/// The kernel watchdog is not there yet: who merely likes it goes on without, who requires it must not lead.
+fn check_watchdog(watchdog: &Section<'_>) {
+    let mode = watchdog.get("mode").and_then(Value::as_str);
+    if matches!(mode, Some("automatic" | "auto")) {
+        watchdog.notice("mode", "this version has no watchdog; going on without");
+    }
+    if matches!(mode, Some("required" | "require")) {
+        let remedy = Some("say automatic, or keep Patroni on this node");
+        let _: Option<()> = watchdog.wrong_with("mode", "this version has no watchdog to require", remedy);
+    }
 }
 
 fn required_name(root: &Section<'_>, key: &str, what: &str, variable: &str) -> Option<String> {
