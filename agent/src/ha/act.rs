@@ -13,7 +13,7 @@ use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode};
 use super::situation::DivergenceState;
-use super::task::{BootstrapPlan, HandOverPlan, TaskKind};
+use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, TaskKind};
 use super::{Ha, Next, sync};
 use crate::peer::Peers;
 use crate::postgres::{PgStatus, Postgres, StartAs};
@@ -62,10 +62,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
-                if role != StartAs::Primary {
-                    self.memory.was_primary = false;
+                let mut limit = START_LIMIT;
+                match role {
+                    // Nothing is decided while it starts, and after that time somebody else may be preferred.
+                    StartAs::Primary => {
+                        limit = self.settings().primary_start_timeout.clamp(Duration::from_secs(1), START_LIMIT);
+                    }
+                    StartAs::Standby(_) => self.memory.was_primary = false,
                 }
-                self.spawn(TaskKind::Start, hands.start(role, names, Some("on_start")));
+                self.spawn(TaskKind::Start, hands.start(role, names, limit, Some("on_start")));
             }
             Action::CheckDivergence(upstream) => self.spawn(TaskKind::CheckDivergence, hands.compare(upstream)),
             Action::Rewind(upstream) => self.spawn(TaskKind::Rewind, hands.rewind(upstream)),
@@ -111,11 +116,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
-    /// An agent restarted under its own leader key, or a lease was lost and found: prove it before acting as leader.
+    /// An agent restarted under its own leader key, a lease was lost and found, or the view shows another leader than we
+    /// thought: prove it before acting as leader.
     async fn confirm(&mut self) -> Next {
         let Some(lease) = self.lease.session().lease else { return Next::Wait };
+        let led = self.lease.session().leading;
+        let in_view = self.view.as_ref().is_some_and(|view| view.is_leader(&self.me.name));
         match self.parts.store.confirm_leader(&self.me.name, lease.id).await {
-            Ok(Outcome::Done(_)) if self.lease.lead(lease) => Next::Decide,
+            // Where the view does not show it yet, the next one will.
+            Ok(Outcome::Done(_)) if self.lease.lead(lease) && in_view => Next::Decide,
+            Ok(Outcome::Conflict) if led => {
+                self.lease.disown(self.parts.clock.now());
+                Next::Decide
+            }
             Ok(_) => {
                 // The key went away since the view was made. The next view says who has it.
                 Next::Wait

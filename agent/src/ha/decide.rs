@@ -121,6 +121,9 @@ pub fn decide(s: &Situation) -> Decision {
     if let Some(decision) = foreign_data(s, view) {
         return decision;
     }
+    if s.leads() && !view.is_leader(&s.me.name) {
+        return is(Action::Confirm, "the view does not show the leader key that this node holds");
+    }
     if s.leads() {
         return leader(s, view);
     }

@@ -126,6 +126,20 @@ impl LeaseHandle {
         leads
     }
 
+    /// The leader key has been shown not to be ours: PostgreSQL is fenced shortly, unless the loop is faster.
+    pub fn disown(&self, now: Instant) {
+        let at = now + self.timing.borrow().fence_margin();
+        self.session.send_if_modified(|session| {
+            if !session.leading {
+                return false;
+            }
+            error!("not the leader any more: the leader key is not ours");
+            session.leading = false;
+            session.fence_at = Some(session.fence_at.map_or(at, |fence_at| fence_at.min(at)));
+            true
+        });
+    }
+
     /// PostgreSQL can't write any more (or never could): the key is given up, and there is nothing left to fence.
     pub fn resign(&self) {
         self.session.send_if_modified(|session| {

@@ -162,12 +162,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
 
     /// Starts the server. `names` is `synchronous_standby_names` from the first moment on: whoever may have been promised
     /// to have every commit must be waited for, and a standby must not bring somebody else's list along.
-    pub async fn start(self, role: StartAs, names: String, event: Option<&'static str>) -> TaskEnd {
+    pub async fn start(self, role: StartAs, names: String, limit: Duration, event: Option<&'static str>) -> TaskEnd {
         if let Err(error) = self.postgres.set_synchronous_standby_names(names).await {
             return error.into();
         }
         let primary = role == StartAs::Primary;
-        match self.start_server(role, START_LIMIT).await {
+        match self.start_server(role, limit).await {
             Ok(()) => {
                 if let Some(event) = event {
                     self.postgres.callback(event, if primary { "primary" } else { "replica" });

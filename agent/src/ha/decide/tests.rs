@@ -272,6 +272,17 @@ fn a_node_that_could_not_be_promoted_gives_the_key_back_once_it_is_down() {
 }
 
 #[test]
+fn a_leader_that_the_view_does_not_show_proves_its_key_first() {
+    let mut replaced = world().leading();
+    for leader in [None, Some(key("a"))] {
+        replaced.view().leader = leader;
+        assert_eq!(replaced.decide().action, Action::Confirm);
+    }
+    replaced.leader_until = None;
+    assert_eq!(replaced.decide().action, Action::Demote(DemoteMode::LostKey), "it has been disowned");
+}
+
+#[test]
 fn a_silent_server_that_took_writes_is_stopped_beside_another_leader() {
     for silent in [PgStatus::Unresponsive, PgStatus::Starting] {
         let mut second = world();

@@ -216,3 +216,15 @@ async fn who_may_write_is_told_when_that_ends() {
     bench.handle.set_timing(Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: true });
     assert!(bench.handle.may_write(bench.clock.now()), "an operator has taken over");
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_is_disowned_is_fenced_soon_and_who_never_led_is_not() {
+    let bench = leading().await;
+    bench.handle.disown(bench.clock.now());
+    assert!(!bench.handle.may_write(bench.clock.now()));
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.fences.lock().len(), 1);
+    bench.handle.disown(bench.clock.now());
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.fences.lock().len(), 1);
+}
