@@ -44,11 +44,11 @@ pub struct DemoArgs {
 /// What is missing on this machine (programs, ports), or what did not come up. What a check finds wrong is printed and
 /// makes the exit code 1.
 pub async fn run(args: DemoArgs) -> Result<ExitCode> {
-    let ports = [("--rw-port", args.rw_port), ("--ro-port", args.ro_port)];
-    ports.iter().try_for_each(|(option, port)| require_free(option, *port))?;
     if args.rw_port == args.ro_port {
         bail!("--rw-port and --ro-port are both {}: they must differ", args.rw_port);
     }
+    // Held until the router takes them, so that nobody else does while the cluster comes up.
+    let held = [reserve("--rw-port", args.rw_port)?, reserve("--ro-port", args.ro_port)?];
     let (agent, router) = (Program::agent()?, Program::router()?);
     let lab = Lab::new("demo")?;
     if args.keep {
@@ -57,7 +57,7 @@ pub async fn run(args: DemoArgs) -> Result<ExitCode> {
 
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let outcome = tokio::select! {
-        outcome = go(&lab, &args, agent, router) => outcome,
+        outcome = go(&lab, &args, agent, router, held) => outcome,
         _ = interrupt.recv() => Ok(ended_early(&args)),
         _ = terminate.recv() => Ok(ended_early(&args)),
     };
@@ -98,12 +98,12 @@ impl Demo {
     }
 }
 
-async fn go(lab: &Lab, args: &DemoArgs, agent: Program, router: Program) -> Result<Outcome> {
-    let mut demo = start(lab, args, agent, router).await?;
+async fn go(lab: &Lab, args: &DemoArgs, agent: Program, router: Program, held: Held) -> Result<Outcome> {
+    let mut demo = start(lab, args, agent, router, held).await?;
     if args.check { check::run(&mut demo).await } else { live::run(lab, &mut demo).await }
 }
 
-async fn start(lab: &Lab, args: &DemoArgs, agent: Program, router: Program) -> Result<Demo> {
+async fn start(lab: &Lab, args: &DemoArgs, agent: Program, router: Program, held: Held) -> Result<Demo> {
     let tools = lab.tools();
     println!("PostgreSQL {} and etcd, {} nodes, below {}", tools.postgres_major, args.nodes, lab.dir().display());
     println!("starting etcd …");
@@ -114,6 +114,7 @@ async fn start(lab: &Lab, args: &DemoArgs, agent: Program, router: Program) -> R
     println!("starting the router …");
     let ports = proxy::Ports { read_write: args.rw_port, read_only: args.ro_port, admin: lab.port()? };
     let scope = &cluster.spec().scope;
+    drop(held);
     let router = Proxy::router(lab, router, ports, scope, &etcd.endpoints(), &json!({})).await?;
     Ok(Demo { cluster, router, _etcd: etcd })
 }
@@ -126,9 +127,11 @@ fn ended_early(args: &DemoArgs) -> Outcome {
     Outcome::Stopped
 }
 
-fn require_free(option: &str, port: u16) -> Result<()> {
+/// The ports of the router, taken.
+type Held = [TcpListener; 2];
+
+fn reserve(option: &str, port: u16) -> Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port))
-        .map(drop)
         .with_context(|| format!("port {port} of 127.0.0.1 can't be used; choose another one with {option}"))
 }
 
@@ -140,7 +143,7 @@ mod tests {
     fn a_taken_port_is_named_with_the_option_to_change() {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
-        let error = format!("{:#}", require_free("--rw-port", port).unwrap_err());
+        let error = format!("{:#}", reserve("--rw-port", port).unwrap_err());
         assert!(error.starts_with(&format!("port {port} of 127.0.0.1 can't be used")), "{error}");
         assert!(error.contains("--rw-port") && error.contains("in use"), "{error}");
     }
