@@ -242,7 +242,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             candidates,
             checkpoint_first: true,
             stop_limit: view.settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300)),
-            candidate_limit: Duration::from_secs(10),
+            candidate_limit: Duration::from_secs(3),
             view,
         })
     }

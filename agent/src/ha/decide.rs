@@ -136,11 +136,14 @@ pub fn decide(s: &Situation) -> Decision {
     leaderless(s, view)
 }
 
+/// How long an agent that has just started may look for the key of a primary that it found running. Its predecessor's
+/// lease may be over, so this is not a matter of settings.
+const FIRST_PROOF: Duration = Duration::from_secs(2);
+
 /// The DCS has never been read by this process. A primary found running may be somebody's deposed leader: it gets as
 /// long as one attempt at the DCS takes, then it steps down.
 fn without_view(s: &Situation) -> Decision {
-    let patience = Duration::from_secs(2);
-    if s.is_primary() && s.now.since(s.memory.started_at) > patience {
+    if s.is_primary() && s.now.since(s.memory.started_at) > FIRST_PROOF {
         return is(
             Action::Demote(DemoteMode::LostKey),
             "the DCS can't be read, so this primary can't know that it leads",
@@ -278,7 +281,7 @@ fn named_leader(s: &Situation, view: &ClusterView) -> Decision {
         _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
         _ if s.is_primary()
             && !view.settings.pause
-            && s.now.since(s.memory.started_at) > view.settings.retry_timeout =>
+            && s.now.since(s.memory.started_at) > view.settings.retry_timeout.min(FIRST_PROOF) =>
         {
             is(Action::Demote(DemoteMode::LostKey), "the lease of the leader key could not be renewed")
         }
@@ -425,7 +428,7 @@ fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
     if !s.has_lease {
         return match s.is_primary()
             && !view.settings.pause
-            && s.now.since(s.memory.started_at) > view.settings.retry_timeout
+            && s.now.since(s.memory.started_at) > view.settings.retry_timeout.min(FIRST_PROOF)
         {
             true => is(Action::Demote(DemoteMode::LostKey), "this primary has no lease to lead with"),
             false => is(Action::Wait, "waiting for a lease"),

@@ -151,6 +151,9 @@ impl LeaseHandle {
     }
 }
 
+/// A leader's keeper looks at the clock at least this often.
+const LONGEST_NAP: Duration = Duration::from_millis(250);
+
 /// What the keeper can do to PostgreSQL: only this.
 pub trait Fence: Send + Sync + 'static {
     /// Returns once nothing is left that could write, within `limit`.
@@ -229,7 +232,11 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 renew_at = self.clock.now() + if answered { timing.pace() } else { Duration::from_millis(100) };
                 continue;
             }
-            let wake = fence_at.map_or(renew_at, |at| at.min(renew_at));
+            let mut wake = fence_at.map_or(renew_at, |at| at.min(renew_at));
+            if fence_at.is_some() {
+                // Timers stand still while the host sleeps and the lease doesn't: look often enough after waking up.
+                wake = wake.min(now + LONGEST_NAP);
+            }
             tokio::select! {
                 () = self.clock.sleep_until(wake) => {}
                 _ = timing_changed.changed() => renew_at = self.clock.now(),

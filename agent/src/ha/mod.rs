@@ -389,7 +389,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Rewind(why);
             }
             (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
-                info!("histories can't be compared yet: {why}");
+                if self.memory.last_failure.as_ref() != Some(&why) {
+                    info!("histories can't be compared yet: {why}");
+                }
                 self.memory.retry_at = Some(now + Duration::from_millis(200));
                 self.memory.last_failure = Some(why);
                 return;

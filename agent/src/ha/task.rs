@@ -180,8 +180,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
 
     /// Stops in order and starts again in the same role.
     pub async fn restart(self, role: StartAs, names: String, limit: Duration) -> TaskEnd {
-        let hour = Duration::from_secs(3600);
-        if let Err(error) = self.postgres.checkpoint(hour).await {
+        // Nothing else is decided meanwhile, not even a failover to this node.
+        let limit_of_checkpoint = Duration::from_secs(300);
+        if let Err(error) = self.postgres.checkpoint(limit_of_checkpoint).await {
             info!("restarting without a checkpoint first: {error}");
         }
         if let Err(error) = self.postgres.stop(StopMode::Fast, limit.max(START_LIMIT), None).await {
@@ -288,8 +289,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 info!("{name} has the shutdown checkpoint at {position}");
                 return;
             }
-            // The standby has been sent the record before the postmaster can exit; it needs a moment to write it.
-            self.clock.sleep(Duration::from_millis(2)).await;
+            // The standby has been sent the record before the postmaster can exit; it needs a moment to write it. Where
+            // nobody answers there is nothing to be quick for.
+            let answered = statuses.values().any(Option::is_some);
+            self.clock.sleep(Duration::from_millis(if answered { 2 } else { 50 })).await;
         }
         warn!("no candidate has the shutdown checkpoint at {position} within {:?}", plan.candidate_limit);
     }
