@@ -16,13 +16,16 @@ pub struct Checks {
     pub fall: u32,
     /// Good checks until it is up again.
     pub rise: u32,
+    /// Milliseconds that a client waits for a server, connecting or in the queue of a port without one, before it is
+    /// dropped and may try again. A server that comes up meanwhile does not shorten it.
+    pub connect: u32,
 }
 
 impl Checks {
     /// The values of `haproxy.cfg` in Patroni's repository.
-    pub const STOCK: Self = Self { interval: 3000, fall: 3, rise: 2 };
+    pub const STOCK: Self = Self { interval: 3000, fall: 3, rise: 2, connect: 4000 };
     /// As fast as one would dare: an agent that misses two checks in a row, 0.4 s, is taken for dead.
-    pub const TUNED: Self = Self { interval: 200, fall: 2, rise: 1 };
+    pub const TUNED: Self = Self { interval: 200, fall: 2, rise: 1, connect: 300 };
 }
 
 /// Starts HAProxy in front of `cluster`.
@@ -41,13 +44,13 @@ pub async fn start(lab: &Lab, cluster: &Cluster, checks: Checks) -> Result<Proxy
 fn config(nodes: &[Node], ports: proxy::Ports, checks: Checks) -> String {
     let mut text = format!(
         "global\n    maxconn 1000\n\n\
-         defaults\n    mode tcp\n    retries 2\n    timeout client 30m\n    timeout connect 4s\n    \
+         defaults\n    mode tcp\n    retries 2\n    timeout client 30m\n    timeout connect {}ms\n    \
          timeout server 30m\n    timeout check 5s\n\n\
          listen stats\n    mode http\n    bind 127.0.0.1:{}\n    stats enable\n    stats uri /\n",
-        ports.admin
+        checks.connect, ports.admin
     );
     for (name, port, path) in [("primary", ports.read_write, "/primary"), ("replicas", ports.read_only, "/replica")] {
-        let Checks { interval, fall, rise } = checks;
+        let Checks { interval, fall, rise, .. } = checks;
         let _ = write!(
             text,
             "\nlisten {name}\n    bind 127.0.0.1:{port}\n    option httpchk HEAD {path}\n    \

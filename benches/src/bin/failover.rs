@@ -25,6 +25,10 @@ struct Args {
     #[arg(long, default_value_t = 2)]
     stock_rounds: usize,
 
+    /// Without synchronous replication; a killed primary may then take acknowledged rows with it
+    #[arg(long)]
+    asynchronous: bool,
+
     /// Where the figures go
     #[arg(long, default_value = "target/bench-failover.json")]
     json: PathBuf,
@@ -45,8 +49,8 @@ async fn main() -> Result<ExitCode> {
 
     let mut all: Vec<Measured> = Vec::new();
     for (arrangement, rounds) in wanted.into_iter().filter(|(_, rounds)| *rounds > 0) {
-        eprintln!("{} ({})", arrangement.name(), arrangement.settings());
-        all.push(measure(&lab, &etcd, arrangement, rounds).await?);
+        eprintln!("{} ({})", arrangement.name(), arrangement.settings(!args.asynchronous));
+        all.push(measure(&lab, &etcd, arrangement, !args.asynchronous, rounds).await?);
     }
 
     println!("{}\n", environment_line(&environment));

@@ -28,15 +28,16 @@ impl Arrangement {
     }
 
     /// Its settings in one line.
-    pub fn settings(self) -> String {
+    pub fn settings(self, synchronous: bool) -> String {
         let Timing { ttl, loop_wait, retry_timeout } = self.timing();
         let times = format!("ttl {ttl}, loop_wait {loop_wait}, retry_timeout {retry_timeout}");
         let start = if self == Arrangement::Stock { "" } else { ", primary_start_timeout 0" };
         let checks = self.checks().map_or(String::new(), |checks| {
-            let haproxy::Checks { interval, fall, rise } = checks;
-            format!("; HAProxy: inter {interval} ms, fall {fall}, rise {rise}, on-marked-down shutdown-sessions")
+            let haproxy::Checks { interval, fall, rise, connect } = checks;
+            format!("; HAProxy: inter {interval} ms, fall {fall}, rise {rise}, on-marked-down shutdown-sessions, timeout connect {connect} ms")
         });
-        format!("{times}{start}, synchronous_mode on{checks}")
+        let mode = if synchronous { "on" } else { "off" };
+        format!("{times}{start}, synchronous_mode {mode}{checks}")
     }
 
     fn timing(self) -> Timing {
@@ -62,11 +63,11 @@ impl Arrangement {
         }
     }
 
-    /// Starts a cluster of `nodes` and the proxy.
+    /// Starts a cluster of `nodes` and the proxy, with or without synchronous replication.
     ///
     /// # Errors
     /// Something is missing or does not come up.
-    pub async fn start(self, lab: &Lab, etcd: &Etcd, nodes: usize) -> Result<(Cluster, Proxy)> {
+    pub async fn start(self, lab: &Lab, etcd: &Etcd, nodes: usize, synchronous: bool) -> Result<(Cluster, Proxy)> {
         let mut spec = Spec::new(nodes, &self.agent()?);
         let label = match self {
             Arrangement::Trunkline => "trunkline",
@@ -79,8 +80,8 @@ impl Arrangement {
         // Password hashing would cost each new session some milliseconds that have nothing to do with failover.
         spec.trust = true;
         spec.dcs = match self {
-            Arrangement::Stock => json!({ "synchronous_mode": true }),
-            _ => json!({ "synchronous_mode": true, "primary_start_timeout": 0 }),
+            Arrangement::Stock => json!({ "synchronous_mode": synchronous }),
+            _ => json!({ "synchronous_mode": synchronous, "primary_start_timeout": 0 }),
         };
         let cluster = Cluster::start(lab, &etcd.endpoints(), spec).await?;
         let proxy = match self.checks() {

@@ -59,6 +59,8 @@ pub struct Round {
 pub struct Measured {
     /// Which one.
     pub arrangement: Arrangement,
+    /// Whether commits waited for a standby: only then must none be lost.
+    pub synchronous: bool,
     /// Its settings.
     pub settings: String,
     /// Every fault.
@@ -85,8 +87,14 @@ impl Measured {
 ///
 /// # Errors
 /// Something does not come up, or not again after a fault.
-pub async fn measure(lab: &Lab, etcd: &Etcd, arrangement: Arrangement, rounds: usize) -> Result<Measured> {
-    let (mut cluster, proxy) = arrangement.start(lab, etcd, 3).await?;
+pub async fn measure(
+    lab: &Lab,
+    etcd: &Etcd,
+    arrangement: Arrangement,
+    synchronous: bool,
+    rounds: usize,
+) -> Result<Measured> {
+    let (mut cluster, proxy) = arrangement.start(lab, etcd, 3, synchronous).await?;
     let load = Load::start(&mut cluster, &proxy).await?;
     let events = KeyEvents::follow(&cluster).await?;
     let mut done = Vec::new();
@@ -105,7 +113,8 @@ pub async fn measure(lab: &Lab, etcd: &Etcd, arrangement: Arrangement, rounds: u
     cluster.nodes.iter_mut().for_each(trunkline_tests::Node::kill);
     Ok(Measured {
         arrangement,
-        settings: arrangement.settings(),
+        synchronous,
+        settings: arrangement.settings(synchronous),
         rounds: done,
         acknowledged: seen.all.writes.len(),
         lost: missing.len(),
