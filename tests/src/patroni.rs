@@ -6,6 +6,9 @@ use anyhow::{Result, ensure};
 
 use crate::Program;
 
+/// The version that `tools/patroni-venv` installs.
+const VERSION: &str = "4.1.4";
+
 /// Patroni of the environment that `tools/patroni-venv` makes.
 ///
 /// # Errors
@@ -24,7 +27,10 @@ pub fn ctl() -> Result<Program> {
     program().map(|patroni| Program::new(patroni.path.with_file_name("patronictl")))
 }
 
+/// Where `tools/patroni-venv` puts it: for root a place that the unprivileged user of the tests can reach.
 fn venv() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    workspace.join("target/patroni-venv")
+    if rustix::process::geteuid().is_root() {
+        return format!("/var/tmp/trunkline-patroni-{VERSION}").into();
+    }
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/patroni-venv")
 }
