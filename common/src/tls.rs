@@ -38,9 +38,6 @@ pub enum TlsError {
     /// Client certificates shall be verified, but nobody is trusted to have signed them.
     #[error("client certificates can only be verified with a cafile")]
     NoClientCa,
-    /// There is no file of trusted certificates on this machine.
-    #[error("no cacert is configured, and this system has none of {SYSTEM_CERTIFICATES:?}")]
-    NoSystemCertificates,
 }
 
 impl TlsError {
@@ -92,7 +89,11 @@ pub fn client_config(
     let trusted = match (verify, ca) {
         (Verify::Nothing, _) => Trusted::nobody(),
         (_, Some(ca)) => Trusted::read(ca)?,
-        (_, None) => Trusted::read(system_certificates()?)?,
+        (_, None) => match system_certificates() {
+            Some(file) => Trusted::read(file)?,
+            // Nobody is trusted then: plain HTTP works, and every TLS server is refused when it is met.
+            None => Trusted::nobody(),
+        },
     };
     let verifier = Arc::new(ServerVerifier { trusted, verify, provider: provider() });
     let builder = ClientConfig::builder_with_provider(provider())
@@ -110,9 +111,8 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }
 
-fn system_certificates() -> Result<&'static Path, TlsError> {
-    let found = SYSTEM_CERTIFICATES.iter().map(Path::new).find(|path| path.is_file());
-    found.ok_or(TlsError::NoSystemCertificates)
+fn system_certificates() -> Option<&'static Path> {
+    SYSTEM_CERTIFICATES.iter().map(Path::new).find(|path| path.is_file())
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
