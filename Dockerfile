@@ -14,7 +14,7 @@ RUN set -eux; \
     mkdir -p /etc/postgresql-common/createcluster.d; \
     echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.d/trunkline.conf; \
     apt-get update; \
-    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql etcd-server; \
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates postgresql etcd-server; \
     rm -rf /var/lib/apt/lists/*; \
     install -d -o postgres -g postgres -m 0700 /var/lib/postgresql/data; \
     install -d /etc/trunkline
