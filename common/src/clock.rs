@@ -1,4 +1,4 @@
-//! Time that counts while the machine sleeps.
+//! Time that counts while the machine sleeps, and the tasks that live by it.
 //!
 //! A lease goes on running in the DCS while this host is suspended, so everything that compares with a lease's end uses
 //! `CLOCK_BOOTTIME`. This file is the only one that asks the operating system what time it is.
@@ -44,7 +44,8 @@ impl Sub<Duration> for Instant {
     }
 }
 
-/// Where time comes from. The real one is [`SystemClock`]; the simulation brings its own.
+/// Where time comes from, and what runs in it. The real one is [`SystemClock`] on tokio; the simulation brings its own,
+/// which can pause or end all tasks of one simulated process.
 pub trait Clock: Clone + Send + Sync + 'static {
     /// Now, on the clock that counts suspend.
     fn now(&self) -> Instant;
@@ -54,6 +55,9 @@ pub trait Clock: Clone + Send + Sync + 'static {
 
     /// Returns at `deadline` or a little after it.
     fn sleep_until(&self, deadline: Instant) -> impl Future<Output = ()> + Send;
+
+    /// Runs `work` beside its caller, until it ends. [`crate::Task`] is for work with a result.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static);
 
     /// Returns after `duration` or a little more.
     fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + Send {
@@ -87,6 +91,10 @@ impl Clock for SystemClock {
 
     fn wall(&self) -> DateTime<Utc> {
         Utc::now()
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(work);
     }
 
     async fn sleep_until(&self, deadline: Instant) {
@@ -130,6 +138,10 @@ impl Clock for TokioClock {
 
     fn wall(&self) -> DateTime<Utc> {
         self.wall + self.start.elapsed()
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(work);
     }
 
     async fn sleep_until(&self, deadline: Instant) {

@@ -101,6 +101,7 @@ impl LeaseHandle {
             // Without an end the operator is in charge: looked at again now and then.
             let until = until.filter(|until| *until > clock.now()).unwrap_or(clock.now() + Duration::from_secs(1));
             tokio::select! {
+                biased;
                 _ = session.changed() => {}
                 () = clock.sleep_until(until) => {}
             }
@@ -190,9 +191,10 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             timing: watch::Sender::new(timing),
             beat: watch::Sender::new(clock.now()),
         };
-        let keeper = Self { store, postgres, clock, name, handle: handle.clone() };
-        tokio::spawn(async move {
+        let keeper = Self { store, postgres, clock: clock.clone(), name, handle: handle.clone() };
+        clock.spawn(async move {
             tokio::select! {
+                biased;
                 () = keeper.run() => {}
                 _ = stop.wait_for(|stop| *stop) => {}
             }
@@ -226,6 +228,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 let give_up = fence_at.or(would_fence).unwrap_or(now + timing.ttl);
                 let answered = !stuck
                     && tokio::select! {
+                        biased;
                         answered = self.renew(timing, &mut asked) => answered,
                         () = self.clock.sleep_until(give_up) => false,
                     };
@@ -238,6 +241,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 wake = wake.min(now + LONGEST_NAP);
             }
             tokio::select! {
+                biased;
                 () = self.clock.sleep_until(wake) => {}
                 _ = timing_changed.changed() => renew_at = self.clock.now(),
                 _ = session_changed.changed() => {}

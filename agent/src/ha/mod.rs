@@ -23,13 +23,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tracing::{debug, error, info, warn};
 use trunkline_common::cluster::{Member, Status};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
-use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision};
+use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision, Task};
 use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
 
@@ -102,12 +101,12 @@ pub struct Ha<D, P, C, R> {
     scheduled_restart: Option<Value>,
     /// How often what happened, and why: metric labels.
     transitions: BTreeMap<(&'static str, &'static str), u64>,
-    checkpoint: Option<JoinHandle<()>>,
+    checkpoint: Option<Task<()>>,
 }
 
 struct Running {
     kind: TaskKind,
-    handle: JoinHandle<TaskEnd>,
+    handle: Task<TaskEnd>,
 }
 
 /// What was last written, so that nothing is written twice.
@@ -185,6 +184,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     // The lease has to live until the key is handed over.
                     let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
                     tokio::select! {
+                        biased;
                         () = self.shut_down() => {}
                         () = alive => {}
                     }
@@ -550,7 +550,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
-        self.task = Some(Running { kind, handle: tokio::spawn(work) });
+        self.task = Some(Running { kind, handle: Task::spawn(&self.parts.clock, work) });
     }
 }
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
-use trunkline_common::Clock;
 use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::store::{Outcome, SyncWrite};
 use trunkline_common::dcs::{Dcs, codec};
+use trunkline_common::{Clock, Task};
 use trunkline_config::dynamic::new_cluster;
 
 use super::sync::{self, SyncStep};
@@ -83,7 +83,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             None => {
                 let postgres = self.parts.postgres.clone();
-                self.checkpoint = Some(tokio::spawn(async move {
+                self.checkpoint = Some(Task::spawn(&self.parts.clock, async move {
                     if let Err(error) = postgres.checkpoint(std::time::Duration::from_secs(3600)).await {
                         warn!("the checkpoint after the promotion failed: {error}");
                     }

@@ -39,16 +39,18 @@ pub struct Follower<D, C> {
 }
 
 impl<D: Dcs, C: Clock> Follower<D, C> {
-    /// Follows the cluster until every receiver is dropped. Must be called inside a tokio runtime.
+    /// Follows the cluster until every receiver is dropped. Runs where `clock` says.
     ///
     /// The receiver is told of every revision, also where the view stays equal, and of every confirmation: compare the
     /// `view` pointers to see only changes.
     pub fn spawn(store: ClusterStore<D>, clock: C) -> watch::Receiver<Knowledge> {
         let (publish, receiver) = watch::channel(Knowledge::default());
         let gone = publish.clone();
+        let runtime = clock.clone();
         let follower = Self { store, clock, publish, snapshot: Snapshot::default(), failures: 0 };
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             tokio::select! {
+                biased;
                 () = gone.closed() => (),
                 () = follower.run() => (),
             }

@@ -33,6 +33,8 @@ const HISTORY: usize = 100_000;
 pub struct MemoryDcs<C> {
     store: Arc<Store<C>>,
     link: Arc<Link>,
+    /// The client's own: it says when a request was sent.
+    clock: C,
 }
 
 /// What is wrong between one client and the store. All of it can change at any time.
@@ -112,13 +114,18 @@ impl<C: Clock> MemoryDcs<C> {
     pub fn new(clock: C) -> Self {
         // etcd's first revision is 1, with nothing in it.
         let data = Data { revision: 1, ..Data::default() };
-        let store = Store { clock, data: Mutex::new(data), revision: watch::Sender::new(1) };
-        Self { store: Arc::new(store), link: Arc::new(Link::new()) }
+        let store = Store { clock: clock.clone(), data: Mutex::new(data), revision: watch::Sender::new(1) };
+        Self { store: Arc::new(store), link: Arc::new(Link::new()), clock }
     }
 
     /// Another client of the same store, with faults of its own.
     pub fn client(&self) -> Self {
-        Self { store: self.store.clone(), link: Arc::new(Link::new()) }
+        self.client_with(self.clock.clone())
+    }
+
+    /// Another client, on a host whose clock is not the store's.
+    pub fn client_with(&self, clock: C) -> Self {
+        Self { store: self.store.clone(), link: Arc::new(Link::new()), clock }
     }
 
     /// Changes what is wrong with this client's connection.
@@ -217,13 +224,13 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
     }
 
     async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
-        let sent = self.store.clock.now();
+        let sent = self.clock.now();
         let (id, ttl) = self.call(|data, now| Ok(data.grant(ttl, now))).await?;
         Ok(Lease { id, ttl, until: sent + ttl })
     }
 
     async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
-        let sent = self.store.clock.now();
+        let sent = self.clock.now();
         let ttl = self.call(|data, now| data.renew(lease, now)).await?;
         Ok(Lease { id: lease, ttl, until: sent + ttl })
     }
@@ -486,6 +493,7 @@ impl<C: Clock> Watcher<C> {
     async fn wait(&mut self, until: Instant) {
         let clock = self.store.clock.clone();
         tokio::select! {
+            biased;
             _ = self.revision.changed() => (),
             _ = self.broken.changed() => (),
             () = clock.sleep_until(until) => (),
