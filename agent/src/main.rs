@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
+use trunkline_agent::guard::NoGuard;
 use trunkline_agent::ha::{Exit, Ha, Parts};
 use trunkline_agent::node::{Board, Command};
 use trunkline_agent::peer::{HttpPeers, RestClient};
@@ -197,6 +198,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         store,
         knowledge,
         peers: HttpPeers::new(client),
+        guard: Arc::new(NoGuard),
         postgres,
         clock,
         local,

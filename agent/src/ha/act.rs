@@ -55,7 +55,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.spawn(TaskKind::HandOver, hands.hand_over(plan));
             }
             Action::Demote(mode) => {
-                let until = self.lease.session().fence_at.filter(|_| mode == DemoteMode::Offline);
+                let until = self.lease.session().deadline.filter(|_| mode == DemoteMode::Offline);
+                let until = until.map(|deadline| deadline.fence_at);
                 self.spawn(TaskKind::Demote, hands.demote(until));
             }
             Action::Clone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, false)),
@@ -210,6 +211,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 warn!("the initialize key could not be created: {error}");
                 return Next::Wait;
             }
+        }
+        if !self.lease.bootstrap(lease) {
+            warn!("the right to bootstrap came with a lease that is lost already");
+            return Next::Wait;
         }
         let plan = BootstrapPlan {
             initdb: bootstrap.initdb.clone(),

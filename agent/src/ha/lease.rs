@@ -3,9 +3,11 @@
 //! One lease per process carries the member key and, on the leader, the leader key (dcs-layout §5.2). The [`Keeper`]
 //! renews it beside the HA loop, so that no slow disk, peer or PostgreSQL can delay a renewal, but only while the loop
 //! shows that it is alive: a stuck loop must lose the lease. And whatever the loop does, the keeper **fences** PostgreSQL
-//! before the moment from which another node may take the key.
+//! before the moment from which another node may take the key. For the case that this process can't, the [`Guard`] is
+//! told the same deadline whenever it changes.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -14,6 +16,7 @@ use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
 use trunkline_common::{Clock, Instant, MemberName};
 
+use crate::guard::{Deadline, Guard};
 use crate::postgres::{PgError, Postgres};
 
 /// What this process holds.
@@ -23,8 +26,12 @@ pub struct Session {
     pub lease: Option<Lease>,
     /// The leader key is ours, by the last proof; good until the lease's end.
     pub leading: bool,
-    /// PostgreSQL will be fenced at this time unless the lease is renewed or the loop has resigned.
-    pub fence_at: Option<Instant>,
+    /// This node makes a new cluster, by the right that hangs on the lease; its server takes writes before there is a
+    /// leader key.
+    pub bootstrapping: bool,
+    /// PostgreSQL will be fenced then unless the lease is renewed or the loop has resigned. An agent that has just started
+    /// has the one that an earlier agent left behind.
+    pub deadline: Option<Deadline>,
     /// How often PostgreSQL was fenced.
     pub fenced: u64,
     /// Why the DCS did not answer last time; `None` while it does.
@@ -35,6 +42,25 @@ impl Session {
     /// Until when the leader key is certainly ours.
     pub fn leader_until(&self) -> Option<Instant> {
         self.lease.filter(|_| self.leading).map(|lease| lease.until)
+    }
+
+    /// A server here may take writes because of the lease.
+    fn writes(&self) -> bool {
+        self.leading || self.bootstrapping
+    }
+
+    /// The right to writes is gone: PostgreSQL is fenced then, unless the loop is faster.
+    fn lose(&mut self, fence_by: Deadline) {
+        self.leading = false;
+        self.bootstrapping = false;
+        self.deadline = Some(self.deadline.map_or(fence_by, |deadline| deadline.sooner(fence_by)));
+    }
+
+    /// Nothing is left that could write.
+    fn clear(&mut self) {
+        self.leading = false;
+        self.bootstrapping = false;
+        self.deadline = None;
     }
 }
 
@@ -59,6 +85,17 @@ impl Timing {
     fn fence_margin(&self) -> Duration {
         (self.ttl / 10).clamp(Duration::from_millis(300), Duration::from_secs(2))
     }
+
+    /// The deadline of a lease that ends at `until`.
+    fn deadline(&self, until: Instant) -> Deadline {
+        let margin = self.fence_margin();
+        Deadline { fence_at: until - margin, kill_at: until - margin / 2, until }
+    }
+
+    /// The deadline of a right that is lost, with time left until `fence_at` to stop in order.
+    fn deadline_from(&self, fence_at: Instant) -> Deadline {
+        self.deadline(fence_at + self.fence_margin())
+    }
 }
 
 /// The loop's side of the keeper.
@@ -67,6 +104,7 @@ pub struct LeaseHandle {
     session: watch::Sender<Session>,
     timing: watch::Sender<Timing>,
     beat: watch::Sender<Instant>,
+    guard: Arc<dyn Guard>,
 }
 
 impl LeaseHandle {
@@ -82,7 +120,24 @@ impl LeaseHandle {
 
     /// New settings.
     pub fn set_timing(&self, timing: Timing) {
-        self.timing.send_if_modified(|old| std::mem::replace(old, timing) != timing);
+        if self.timing.send_if_modified(|old| std::mem::replace(old, timing) != timing) {
+            self.change(|_| false);
+        }
+    }
+
+    /// Every change of what is held goes through here, so that the guard always has the newest deadline. `change` says
+    /// whether others have to know.
+    fn change(&self, change: impl FnOnce(&mut Session) -> bool) {
+        self.session.send_if_modified(|session| {
+            let tell = change(session);
+            // An operator who has taken over is not interfered with.
+            let deadline = session.deadline.filter(|_| !self.timing.borrow().pause);
+            match deadline {
+                Some(deadline) => self.guard.arm(deadline),
+                None => self.guard.disarm(),
+            }
+            tell
+        });
     }
 
     /// Whether a server here may take writes now: the key is ours with time left, or an operator has taken over.
@@ -116,37 +171,49 @@ impl LeaseHandle {
     /// The leader key was created or found with our lease `id`, which `proven` (a request answered) or a renewal since
     /// then has shown to be alive. False if the lease was lost meanwhile: then nothing is held.
     pub fn lead(&self, lease: Lease) -> bool {
-        let margin = self.timing.borrow().fence_margin();
-        let mut leads = false;
-        self.session.send_modify(|session| {
-            let Some(current) = session.lease.filter(|current| current.id == lease.id) else { return };
+        self.hold(lease, |session| {
             session.leading = true;
-            session.fence_at = Some(current.until - margin);
-            leads = true;
+            session.bootstrapping = false;
+        })
+    }
+
+    /// The right to make a new cluster is ours with this lease: its server may take writes as long as the lease lives.
+    /// False if the lease was lost meanwhile.
+    pub fn bootstrap(&self, lease: Lease) -> bool {
+        self.hold(lease, |session| session.bootstrapping = true)
+    }
+
+    fn hold(&self, lease: Lease, how: impl FnOnce(&mut Session)) -> bool {
+        let timing = *self.timing.borrow();
+        let mut held = false;
+        self.change(|session| {
+            let Some(current) = session.lease.filter(|current| current.id == lease.id) else { return false };
+            how(session);
+            session.deadline = Some(timing.deadline(current.until));
+            held = true;
+            true
         });
-        leads
+        held
     }
 
     /// The leader key has been shown not to be ours: PostgreSQL is fenced shortly, unless the loop is faster.
     pub fn disown(&self, now: Instant) {
-        let at = now + self.timing.borrow().fence_margin();
-        self.session.send_if_modified(|session| {
+        let timing = *self.timing.borrow();
+        self.change(|session| {
             if !session.leading {
                 return false;
             }
             error!("not the leader any more: the leader key is not ours");
-            session.leading = false;
-            session.fence_at = Some(session.fence_at.map_or(at, |fence_at| fence_at.min(at)));
+            session.lose(timing.deadline_from(now + timing.fence_margin()));
             true
         });
     }
 
     /// PostgreSQL can't write any more (or never could): the key is given up, and there is nothing left to fence.
     pub fn resign(&self) {
-        self.session.send_if_modified(|session| {
-            let held = session.leading || session.fence_at.is_some();
-            session.leading = false;
-            session.fence_at = None;
+        self.change(|session| {
+            let held = session.leading || session.deadline.is_some();
+            session.clear();
             held
         });
     }
@@ -184,12 +251,15 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
         clock: C,
         name: MemberName,
         timing: Timing,
+        guard: Arc<dyn Guard>,
         mut stop: watch::Receiver<bool>,
     ) -> LeaseHandle {
+        let session = Session { deadline: guard.deadline(), ..Session::default() };
         let handle = LeaseHandle {
-            session: watch::Sender::new(Session::default()),
+            session: watch::Sender::new(session),
             timing: watch::Sender::new(timing),
             beat: watch::Sender::new(clock.now()),
+            guard,
         };
         let keeper = Self { store, postgres, clock: clock.clone(), name, handle: handle.clone() };
         clock.spawn(async move {
@@ -210,7 +280,8 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
         let mut asked = Duration::ZERO;
         loop {
             let timing = *timing_changed.borrow_and_update();
-            let fence_at = session_changed.borrow_and_update().fence_at.filter(|_| !timing.pause);
+            let fence_at = session_changed.borrow_and_update().deadline.map(|deadline| deadline.fence_at);
+            let fence_at = fence_at.filter(|_| !timing.pause);
             let now = self.clock.now();
             if fence_at.is_some_and(|at| at <= now) {
                 self.fence(timing).await;
@@ -254,7 +325,8 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
     /// would not change it.
     async fn renew(&self, timing: Timing, asked: &mut Duration) -> bool {
         let session = self.handle.session();
-        let renewed = match session.lease.filter(|_| *asked == timing.ttl) {
+        // The right to bootstrap hangs on one lease, and can't be moved to another.
+        let renewed = match session.lease.filter(|_| *asked == timing.ttl || session.bootstrapping) {
             Some(lease) => self.store.dcs().renew(lease.id).await,
             None => self.store.grant(timing.ttl).await,
         };
@@ -262,20 +334,20 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             Ok(lease) => lease,
             Err(DcsError::LeaseLost) => {
                 self.lost("the lease is gone", Duration::ZERO);
-                self.handle.session.send_modify(|session| session.lease = None);
+                self.handle.change(|session| session.lease.take().is_some());
                 // Not answered in the sense of a proof: a new lease is asked for at once.
                 return false;
             }
             Err(error) => return self.trouble(&error),
         };
-        let margin = timing.fence_margin();
         let other_lease = session.lease.map(|old| old.id) != Some(lease.id);
         if session.leading && other_lease {
             // From here on the key may hang on either of them, also when the answer that says so gets lost.
-            self.handle.session.send_modify(|session| {
-                let Some(old) = session.lease.as_mut().filter(|_| session.leading) else { return };
+            self.handle.change(|session| {
+                let Some(old) = session.lease.as_mut().filter(|_| session.leading) else { return false };
                 old.until = old.until.min(lease.until);
-                session.fence_at = Some(old.until - margin);
+                session.deadline = Some(timing.deadline(old.until));
+                true
             });
         }
         if session.leading {
@@ -289,21 +361,23 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 Err(error) => return self.trouble(&error),
             }
         }
-        let led_before = session.leading;
-        self.handle.session.send_if_modified(|session| {
+        let wrote_before = session.writes();
+        self.handle.change(|session| {
             let told = other_lease || session.trouble.is_some();
             if session.trouble.take().is_some() {
                 info!("the DCS answers again");
             }
-            if session.leading && !led_before && other_lease {
+            if other_lease && session.writes() && !wrote_before {
                 // The loop began to lead meanwhile, and the key hangs on the lease that there was: the next renewal
                 // moves it.
                 return told;
             }
-            *asked = timing.ttl;
+            if other_lease {
+                *asked = timing.ttl;
+            }
             session.lease = Some(lease);
-            if session.leading {
-                session.fence_at = Some(lease.until - margin);
+            if session.writes() {
+                session.deadline = Some(timing.deadline(lease.until));
             }
             told
         });
@@ -324,14 +398,14 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
 
     /// Leadership has been lost from outside: PostgreSQL is fenced within `grace`, unless the loop is faster.
     fn lost(&self, why: &str, grace: Duration) {
+        let timing = *self.handle.timing.borrow();
         let at = self.clock.now() + grace;
-        self.handle.session.send_if_modified(|session| {
-            if !session.leading {
+        self.handle.change(|session| {
+            if !session.writes() {
                 return false;
             }
             error!("not the leader any more: {why}");
-            session.leading = false;
-            session.fence_at = Some(session.fence_at.map_or(at, |fence_at| fence_at.min(at)));
+            session.lose(timing.deadline_from(at));
             true
         });
     }
@@ -342,10 +416,10 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             error!("PostgreSQL could not be fenced, trying again: {error}");
             return;
         }
-        self.handle.session.send_modify(|session| {
-            session.leading = false;
-            session.fence_at = None;
+        self.handle.change(|session| {
+            session.clear();
             session.fenced += 1;
+            true
         });
     }
 }

@@ -37,6 +37,7 @@ use self::lease::{Keeper, LeaseHandle, Timing};
 use self::publish::Urls;
 use self::situation::{DivergenceState, Me, Memory, PeerAnswers, Situation};
 use self::task::{Hands, TaskEnd, TaskKind};
+use crate::guard::Guard;
 use crate::node::{Board, Command};
 use crate::peer::Peers;
 use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, StopMode};
@@ -66,6 +67,8 @@ pub struct Parts<D, P, C, R> {
     pub postgres: P,
     /// The other members.
     pub peers: R,
+    /// Who ends writes when this process can't.
+    pub guard: Arc<dyn Guard>,
     /// Time.
     pub clock: C,
     /// This node's configuration.
@@ -141,7 +144,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let timing = timing(&settings);
         let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
         let memory = Memory { started_at: clock.now(), ..Memory::default() };
-        let lease = Keeper::spawn(store, postgres, clock, name, timing, stop_keeper);
+        let lease = Keeper::spawn(store, postgres, clock, name, timing, parts.guard.clone(), stop_keeper);
         let config = parts.postgres.config();
         Self {
             me: me(&parts.local, &config),

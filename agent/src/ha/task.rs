@@ -112,8 +112,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             Ok(()) => TaskEnd::Done,
             Err(why) => {
                 warn!("the bootstrap failed: {why}");
-                self.lease.resign();
                 let stopped = self.postgres.stop(StopMode::Immediate, Duration::from_secs(10), None).await;
+                self.lease.resign();
                 let aside = self.postgres.move_data_aside().await;
                 for error in [stopped.err(), aside.err()].into_iter().flatten() {
                     warn!("cleaning up after the failed bootstrap: {error}");

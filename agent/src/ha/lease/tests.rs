@@ -23,13 +23,32 @@ impl Fence for Recorder {
     }
 }
 
+/// Keeps the deadline.
+#[derive(Debug, Clone, Default)]
+struct Paper(Arc<Mutex<Option<Deadline>>>);
+
+impl Guard for Paper {
+    fn arm(&self, deadline: Deadline) {
+        *self.0.lock() = Some(deadline);
+    }
+
+    fn disarm(&self) {
+        *self.0.lock() = None;
+    }
+
+    fn deadline(&self) -> Option<Deadline> {
+        *self.0.lock()
+    }
+}
+
 struct Bench {
     clock: TokioClock,
     dcs: MemoryDcs<TokioClock>,
     store: ClusterStore<MemoryDcs<TokioClock>>,
     fences: Arc<Mutex<Vec<Instant>>>,
     handle: LeaseHandle,
-    _stop: watch::Sender<bool>,
+    guard: Paper,
+    stop: watch::Sender<bool>,
 }
 
 /// A keeper whose node has just won the leader key.
@@ -41,12 +60,14 @@ async fn leading() -> Bench {
     let recorder = Recorder(clock, Arc::default());
     let fences = recorder.1.clone();
     let timing = Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: false };
-    let handle = Keeper::spawn(store.clone(), recorder, clock, "a".into(), timing, stopped);
+    let guard = Paper::default();
+    let told = Arc::new(guard.clone());
+    let handle = Keeper::spawn(store.clone(), recorder, clock, "a".into(), timing, told, stopped);
     let mut session = handle.subscribe();
     let lease = session.wait_for(|session| session.lease.is_some()).await.unwrap().lease.unwrap();
     let won = store.acquire_leader(&"a".into(), lease.id, Revision(0), None).await.unwrap();
     assert!(won.is_done() && handle.lead(lease));
-    Bench { clock, dcs, store, fences, handle, _stop: stop }
+    Bench { clock, dcs, store, fences, handle, guard, stop }
 }
 
 impl Bench {
@@ -227,4 +248,69 @@ async fn who_is_disowned_is_fenced_soon_and_who_never_led_is_not() {
     bench.handle.disown(bench.clock.now());
     bench.live(Duration::from_secs(1)).await;
     assert_eq!(bench.fences.lock().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_guard_has_every_deadline_and_keeps_the_last_one_of_a_dead_agent() {
+    let bench = leading().await;
+    for _ in 0..20 {
+        bench.live(Duration::from_millis(700)).await;
+        let until = bench.handle.session().leader_until();
+        let deadline = bench.guard.deadline().expect("armed while leading");
+        assert_eq!(Some(deadline.until), until);
+        assert!(deadline.fence_at < deadline.kill_at && deadline.kill_at < deadline.until);
+    }
+    bench.stop.send_replace(true);
+    bench.live(TTL * 2).await;
+    let deadline = bench.guard.deadline().expect("still armed");
+    assert!(deadline.until < bench.clock.now() && bench.fences.lock().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_guard_is_disarmed_by_whoever_resigns_fences_or_pauses() {
+    let bench = leading().await;
+    let timing = Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: false };
+    bench.handle.set_timing(Timing { pause: true, ..timing });
+    assert_eq!(bench.guard.deadline(), None, "paused");
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.guard.deadline(), None, "renewed while paused");
+    bench.handle.set_timing(timing);
+    assert!(bench.guard.deadline().is_some(), "resumed");
+    bench.handle.resign();
+    assert_eq!(bench.guard.deadline(), None, "resigned");
+    assert!(bench.handle.bootstrap(bench.handle.session().lease.unwrap()));
+    assert!(bench.guard.deadline().is_some(), "a new cluster's server takes writes before there is a leader key");
+    bench.live(TTL * 2).await;
+    assert!(bench.guard.deadline().is_some_and(|deadline| deadline.until > bench.clock.now()), "renewed");
+    bench.store.dcs().set_faults(|faults| faults.cut = true);
+    bench.live(TTL * 2).await;
+    assert_eq!((bench.fences.lock().len(), bench.guard.deadline()), (1, None), "fenced");
+}
+
+/// An agent that starts finds the deadline of the one before it, with the server that it is meant for.
+#[tokio::test(start_paused = true)]
+async fn an_inherited_deadline_is_moved_by_the_new_agent_or_met() {
+    for leads in [true, false] {
+        let bench = leading().await;
+        bench.live(Duration::from_secs(2)).await;
+        bench.stop.send_replace(true);
+        let left = bench.guard.deadline().expect("armed");
+        let (stop, stopped) = watch::channel(false);
+        let recorder = Recorder(bench.clock, Arc::default());
+        let fences = recorder.1.clone();
+        let timing = Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: false };
+        let told = Arc::new(bench.guard.clone());
+        let handle = Keeper::spawn(bench.store.clone(), recorder, bench.clock, "a".into(), timing, told, stopped);
+        let new = Bench { handle, fences, stop, ..bench };
+        let mut session = new.handle.subscribe();
+        let lease = session.wait_for(|session| session.lease.is_some()).await.unwrap().lease.unwrap();
+        assert_eq!(new.guard.deadline(), Some(left), "a lease alone moves nothing");
+        if leads {
+            assert!(new.store.confirm_leader(&"a".into(), lease.id).await.unwrap().is_done());
+            assert!(new.handle.lead(lease));
+        }
+        new.live(TTL * 2).await;
+        assert_eq!(new.fences.lock().is_empty(), leads);
+        assert_eq!(new.guard.deadline().is_some(), leads);
+    }
 }
