@@ -35,6 +35,16 @@ pub trait Peers: Clone + Send + Sync + 'static {
         members: BTreeMap<MemberName, String>,
         deadline: Duration,
     ) -> impl Future<Output = BTreeMap<MemberName, Option<PeerStatus>>> + Send;
+
+    /// Tells all of them (name → `api_url`) at once that this leader lost the DCS and wants to go on (`POST /failsafe`), with
+    /// `body`, which says who asks; each is told besides which member is meant (`member`). A failed request is sent once
+    /// more within `deadline`.
+    fn failsafe(
+        &self,
+        members: BTreeMap<MemberName, String>,
+        body: Value,
+        deadline: Duration,
+    ) -> impl Future<Output = BTreeMap<MemberName, FailsafeAnswer>> + Send;
 }
 
 impl PeerStatus {
@@ -98,10 +108,22 @@ impl HttpPeers {
             }
         }
     }
+}
 
-    /// Tells all of them (name → `api_url`) that this leader lost the DCS and wants to go on (`POST /failsafe`): `body` has
-    /// its `name`, `conn_url`, `api_url` and perhaps `slots`. A failed request is sent once more within `deadline`.
-    pub async fn post_failsafe(
+impl Peers for HttpPeers {
+    async fn status(
+        &self,
+        members: BTreeMap<MemberName, String>,
+        deadline: Duration,
+    ) -> BTreeMap<MemberName, Option<PeerStatus>> {
+        let ask = async |(name, url): (MemberName, String)| {
+            let status = self.member_status(&url, deadline).await;
+            (name, status)
+        };
+        join_all(members.into_iter().map(ask)).await.into_iter().collect()
+    }
+
+    async fn failsafe(
         &self,
         members: BTreeMap<MemberName, String>,
         body: Value,
@@ -109,6 +131,8 @@ impl HttpPeers {
     ) -> BTreeMap<MemberName, FailsafeAnswer> {
         let ask = async |(name, api_url): (MemberName, String)| {
             let url = endpoint(&api_url, "failsafe");
+            let mut body = body.clone();
+            body["member"] = Value::from(name.as_str());
             let attempt = || self.client.request("POST", &url, Some(&body), deadline);
             let twice = async {
                 match attempt().await {
@@ -128,20 +152,6 @@ impl HttpPeers {
                 Err(_) => FailsafeAnswer::default(),
             };
             (name, answer)
-        };
-        join_all(members.into_iter().map(ask)).await.into_iter().collect()
-    }
-}
-
-impl Peers for HttpPeers {
-    async fn status(
-        &self,
-        members: BTreeMap<MemberName, String>,
-        deadline: Duration,
-    ) -> BTreeMap<MemberName, Option<PeerStatus>> {
-        let ask = async |(name, url): (MemberName, String)| {
-            let status = self.member_status(&url, deadline).await;
-            (name, status)
         };
         join_all(members.into_iter().map(ask)).await.into_iter().collect()
     }

@@ -38,6 +38,8 @@ pub struct ClusterView {
     pub has_history: bool,
     /// The `failsafe` key: members that must answer for a leader to survive the loss of the DCS.
     pub failsafe: Option<BTreeMap<MemberName, String>>,
+    /// Its revision; what a compare-and-set has to name.
+    pub failsafe_revision: Revision,
     /// Keys whose value makes no sense, with the revision at which it doesn't: what this view has for them is older.
     pub malformed: BTreeMap<String, Revision>,
 }

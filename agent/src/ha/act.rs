@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 use tracing::{info, warn};
 use trunkline_common::cluster::{LeaderKey, SyncState};
-use trunkline_common::dcs::store::{Outcome, SyncWrite};
+use trunkline_common::dcs::store::{Outcome, Seen, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError};
 use trunkline_common::{Clock, MemberName, Revision};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
@@ -84,8 +84,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// for the watch to tell us what we did.
     async fn acquire(&mut self, write: Option<SyncWrite>) -> Next {
         let (Some(view), Some(lease)) = (self.view.clone(), self.lease.session().lease) else { return Next::Wait };
-        let acquired =
-            self.parts.store.acquire_leader(&self.me.name, lease.id, view.sync.revision, write.clone()).await;
+        let seen = Seen::of(&view);
+        let acquired = self.parts.store.acquire_leader(&self.me.name, lease.id, seen, write.clone()).await;
         match acquired {
             Ok(Outcome::Done(revision)) => {
                 if !self.lease.lead(lease) {
@@ -142,10 +142,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn release(&mut self) -> Next {
+        let session = self.lease.session();
+        let held = session.lease.filter(|_| session.leading).map(|lease| lease.id);
+        let named = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.lease);
         self.lease.resign();
-        match self.parts.store.release_leader(&self.me.name, None).await {
-            Ok(_) => info!("released the leader key"),
-            Err(error) => warn!("the leader key could not be released, it ends with its lease: {error}"),
+        if let Some(lease) = held.or(named) {
+            self.hands().release(lease, None).await;
         }
         // Not into the race again at once: whoever can take over shall.
         let pause = self.parts.clock.now() + self.settings().loop_wait.min(Duration::from_secs(1));

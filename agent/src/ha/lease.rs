@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
-use trunkline_common::{Clock, Instant, MemberName};
+use trunkline_common::{Clock, Instant, LeaseId, MemberName};
 
 use crate::guard::{Deadline, Guard};
 use crate::postgres::{PgError, Postgres};
@@ -209,6 +209,12 @@ impl LeaseHandle {
         });
     }
 
+    /// Forgets a lease under which a request may still be carried out that must not hit what is won later: the next one is
+    /// another lease. This one runs out.
+    pub fn abandon(&self, lease: LeaseId) {
+        self.change(|session| session.lease.take_if(|current| current.id == lease).is_some());
+    }
+
     /// PostgreSQL can't write any more (or never could): the key is given up, and there is nothing left to fence.
     pub fn resign(&self) {
         self.change(|session| {
@@ -361,11 +367,15 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 Err(error) => return self.trouble(&error),
             }
         }
-        let wrote_before = session.writes();
+        let (wrote_before, before) = (session.writes(), session.lease);
         self.handle.change(|session| {
             let told = other_lease || session.trouble.is_some();
             if session.trouble.take().is_some() {
                 info!("the DCS answers again");
+            }
+            if session.lease.is_none() && before.is_some() {
+                // Abandoned meanwhile: another one is asked for next time.
+                return told;
             }
             if other_lease && session.writes() && !wrote_before {
                 // The loop began to lead meanwhile, and the key hangs on the lease that there was: the next renewal

@@ -4,13 +4,14 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 use trunkline_common::cluster::Status;
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
-use trunkline_common::{Clock, ClusterView, Instant, Lsn, MemberName, TimelineId};
+use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, TimelineId};
 
 use super::lease::LeaseHandle;
 use crate::peer::Peers;
@@ -257,7 +258,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             // The sender is dropped without a word when the stop was not clean.
             let Ok(position) = shut_down.await else { return };
             self.await_candidate(&plan, position).await;
-            self.release(Some(position), &plan.view).await;
+            self.give_up_key(Some(position), &plan.view).await;
         };
         let (stopped, ()) = tokio::join!(stop, release);
         if let Err(error) = stopped {
@@ -267,7 +268,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             }
         }
         if self.lease.session().leading {
-            self.release(None, &plan.view).await;
+            self.give_up_key(None, &plan.view).await;
         }
         self.postgres.callback("on_role_change", "replica");
         TaskEnd::Done
@@ -297,13 +298,25 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         warn!("no candidate has the shutdown checkpoint at {position} within {:?}", plan.candidate_limit);
     }
 
-    async fn release(&self, position: Option<Lsn>, view: &ClusterView) {
+    async fn give_up_key(&self, position: Option<Lsn>, view: &ClusterView) {
+        let lease = self.lease.session().lease;
         self.lease.resign();
         let status = position.map(|optime| codec::encode_status(&Status { optime, ..view.status.clone() }));
-        match self.store.release_leader(&self.name, status).await {
+        match lease {
+            Some(lease) => self.release(lease.id, status).await,
+            None => info!("the lease of the leader key was lost already"),
+        }
+    }
+
+    /// Deletes the leader key, ours under `lease`.
+    pub async fn release(&self, lease: LeaseId, status: Option<Value>) {
+        match self.store.release_leader(&self.name, lease, status).await {
             Ok(Outcome::Done(_)) => info!("released the leader key"),
             Ok(Outcome::Conflict) => info!("the leader key was not ours any more"),
-            Err(error) => warn!("the leader key could not be released, it ends with its lease: {error}"),
+            Err(error) => {
+                warn!("the leader key could not be released, it ends with its lease: {error}");
+                self.lease.abandon(lease);
+            }
         }
     }
 

@@ -46,7 +46,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn upkeep_keys(&mut self) {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return };
         if view.initialize != Initialize::Done(running.system_id)
-            && let Err(error) = self.parts.store.put_initialize(running.system_id).await
+            && let Err(error) = self.parts.store.put_initialize(&self.me.name, running.system_id).await
         {
             warn!("the initialize key could not be written: {error}");
         }

@@ -49,6 +49,7 @@ pub fn view(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterView>) 
             }
             "failsafe" => {
                 view.failsafe = reader.read(entry, failsafe(&entry.value).map(Some), || before.failsafe.clone());
+                view.failsafe_revision = entry.modified;
             }
             _ => {
                 let Some(name) = key.strip_prefix("members/").filter(|name| is_member_name(name)) else { continue };

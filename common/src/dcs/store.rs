@@ -52,6 +52,22 @@ pub struct SyncWrite {
     pub seen: Revision,
 }
 
+/// What a decision to take the leader key was made on (0 = absent): whoever may lead must not have changed since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Seen {
+    /// The revision of `sync`.
+    pub sync: Revision,
+    /// The revision of `failsafe`.
+    pub failsafe: Revision,
+}
+
+impl Seen {
+    /// As `view` shows it.
+    pub fn of(view: &ClusterView) -> Self {
+        Self { sync: view.sync.revision, failsafe: view.failsafe_revision }
+    }
+}
+
 impl<D: Dcs> ClusterStore<D> {
     /// The keys below `paths` in `dcs`.
     pub fn new(dcs: D, paths: Paths) -> Self {
@@ -77,16 +93,16 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(view)
     }
 
-    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync` still is what the decision was
-    /// made on; `sync`, where given, is written in the same step. So a stale view can't elect a node that has been
-    /// taken off the synchronous list in the meantime.
+    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync` and `failsafe` still are what the
+    /// decision was made on; `sync`, where given, is written in the same step. So a stale view can't elect a node that has
+    /// been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime.
     ///
     /// A request of ours that was carried out although its answer got lost counts as done.
     pub async fn acquire_leader(
         &self,
         name: &MemberName,
         lease: LeaseId,
-        sync_seen: Revision,
+        seen: Seen,
         sync: Option<SyncWrite>,
     ) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
@@ -95,7 +111,11 @@ impl<D: Dcs> ClusterStore<D> {
         let result = self
             .dcs
             .txn(Txn {
-                when: vec![Compare::Absent(leader.clone()), Compare::Modified(self.paths.key("sync"), sync_seen)],
+                when: vec![
+                    Compare::Absent(leader.clone()),
+                    Compare::Modified(self.paths.key("sync"), seen.sync),
+                    Compare::Modified(self.paths.key("failsafe"), seen.failsafe),
+                ],
                 then,
                 otherwise: vec![Op::Get(leader)],
             })
@@ -129,12 +149,19 @@ impl<D: Dcs> ClusterStore<D> {
         self.put(Op::Put(self.paths.key("leader"), name.as_str().into(), lease)).await
     }
 
-    /// Deletes the leader key if it is ours, writing the last position in the same step.
-    pub async fn release_leader(&self, name: &MemberName, status: Option<Value>) -> Result<Outcome, DcsError> {
+    /// Deletes the leader key if it is ours and attached to `lease`, writing the last position in the same step.
+    ///
+    /// After an error it may still be carried out, much later: whoever gets one must not lead under this lease again.
+    pub async fn release_leader(
+        &self,
+        name: &MemberName,
+        lease: LeaseId,
+        status: Option<Value>,
+    ) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
         let mut then: Vec<Op> = status.map(|status| self.status_op(&status)).into_iter().collect();
         then.push(Op::Delete(leader.clone()));
-        let when = vec![Compare::Value(leader, name.as_str().into())];
+        let when = vec![Compare::Value(leader.clone(), name.as_str().into()), Compare::Lease(leader, lease)];
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
@@ -208,9 +235,11 @@ impl<D: Dcs> ClusterStore<D> {
         }
     }
 
-    /// The cluster's identity is known.
-    pub async fn put_initialize(&self, system: SystemId) -> Result<(), DcsError> {
-        self.put(Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0))).await
+    /// The cluster's identity is known; only the leader says so.
+    pub async fn put_initialize(&self, name: &MemberName, system: SystemId) -> Result<Outcome, DcsError> {
+        let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
+        let then = vec![Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0))];
+        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `config`; with `seen`, only if it still is what was read (0 = absent).
@@ -237,10 +266,24 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
-    /// Replaces `failsafe`.
-    pub async fn put_failsafe(&self, members: &BTreeMap<MemberName, String>) -> Result<(), DcsError> {
+    /// Replaces `failsafe`, if it still is what was `seen` (0 = absent) and only while the leader key is ours and attached
+    /// to `lease`: a leader without DCS counts on it that nobody else has changed the list.
+    pub async fn put_failsafe(
+        &self,
+        name: &MemberName,
+        lease: LeaseId,
+        members: &BTreeMap<MemberName, String>,
+        seen: Revision,
+    ) -> Result<Outcome, DcsError> {
+        let (leader, key) = (self.paths.key("leader"), self.paths.key("failsafe"));
         let map = members.iter().map(|(name, url)| (name.0.clone(), Value::from(url.clone()))).collect();
-        self.put_json("failsafe", &Value::Object(map), None).await.map(|_| ())
+        let when = vec![
+            Compare::Value(leader.clone(), name.as_str().into()),
+            Compare::Lease(leader, lease),
+            Compare::Modified(key.clone(), seen),
+        ];
+        let then = vec![Op::Put(key, codec::compact(&Value::Object(map)), LeaseId(0))];
+        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Removes every key of the cluster.
@@ -308,6 +351,10 @@ mod tests {
         store.read().await.unwrap().leader.map(|leader| (leader.name.0, leader.lease))
     }
 
+    fn at(sync: Revision) -> Seen {
+        Seen { sync, ..Seen::default() }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn one_acquires_and_a_stale_sync_list_elects_nobody() {
         let store = store();
@@ -315,13 +362,13 @@ mod tests {
         let written = codec::encode_sync(Some(&name("a")), 0, &["b".into()]);
         let first = store.put_sync(SyncWrite { value: Some(written), seen: Revision(0) }).await.unwrap();
         let Outcome::Done(seen) = first else { panic!("{first:?}") };
-        assert_eq!(store.acquire_leader(&name("c"), b, Revision(0), None).await, Ok(Outcome::Conflict));
+        assert_eq!(store.acquire_leader(&name("c"), b, Seen::default(), None).await, Ok(Outcome::Conflict));
         let write = SyncWrite { value: Some(codec::encode_sync(Some(&name("b")), 0, &[])), seen };
-        assert!(store.acquire_leader(&name("b"), b, seen, Some(write)).await.unwrap().is_done());
+        assert!(store.acquire_leader(&name("b"), b, at(seen), Some(write)).await.unwrap().is_done());
         let view = store.read().await.unwrap();
         assert_eq!((view.sync.leader, view.sync.standbys), (Some(name("b")), vec![]));
         assert_eq!(view.leader.unwrap().modified, view.sync.revision, "in one step");
-        assert_eq!(store.acquire_leader(&name("a"), a, view.sync.revision, None).await, Ok(Outcome::Conflict));
+        assert_eq!(store.acquire_leader(&name("a"), a, at(view.sync.revision), None).await, Ok(Outcome::Conflict));
     }
 
     #[tokio::test(start_paused = true)]
@@ -332,15 +379,15 @@ mod tests {
         assert!(store.begin_bootstrap(a).await.is_err());
         assert!(store.begin_bootstrap(a).await.unwrap().is_done());
         store.dcs().set_faults(|faults| faults.lost_answers = 1);
-        assert!(store.acquire_leader(&name("a"), a, Revision(0), None).await.is_err());
-        assert!(store.acquire_leader(&name("a"), a, Revision(0), None).await.unwrap().is_done());
+        assert!(store.acquire_leader(&name("a"), a, Seen::default(), None).await.is_err());
+        assert!(store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap().is_done());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_leader_key_follows_its_name_to_a_new_lease() {
         let store = store();
         let (old, new) = (lease(&store).await, lease(&store).await);
-        store.acquire_leader(&name("a"), old, Revision(0), None).await.unwrap();
+        store.acquire_leader(&name("a"), old, Seen::default(), None).await.unwrap();
         let created = store.read().await.unwrap().leader.unwrap().created;
         assert!(store.confirm_leader(&name("a"), old).await.unwrap().is_done());
         assert_eq!(store.read().await.unwrap().leader.unwrap().modified, created, "confirming writes nothing");
@@ -355,17 +402,37 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_the_holder_releases_and_reports() {
         let store = store();
-        let a = lease(&store).await;
-        store.acquire_leader(&name("a"), a, Revision(0), None).await.unwrap();
+        let (a, other) = (lease(&store).await, lease(&store).await);
+        assert_eq!(store.put_initialize(&name("a"), SystemId(1_000_000_001)).await, Ok(Outcome::Conflict));
+        store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap();
+        assert!(store.put_initialize(&name("a"), SystemId(1_000_000_001)).await.unwrap().is_done());
         let status = json!({"optime": 7});
         assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
         assert_eq!(store.put_history(&name("b"), &json!([])).await, Ok(Outcome::Conflict));
         assert!(store.put_history(&name("a"), &json!([[1, 2, "why"]])).await.unwrap().is_done());
-        assert_eq!(store.release_leader(&name("b"), Some(status.clone())).await, Ok(Outcome::Conflict));
+        assert_eq!(store.release_leader(&name("b"), a, Some(status.clone())).await, Ok(Outcome::Conflict));
+        assert_eq!(store.release_leader(&name("a"), other, Some(status.clone())).await, Ok(Outcome::Conflict));
         assert_eq!(store.read().await.unwrap().status.optime.0, 0);
-        assert!(store.release_leader(&name("a"), Some(status)).await.unwrap().is_done());
+        assert!(store.release_leader(&name("a"), a, Some(status)).await.unwrap().is_done());
         let view = store.read().await.unwrap();
         assert_eq!((view.leader, view.status.optime.0), (None, 7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_failsafe_list_is_the_leaders_and_a_stale_one_elects_nobody() {
+        let store = store();
+        let (a, b) = (lease(&store).await, lease(&store).await);
+        let members = BTreeMap::from([(name("a"), "http://a/patroni".to_owned())]);
+        assert_eq!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await, Ok(Outcome::Conflict), "no leader");
+        store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap();
+        assert_eq!(store.put_failsafe(&name("a"), b, &members, Revision(0)).await, Ok(Outcome::Conflict), "not by it");
+        assert!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await.unwrap().is_done());
+        assert_eq!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await, Ok(Outcome::Conflict), "changed");
+        let view = store.read().await.unwrap();
+        assert_eq!(view.failsafe, Some(members));
+        store.release_leader(&name("a"), a, None).await.unwrap();
+        assert_eq!(store.acquire_leader(&name("b"), b, Seen::default(), None).await, Ok(Outcome::Conflict));
+        assert!(store.acquire_leader(&name("b"), b, Seen::of(&view), None).await.unwrap().is_done());
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use trunkline_common::TokioClock;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::paths::Paths;
-use trunkline_common::{LeaseId, Revision};
+use trunkline_common::dcs::store::Seen;
+use trunkline_common::{LeaseId, TokioClock};
 
 use super::*;
 
@@ -65,7 +65,7 @@ async fn leading() -> Bench {
     let handle = Keeper::spawn(store.clone(), recorder, clock, "a".into(), timing, told, stopped);
     let mut session = handle.subscribe();
     let lease = session.wait_for(|session| session.lease.is_some()).await.unwrap().lease.unwrap();
-    let won = store.acquire_leader(&"a".into(), lease.id, Revision(0), None).await.unwrap();
+    let won = store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap();
     assert!(won.is_done() && handle.lead(lease));
     Bench { clock, dcs, store, fences, handle, guard, stop }
 }
@@ -313,4 +313,21 @@ async fn an_inherited_deadline_is_moved_by_the_new_agent_or_met() {
         assert_eq!(new.fences.lock().is_empty(), leads);
         assert_eq!(new.guard.deadline().is_some(), leads);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_release_without_answer_cannot_remove_the_key_that_is_won_next() {
+    let bench = leading().await;
+    let old = bench.handle.session().lease.unwrap().id;
+    bench.handle.resign();
+    bench.store.dcs().set_faults(|faults| faults.lost_answers = 1);
+    assert!(bench.store.release_leader(&"a".into(), old, None).await.is_err());
+    bench.handle.abandon(old);
+    bench.live(Duration::from_secs(1)).await;
+    let lease = bench.handle.session().lease.unwrap();
+    assert!(lease.id != old);
+    assert!(bench.store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap().is_done());
+    // It was carried out, or is now.
+    assert!(!bench.store.release_leader(&"a".into(), old, None).await.unwrap().is_done());
+    assert!(bench.key_is_there());
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::node::Refusal;
+use crate::peer::Peers;
 
 #[tokio::test]
 async fn the_dynamic_configuration() {
@@ -71,7 +72,7 @@ async fn requests_to_the_ha_loop() {
     node.catch_up().await;
     let peers = HttpPeers::new(RestClient::for_agent(&local("client")).unwrap());
     let everybody = BTreeMap::from([(MemberName::from("pg-b"), node.url("/patroni"))]);
-    let answers = peers.post_failsafe(everybody, poll.clone(), Duration::from_secs(2)).await;
+    let answers = peers.failsafe(everybody, poll.clone(), Duration::from_secs(2)).await;
     let answer = answers[&MemberName::from("pg-b")];
     assert!(answer.accepted && answer.lsn == Some(Lsn(0x300_0148)), "{answer:?}");
     node.postgres.send_replace(PgStatus::Running(primary()));
@@ -107,7 +108,8 @@ async fn a_switchover_is_answered_when_the_new_leader_is_there() {
             let store = store.clone();
             tokio::spawn(async move {
                 if store.read().await.unwrap().failover.is_some_and(|request| request.scheduled_at.is_none()) {
-                    store.release_leader(&"pg-a".into(), None).await.unwrap();
+                    let lease = store.read().await.unwrap().leader.unwrap().lease;
+                    store.release_leader(&"pg-a".into(), lease, None).await.unwrap();
                     put(&store, "leader", "pg-b".into()).await;
                     put(&store, "failover", json!({})).await;
                 }
