@@ -1,14 +1,14 @@
 # Everything a person or a CI runs. `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test bench-failover compose-check fmt lint clean
+.PHONY: help setup build demo demo-check test chaos bench-failover compose-check fmt lint clean
 
 # rustup puts cargo where a login shell finds it; make may run outside of one.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 # A full release takes nearly twice as long to build as the profile of the demo. PROFILE=… overrides both.
 PROFILE ?= release
-demo demo-check: PROFILE = demo
+demo demo-check chaos: PROFILE = demo
 BIN = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 
 help: ## list the targets
@@ -33,6 +33,11 @@ demo-check: ## the demo without a person: kill, switch over, kill a node; measur
 
 test: ## format, clippy, unit and property tests, then real clusters (up to 30 minutes on two cores)
 	@tools/test $(ARGS)
+
+chaos: ## MINUTES=5 of random faults on a cluster in network namespaces, then a checker decides (SEED=s, ARGS=…; root)
+	@tools/setup chaos
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+	@$(BIN)/chaos --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench-failover: ## write outage beside Patroni + HAProxy in the same run (needs PyPI once, for Patroni)
 	@tools/setup test

@@ -294,7 +294,7 @@ impl Members {
     ///
     /// # Errors
     /// What is not so.
-    fn settled(&self, names: &[&str], synchronous: bool) -> Result<String> {
+    pub fn settled(&self, names: &[&str], synchronous: bool) -> Result<String> {
         const NO_LAG: u64 = 1 << 20;
         let mut of_interest = self.0.iter().filter(|member| names.contains(&member.name.as_str()));
         let leader =

@@ -1,5 +1,6 @@
 //! One HTTP request to a server of the lab, with a deadline.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -18,32 +19,48 @@ pub struct Answer {
 /// How long an ordinary request may take.
 const LIMIT: Duration = Duration::from_secs(3);
 
-/// `GET http://127.0.0.1:<port><path>`.
+/// Where a server of the lab listens: a port of `127.0.0.1`, or any address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address(SocketAddrV4);
+
+impl From<u16> for Address {
+    fn from(port: u16) -> Self {
+        Self(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port))
+    }
+}
+
+impl From<SocketAddrV4> for Address {
+    fn from(address: SocketAddrV4) -> Self {
+        Self(address)
+    }
+}
+
+/// `GET http://<address><path>`.
 ///
 /// # Errors
 /// No answer within three seconds.
-pub async fn get(port: u16, path: &str) -> Result<Answer> {
-    send(client()?.get(url(port, path)).timeout(LIMIT)).await
+pub async fn get(address: impl Into<Address>, path: &str) -> Result<Answer> {
+    send(client()?.get(url(address.into(), path)).timeout(LIMIT)).await
 }
 
 /// `POST` with a JSON body. Switchovers and restarts are answered when they are done, so the caller says how long.
 ///
 /// # Errors
 /// No answer within `limit`.
-pub async fn post(port: u16, path: &str, body: &Value, limit: Duration) -> Result<Answer> {
-    send(client()?.post(url(port, path)).json(body).timeout(limit)).await
+pub async fn post(address: impl Into<Address>, path: &str, body: &Value, limit: Duration) -> Result<Answer> {
+    send(client()?.post(url(address.into(), path)).json(body).timeout(limit)).await
 }
 
 /// `PATCH` with a JSON body.
 ///
 /// # Errors
 /// No answer within three seconds.
-pub async fn patch(port: u16, path: &str, body: &Value) -> Result<Answer> {
-    send(client()?.patch(url(port, path)).json(body).timeout(LIMIT)).await
+pub async fn patch(address: impl Into<Address>, path: &str, body: &Value) -> Result<Answer> {
+    send(client()?.patch(url(address.into(), path)).json(body).timeout(LIMIT)).await
 }
 
-fn url(port: u16, path: &str) -> String {
-    format!("http://127.0.0.1:{port}{path}")
+fn url(Address(address): Address, path: &str) -> String {
+    format!("http://{address}{path}")
 }
 
 async fn send(request: reqwest::RequestBuilder) -> Result<Answer> {
