@@ -9,11 +9,11 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
-use trunkline_agent::guard::NoGuard;
+use trunkline_agent::guard::{self, Guard, HostGuard};
 use trunkline_agent::ha::{Exit, Ha, Parts};
 use trunkline_agent::node::{Board, Command};
 use trunkline_agent::peer::{HttpPeers, RestClient};
-use trunkline_agent::postgres::{Instance, PgStatus};
+use trunkline_agent::postgres::{Instance, PgStatus, Postgres};
 use trunkline_agent::rest::{Api, Server};
 use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
@@ -39,6 +39,9 @@ struct Args {
     /// With --validate: print the configuration that results from file and environment.
     #[arg(short, long)]
     print: bool,
+    /// Not for people: the agent starts itself with this as the guard of a data directory.
+    #[arg(long, hide = true, value_name = "DATA_DIR")]
+    guard: Option<PathBuf>,
 }
 
 /// Bound of the queue of commands from REST and signals.
@@ -46,6 +49,9 @@ const COMMANDS: usize = 64;
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Some(data_dir) = &args.guard {
+        return guard::run(data_dir);
+    }
     let env = Env::of_process();
     if args.validate {
         return validate(&args, &env);
@@ -171,6 +177,8 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     )?;
     let api = Arc::new(api);
     let server = Server::bind(api.clone()).await?;
+    // From here on no other agent of this node runs.
+    let guard = start_guard(&postgres);
 
     let (stop, stopped) = watch::channel(false);
     let mut rest_stopped = stopped.clone();
@@ -198,7 +206,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         store,
         knowledge,
         peers: HttpPeers::new(client),
-        guard: Arc::new(NoGuard),
+        guard: guard.clone(),
         postgres,
         clock,
         local,
@@ -213,6 +221,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     let exit = Ha::new(parts, keeper_stopped).run(ha_stopped).await;
     keeper_stop.send_replace(true);
     stop.send_replace(true);
+    guard.end();
     info!("ended");
     Ok(exit)
 }
@@ -232,6 +241,15 @@ async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sende
             }
         }
     }
+}
+
+/// Before anything can take writes. A deadline that was left behind is good for the server that was left with it.
+fn start_guard(postgres: &Instance) -> Arc<HostGuard> {
+    let guard = HostGuard::start(&postgres.config().data_dir);
+    if guard.deadline().is_some() && !postgres.has_processes() {
+        guard.disarm();
+    }
+    Arc::new(guard)
 }
 
 /// Whether another process answers under this name: two of them would both think that they hold the leader key.
@@ -283,5 +301,6 @@ fn first_board(clock: &SystemClock) -> Board {
         watchdog_failed: false,
         transitions: std::collections::BTreeMap::new(),
         failsafe_active: false,
+        guard: guard::Status::default(),
     }
 }

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 use trunkline_common::{Instant, MemberName};
 
+use crate::guard;
 use crate::postgres::PgStatus;
 
 /// The Patroni version that this node behaves like: members of a mixed cluster read it in the member key and in status
@@ -46,6 +47,8 @@ pub struct Board {
     pub transitions: BTreeMap<(&'static str, &'static str), u64>,
     /// Failsafe mode is what keeps this leader up, or a leader in failsafe mode has told us so lately.
     pub failsafe_active: bool,
+    /// What ends writes where this process can't.
+    pub guard: guard::Status,
 }
 
 /// What may be asked of the HA loop. Replies come when it is done or refused; a dropped receiver cancels nothing.

@@ -3,10 +3,22 @@
 //! The keeper of the lease (`ha::lease`) fences PostgreSQL before its lease ends, but it is part of a process that can be
 //! killed, hang, or be frozen together with its host. It tells the guard its [`Deadline`] beforehand; a guard needs
 //! nobody's word to act on it.
+//!
+//! * `process` is the guard: a process of its own that sleeps until the deadline and kills the server. `handle` starts
+//!   it, and another one when it is gone; they share a page of `memory`.
 
-use std::fmt::Debug;
+mod handle;
+mod memory;
+mod process;
 
+use std::fmt::{self, Debug, Display};
+use std::path::Path;
+
+use tracing::error;
 use trunkline_common::Instant;
+
+use self::handle::GuardProcess;
+pub use self::process::run;
 
 /// When a server here has to have stopped writing, unless that is moved by a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +61,111 @@ pub trait Guard: Debug + Send + Sync + 'static {
 
     /// The deadline in force: after the start that which an earlier agent left behind with its server.
     fn deadline(&self) -> Option<Deadline>;
+
+    /// What works and what does not, for status documents.
+    fn status(&self) -> Status {
+        Status::default()
+    }
+}
+
+/// What ends writes where the agent can't.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Status {
+    /// The guard process.
+    pub process: Part,
+}
+
+/// One of the means.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// It works, and has a deadline.
+    Armed,
+    /// It works; there is nothing to guard.
+    Ready,
+    /// It does not work, for this reason.
+    Off(String),
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Part::Off("not started".to_owned())
+    }
+}
+
+impl Part {
+    /// Of something that works if `works`, and has a deadline if `armed`.
+    fn of<T>(works: Result<T, String>, armed: bool) -> Self {
+        match works {
+            Ok(_) if armed => Part::Armed,
+            Ok(_) => Part::Ready,
+            Err(why) => Part::Off(why),
+        }
+    }
+
+    /// Whether it works.
+    pub fn works(&self) -> bool {
+        !matches!(self, Part::Off(_))
+    }
+}
+
+impl Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Armed => f.write_str("armed"),
+            Part::Ready => f.write_str("ready"),
+            Part::Off(why) => write!(f, "off: {why}"),
+        }
+    }
+}
+
+/// The guard of this host.
+#[derive(Debug)]
+pub struct HostGuard {
+    process: Result<GuardProcess, String>,
+}
+
+impl HostGuard {
+    /// Starts what can be started for the server in `data_dir`, and takes over what an earlier agent left behind. What
+    /// does not work is in the status, and in the log.
+    pub fn start(data_dir: &Path) -> Self {
+        let process = GuardProcess::start(data_dir).map_err(|error| error.to_string());
+        if let Err(why) = &process {
+            error!("there is no guard process: {why}");
+        }
+        Self { process }
+    }
+
+    /// The agent ends in order.
+    pub fn end(&self) {
+        if let Ok(process) = &self.process {
+            process.end();
+        }
+    }
+}
+
+impl Guard for HostGuard {
+    fn arm(&self, deadline: Deadline) {
+        if let Ok(process) = &self.process {
+            process.set(Some(deadline.kill_at));
+        }
+    }
+
+    fn disarm(&self) {
+        if let Ok(process) = &self.process {
+            process.set(None);
+        }
+    }
+
+    fn deadline(&self) -> Option<Deadline> {
+        let at = self.process.as_ref().ok()?.kill_at()?;
+        Some(Deadline { fence_at: at, kill_at: at, until: at })
+    }
+
+    fn status(&self) -> Status {
+        let armed = self.deadline().is_some();
+        let process = self.process.as_ref().map_err(Clone::clone).and_then(GuardProcess::state);
+        Status { process: Part::of(process, armed) }
+    }
 }
 
 /// Nobody on guard.

@@ -248,6 +248,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             watchdog_failed: false,
             transitions: self.transitions.clone(),
             failsafe_active: false,
+            guard: self.parts.guard.status(),
         };
         drop(knowledge);
         self.parts.board.send_replace(board);

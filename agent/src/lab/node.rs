@@ -171,6 +171,11 @@ impl Node {
         }
     }
 
+    /// Everything that runs for this node.
+    pub fn processes(&self) -> Vec<Pid> {
+        process::below(&self.dir)
+    }
+
     /// The status code of `GET <path>`; `None` if nobody answers.
     pub async fn health(&self, path: &str) -> Option<u16> {
         rest::get(self.rest_port, path).await.ok().map(|answer| answer.status)

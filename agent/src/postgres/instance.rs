@@ -88,6 +88,11 @@ impl Instance {
         Ok(instance)
     }
 
+    /// Whether any process of the server is there, be it one that a postmaster left behind.
+    pub fn has_processes(&self) -> bool {
+        super::process::has_processes(&self.config_now().data_dir)
+    }
+
     pub(super) fn config_now(&self) -> Arc<PostgresConfig> {
         self.inner.config.read().clone()
     }

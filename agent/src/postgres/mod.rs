@@ -38,6 +38,7 @@ mod wal;
 mod walsender;
 
 pub use instance::Instance;
+pub(crate) use process::{has_ended, kill_processes_of, own_session, real_path};
 
 use std::collections::BTreeMap;
 use std::future::Future;

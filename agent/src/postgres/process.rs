@@ -177,16 +177,22 @@ pub fn fence_grace(limit: Duration) -> Duration {
 
 /// Kills every process of the server in `data_dir` and waits until none is left; false if that is not so at `deadline`.
 pub fn kill_all(data_dir: &Path, deadline: Instant) -> bool {
-    let dir = real_path(data_dir);
+    kill_processes_of(&real_path(data_dir), deadline, |pid| {
+        tracing::debug!(pid = pid.as_raw_pid(), "killed a process of the server");
+    })
+}
+
+/// The same for a data directory by its real path, without a look at the disk; tells `killed` of each.
+pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(Pid)) -> bool {
     loop {
-        let left = processes_in(&dir);
+        let left = processes_in(dir);
         if left.is_empty() {
             return true;
         }
         for pid in left {
             let Ok(fd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
-            if is_server_process(pid, &dir) && rustix::process::pidfd_send_signal(&fd, Signal::KILL).is_ok() {
-                tracing::debug!(pid = pid.as_raw_pid(), "killed a process of the server");
+            if is_server_process(pid, dir) && rustix::process::pidfd_send_signal(&fd, Signal::KILL).is_ok() {
+                killed(pid);
             }
         }
         if SystemClock.now() >= deadline {
@@ -194,6 +200,11 @@ pub fn kill_all(data_dir: &Path, deadline: Instant) -> bool {
         }
         std::thread::sleep(RECHECK);
     }
+}
+
+/// Whether any process of the server in `data_dir` is there.
+pub fn has_processes(data_dir: &Path) -> bool {
+    !processes_in(&real_path(data_dir)).is_empty()
 }
 
 /// How a process blocks and sleeps, of `/proc/<pid>/stat`.
@@ -250,12 +261,13 @@ fn stat(pid: Pid) -> Option<Stat> {
     Some(Stat { state, parent, start_ticks })
 }
 
-fn real_path(dir: &Path) -> PathBuf {
+/// Links resolved; as it is where it does not exist.
+pub fn real_path(dir: &Path) -> PathBuf {
     fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned())
 }
 
 /// Waits for a process to end, at most `limit` (none = for ever). A pidfd is readable exactly when it has.
-fn has_ended(fd: &OwnedFd, limit: Option<Duration>) -> bool {
+pub fn has_ended(fd: &OwnedFd, limit: Option<Duration>) -> bool {
     let deadline = limit.map(|limit| SystemClock.now() + limit);
     loop {
         let left = deadline.map(|deadline| {
@@ -273,9 +285,9 @@ fn has_ended(fd: &OwnedFd, limit: Option<Duration>) -> bool {
     }
 }
 
-/// So that a signal to the agent's terminal or process group does not reach PostgreSQL.
+/// So that a signal to the agent's terminal or process group does not reach it.
 #[allow(unsafe_code)]
-fn own_session(command: &mut Command) {
+pub fn own_session(command: &mut Command) {
     // SAFETY: the closure runs between fork and exec and only makes one async-signal-safe system call.
     unsafe {
         command.pre_exec(|| rustix::process::setsid().map(drop).map_err(Into::into));

@@ -164,6 +164,8 @@ fn trunkline(out: &mut Exposition, picture: &Picture, knowledge: &Knowledge) {
     let due = board.next_run.since(picture.now).as_secs_f64() - picture.now.since(board.next_run).as_secs_f64();
     out.gauge("trunkline_next_turn_seconds", "Time until the HA loop's next turn is due, negative = late.", float(due));
     out.flag("trunkline_watchdog_failed", "Whether a required watchdog does not work.", board.watchdog_failed);
+    out.head("trunkline_guard", "Whether what ends writes where the agent can't works.", "gauge");
+    out.sample("trunkline_guard", &info("part", "process"), u8::from(board.guard.process.works()));
     out.head("trunkline_transitions_total", "What this node did about leadership, and why.", "counter");
     for ((kind, reason), times) in &board.transitions {
         out.sample("trunkline_transitions_total", &(info("kind", kind) + &info("reason", reason)), times);

@@ -172,6 +172,8 @@ impl Picture {
         if self.board.watchdog_failed {
             doc.insert("watchdog_failed".into(), true.into());
         }
+        let guard = &self.board.guard;
+        doc.insert("guard".into(), json!({"process": guard.process.to_string()}));
         Value::Object(doc)
     }
 

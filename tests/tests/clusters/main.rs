@@ -6,6 +6,7 @@ mod configuration;
 mod dcs;
 mod demo;
 mod failover;
+mod guard;
 mod patroni;
 mod rejoin;
 mod router;

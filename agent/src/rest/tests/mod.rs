@@ -135,6 +135,7 @@ fn board(role: &str) -> Board {
         watchdog_failed: false,
         transitions: BTreeMap::new(),
         failsafe_active: false,
+        guard: crate::guard::Status::default(),
     }
 }
 

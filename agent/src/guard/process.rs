@@ -1,0 +1,129 @@
+//! The guard process: sleeps until the deadline, and kills the server if nobody has moved it by then.
+//!
+//! It is the agent's own program, started again: one thread, no runtime, no network, no DCS, no log while it matters.
+//! Standard input is a pipe that wakes it, whose end says that the agent is gone; standard output is the memory with the
+//! deadline. It goes on without its agent until the deadline is met or removed.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::mm::MlockAllFlags;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use trunkline_common::{Clock, Instant, SystemClock};
+
+use super::memory::Memory;
+use crate::postgres::{kill_processes_of, real_path};
+
+/// How long one attempt at killing everything may take.
+const ATTEMPT: Duration = Duration::from_secs(1);
+
+/// While a deadline is over and nobody has removed it, a server may yet be started by an agent that hangs: looked for
+/// this often.
+const SWEEP: Duration = Duration::from_millis(20);
+
+/// Runs the guard of the server in `data_dir`.
+pub fn run(data_dir: &Path) -> ExitCode {
+    match guard(data_dir) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the guard of {} ends: {error}", data_dir.display());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn guard(data_dir: &Path) -> std::io::Result<()> {
+    let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
+    let memory = Memory::open(stdout.as_fd())?;
+    let timer = rustix::time::timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::NONBLOCK)?;
+    harden();
+    let mut agent_lives = true;
+    let mut dir = real_path(data_dir);
+    let mut met = None;
+    memory.set_ready(std::process::id());
+    loop {
+        let now = SystemClock.now();
+        let deadline = memory.kill_at();
+        let look = match deadline {
+            None if !agent_lives => return Ok(()),
+            None => None,
+            Some(at) if now < at => Some(at),
+            Some(at) => {
+                let (found, clean) = kill(&dir, now + ATTEMPT);
+                if found && met != deadline {
+                    memory.count_kill();
+                    met = deadline;
+                }
+                if clean && !agent_lives {
+                    say_so(data_dir, found, SystemClock.now().since(at));
+                    return Ok(());
+                }
+                Some(now + SWEEP)
+            }
+        };
+        memory.set_next_look(look);
+        let start = Itimerspec { it_interval: Timespec::default(), it_value: timespec(look) };
+        rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::ABSTIME, &start)?;
+        let mut waits = [PollFd::new(&timer, PollFlags::IN), PollFd::new(&stdin, PollFlags::IN)];
+        let waits = &mut waits[..if agent_lives { 2 } else { 1 }];
+        match rustix::event::poll(waits, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if waits.get(1).is_some_and(|wait| !wait.revents().is_empty()) {
+            agent_lives = rustix::io::read(&stdin, &mut [0u8; 64]) != Ok(0);
+            // Looked up now, while the server is well: at the deadline its disk may not answer any more.
+            dir = real_path(data_dir);
+        }
+    }
+}
+
+/// Kills everything of the server; whether there was anything, and whether nothing is left.
+fn kill(dir: &Path, by: Instant) -> (bool, bool) {
+    let mut found = false;
+    let clean = kill_processes_of(dir, by, |_| found = true);
+    (found, clean)
+}
+
+/// Only where nobody else is left to tell it, and after it was done: this may block.
+fn say_so(data_dir: &Path, found: bool, late: Duration) {
+    let text = match found {
+        true => format!("the guard killed PostgreSQL in {}, done {late:.0?} after its deadline", data_dir.display()),
+        false => format!("the guard found nothing to kill in {}", data_dir.display()),
+    };
+    let _ = writeln!(std::io::stderr(), "{text}: the agent is gone, and its lease ends");
+}
+
+/// What the system permits of: never swapped out, never chosen by the OOM killer, first in line for the processor. And a
+/// signal to all processes of a service is not for the guard: it ends when it has nothing to guard.
+#[allow(unsafe_code)]
+fn harden() {
+    let _ = rustix::thread::set_name(c"trunkline-guard");
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    // Not what is allocated later: under a limit on locked memory that would fail.
+    let _ = rustix::mm::mlockall(MlockAllFlags::CURRENT);
+    // SAFETY: plain system calls on this process; the structure is initialised and outlives the call.
+    unsafe {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+            libc::signal(signal, libc::SIG_IGN);
+        }
+        let priority = libc::sched_param { sched_priority: 1 };
+        if libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority) != 0 {
+            libc::setpriority(libc::PRIO_PROCESS, 0, -20);
+        }
+    }
+}
+
+/// A timer's time; zero disarms it.
+fn timespec(at: Option<Instant>) -> Timespec {
+    let since_boot = at.map_or(Duration::ZERO, |at| at.since_boot().max(Duration::from_nanos(1)));
+    Timespec {
+        tv_sec: i64::try_from(since_boot.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: since_boot.subsec_nanos().into(),
+    }
+}

@@ -1,0 +1,174 @@
+//! A primary whose lease is over takes no write, whatever has become of its agent.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use serde_json::json;
+use trunkline_common::{Clock, Instant, SystemClock};
+use trunkline_tests::workload::Load;
+use trunkline_tests::{LIMIT, Node, Program, Scene, Spec, wait};
+
+/// A little more than the lease of a lab cluster.
+const LEASE: Duration = Duration::from_millis(5500);
+
+/// Three nodes where commits wait for nobody, so that nothing but the lease keeps a deposed primary from taking writes.
+async fn asynchronous(name: &str) -> Result<(Scene, Load, usize)> {
+    let mut spec = Spec::new(3, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": false, "primary_start_timeout": 0 });
+    let mut scene = Scene::with(name, 1, spec).await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    Ok((scene, load, leader))
+}
+
+/// The guard process of a node.
+fn guard_of(node: &Node) -> Result<Pid> {
+    let is_guard = |pid: &Pid| {
+        let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_pid()));
+        name.is_ok_and(|name| name.trim() == "trunkline-guard")
+    };
+    let found: Vec<Pid> = node.processes().into_iter().filter(is_guard).collect();
+    ensure!(found.len() == 1, "{} has {} guards", node.name(), found.len());
+    Ok(found[0])
+}
+
+/// Notes when a process ends.
+fn end_of(pid: Pid) -> Result<tokio::task::JoinHandle<Instant>> {
+    let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(tokio::task::spawn_blocking(move || {
+        let _ = rustix::event::poll(&mut [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)], None);
+        SystemClock.now()
+    }))
+}
+
+/// The old primary is dead before the new one has its first write.
+async fn ends_before_the_next(
+    name: &str,
+    fault: impl FnOnce(&mut Node),
+    mend: impl FnOnce(&mut Node) -> Result<()>,
+) -> Result<()> {
+    let (mut scene, load, old) = asynchronous(name).await?;
+    let old_port = scene.cluster.nodes[old].port();
+    let ended = end_of(scene.cluster.nodes[old].postmaster()?)?;
+    fault(&mut scene.cluster.nodes[old]);
+    let began = SystemClock.now();
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+
+    let ended = tokio::time::timeout(Duration::from_secs(1), ended).await.context("the old postmaster lives")??;
+    let record = load.writers.record().with(load.direct_record());
+    let first = record.writes.iter().filter(|write| write.port != old_port).map(|write| write.acked).min();
+    let first = first.context("no write by the new primary")?;
+    println!("{name}: killed {:?} after the fault, {:?} before the next write", ended.since(began), first.since(ended));
+    ensure!(ended < first, "the old postmaster ended {:?} after the first write of the new one", ended.since(first));
+    let late = record.writes.iter().find(|write| write.port == old_port && write.acked > first);
+    ensure!(late.is_none(), "a write by the old primary after the first one of the new: {late:?}");
+
+    mend(&mut scene.cluster.nodes[old])?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_without_agent_is_ended_by_its_guard() -> Result<()> {
+    ends_before_the_next("guard-kill", Node::kill_agent, Node::start).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_whose_agent_hangs_is_ended_by_its_guard() -> Result<()> {
+    let signal = |node: &mut Node, signal| {
+        if let Some(agent) = node.agent() {
+            agent.signal(signal);
+        }
+    };
+    let mend = |node: &mut Node| {
+        signal(node, Signal::CONT);
+        Ok(())
+    };
+    ends_before_the_next("guard-hang", |node| signal(node, Signal::STOP), mend).await
+}
+
+/// With and without synchronous replication, several times, each within the lease and past the one that the dead agent had.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_is_started_again_within_its_lease_costs_no_write() -> Result<()> {
+    for synchronous in [true, false] {
+        let mut spec = Spec::new(2, &Program::agent()?);
+        spec.dcs = json!({ "synchronous_mode": synchronous, "primary_start_timeout": 0 });
+        let mut scene = Scene::with("restart", 1, spec).await?;
+        let load = scene.load().await?;
+        let leader = scene.cluster.settled(LIMIT).await?;
+        let postmaster = scene.cluster.nodes[leader].postmaster()?;
+        let (before, began) = (load.writers.record(), SystemClock.now());
+        for pause in [0, 300, 1000] {
+            scene.cluster.nodes[leader].kill_agent();
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            scene.cluster.nodes[leader].start()?;
+            tokio::time::sleep(LEASE).await;
+            ensure!(scene.cluster.nodes[leader].postmaster()? == postmaster, "PostgreSQL was restarted");
+            ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+            guard_of(&scene.cluster.nodes[leader])?;
+        }
+        load.writers.progress(100, LIMIT).await?;
+        let after = load.writers.record();
+        let failed = after.failures - before.failures;
+        let (rows, longest) = (after.writes.len() - before.writes.len(), after.outage(began));
+        println!("synchronous {synchronous}: {rows} rows, {failed} failed, longest pause {longest:?}");
+        ensure!(failed == 0, "{failed} statements failed, the last with {:?}", after.last_error);
+        scene.finish(load).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guard_that_is_killed_or_hangs_is_replaced() -> Result<()> {
+    let (scene, load, leader) = asynchronous("guard-lost").await?;
+    let node = &scene.cluster.nodes[leader];
+    let mut guard = guard_of(node)?;
+    for signal in [Signal::KILL, Signal::STOP] {
+        rustix::process::kill_process(guard, signal)?;
+        let replaced = wait::until("another guard", LIMIT, async || {
+            let new = guard_of(node)?;
+            ensure!(new != guard, "the old one is there");
+            let status = node.status().await?;
+            ensure!(status["guard"]["process"] == "armed", "{}", status["guard"]);
+            Ok(new)
+        });
+        guard = replaced.await?;
+    }
+    ensure!(node.log()?.contains("starting another one"), "the log does not say so");
+    ensure!(load.writers.record().failures == 0, "a write failed");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// Paused, an operator has taken over: nothing is killed, neither with the agent nor without.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_cluster_is_not_guarded() -> Result<()> {
+    let (mut scene, load, leader) = asynchronous("guard-pause").await?;
+    scene.cluster.patch_config(&json!({ "pause": true })).await?;
+    let disarmed = wait::until("the guard to be disarmed", LIMIT, async || {
+        let status = scene.cluster.nodes[leader].status().await?;
+        ensure!(status["guard"]["process"] == "ready", "{}", status["guard"]);
+        Ok(())
+    });
+    disarmed.await?;
+    let postmaster = scene.cluster.nodes[leader].postmaster()?;
+    scene.cluster.nodes[leader].kill_agent();
+    let gone = wait::until("the guard to end", LIMIT, async || {
+        ensure!(guard_of(&scene.cluster.nodes[leader]).is_err(), "it is there");
+        Ok(())
+    });
+    gone.await?;
+    tokio::time::sleep(LEASE).await;
+    ensure!(scene.cluster.nodes[leader].postmaster()? == postmaster, "PostgreSQL was killed");
+    scene.cluster.nodes[leader].start()?;
+    let leads = wait::until("the primary to have its key again", LIMIT, async || {
+        ensure!(scene.cluster.nodes[leader].health("/primary").await == Some(200), "it has not");
+        Ok(())
+    });
+    leads.await?;
+    scene.cluster.patch_config(&json!({ "pause": null })).await?;
+    scene.finish(load).await?;
+    Ok(())
+}
