@@ -1,5 +1,6 @@
 //! From a decision to its effect: one transaction, or a task.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use trunkline_common::dcs::{Dcs, DcsError};
 use trunkline_common::{Clock, MemberName, Revision};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
-use super::decide::{Action, Decision, DemoteMode};
+use super::decide::{Action, Decision, DemoteMode, step_down_margin};
 use super::situation::DivergenceState;
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, TaskKind};
 use super::{Ha, Next, sync};
@@ -31,6 +32,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Exit => Next::Exit,
             Action::Lead => self.lead().await,
             Action::Confirm => self.confirm().await,
+            Action::Failsafe(members) => self.ask_for_word(members).await,
             Action::Acquire(write) => self.acquire(write).await,
             Action::Release => self.release().await,
             Action::ClearFailover => self.clear_failover().await,
@@ -93,6 +95,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     return Next::Wait;
                 }
                 info!("acquired session lock as a leader");
+                self.memory.elected = Some(revision);
+                self.memory.leading_since = revision;
                 let mut view = (*view).clone();
                 view.revision = revision;
                 let key =
@@ -125,7 +129,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let in_view = self.view.as_ref().is_some_and(|view| view.is_leader(&self.me.name));
         match self.parts.store.confirm_leader(&self.me.name, lease.id).await {
             // Where the view does not show it yet, the next one will.
-            Ok(Outcome::Done(_)) if self.lease.lead(lease) && in_view => Next::Decide,
+            Ok(Outcome::Done(revision)) if self.lease.lead(lease) => {
+                self.memory.leading_since = revision;
+                if in_view { Next::Decide } else { Next::Wait }
+            }
             Ok(Outcome::Conflict) if led => {
                 self.lease.disown(self.parts.clock.now());
                 Next::Decide
@@ -139,6 +146,44 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 Next::Wait
             }
         }
+    }
+
+    /// Failsafe mode: with the word of every member that could take the key, this primary leads on until the first of them
+    /// may break it, which is not before the time of asking plus ttl. One that is missing is enough to end it.
+    async fn ask_for_word(&mut self, members: BTreeMap<MemberName, String>) -> Next {
+        let ttl = self.settings().ttl;
+        let asked_at = self.parts.clock.now();
+        let left = self.lease.session().leader_until().map_or(Duration::ZERO, |until| until.since(asked_at));
+        let patience =
+            left.saturating_sub(step_down_margin(ttl)).clamp(Duration::from_millis(300), Duration::from_secs(2));
+        let slots = match &self.pg {
+            PgStatus::Running(running) => {
+                running.slots.iter().map(|(name, lsn)| (name.clone(), lsn.0.into())).collect()
+            }
+            _ => serde_json::Map::new(),
+        };
+        let body = json!({
+            "name": self.me.name.as_str(),
+            "conn_url": self.urls.connection,
+            "api_url": self.urls.api,
+            "slots": slots,
+            "ttl": ttl.as_secs_f64().ceil() as u64,
+        });
+        let answers = self.parts.peers.failsafe(members.clone(), body, patience).await;
+        let missing = |name: &&MemberName| !answers.get(*name).is_some_and(|answer| answer.accepted);
+        let missing: Vec<&str> = members.keys().filter(missing).map(MemberName::as_str).collect();
+        let now = self.parts.clock.now();
+        if !missing.is_empty() {
+            let why = format!("no promise from {}", missing.join(", "));
+            warn!("failsafe mode: {why}");
+            self.memory.failsafe_refused = Some((now, why));
+            return Next::Decide;
+        }
+        self.memory.failsafe_refused = None;
+        if !self.lease.prolong(now, asked_at + ttl) {
+            warn!("failsafe mode: all members agree, but too late");
+        }
+        Next::Wait
     }
 
     async fn release(&mut self) -> Next {

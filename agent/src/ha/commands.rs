@@ -5,15 +5,18 @@ use std::time::Duration;
 use chrono::DateTime;
 use serde_json::Value;
 use tracing::{info, warn};
-use trunkline_common::Clock;
 use trunkline_common::dcs::Dcs;
+use trunkline_common::{Clock, MemberName};
 
-use super::situation::{clone_source, leader_upstream, upstream};
+use super::situation::{Promise, clone_source, leader_upstream, upstream};
 use super::task::{START_LIMIT, TaskEnd, TaskKind};
 use super::{Ha, publish};
 use crate::node::{Command, Refusal, Reply, RestartFilter};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
+
+/// The longest ttl that a leader without DCS is given a promise for.
+const LONGEST_PROMISE: Duration = Duration::from_secs(3600);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn command(&mut self, command: Command) {
@@ -30,11 +33,47 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Command::Reinitialize { force, from_leader, reply } => {
                 let _ = reply.send(self.reinitialize(force, from_leader).await);
             }
-            Command::FailsafePoll { leader, reply, .. } => {
-                info!("{leader} asked whether it may lead without the DCS; failsafe mode is not supported yet");
-                let _ = reply.send(false);
+            Command::FailsafePoll { leader, body, reply } => {
+                let given = self.promise(&leader, &body);
+                if let Err(why) = &given {
+                    warn!("{leader} wants to lead without the DCS and gets no promise: {why}");
+                }
+                let _ = reply.send(given.is_ok());
             }
         }
+    }
+
+    /// A leader without DCS asks for our word not to lead for its ttl (failsafe mode). The time counts from now, which is
+    /// after the request was sent. A member that can take writes itself, or knows of another leader, gives none.
+    fn promise(&mut self, leader: &MemberName, body: &Value) -> Result<(), String> {
+        let now = self.parts.clock.now();
+        let session = self.lease.session();
+        let text = |field: &str| body.get(field).and_then(Value::as_str);
+        if *leader == self.me.name || text("member").is_some_and(|meant| meant != self.me.name.as_str()) {
+            return Err("it meant another member".to_owned());
+        }
+        if self.pg_is_primary() || session.deadline.is_some() {
+            return Err("this node leads, or is about to".to_owned());
+        }
+        let other = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|key| &key.name);
+        if let Some(other) = other.filter(|other| session.trouble.is_none() && ![leader, &self.me.name].contains(other))
+        {
+            return Err(format!("{other} leads"));
+        }
+        let asked = body.get("ttl").and_then(Value::as_u64).map_or(Duration::ZERO, Duration::from_secs);
+        if asked > LONGEST_PROMISE {
+            return Err(format!("a ttl of {asked:?} is too long"));
+        }
+        let until = now + asked.max(self.settings().ttl);
+        if self.memory.promise.as_ref().is_none_or(|old| old.until < now) {
+            info!(
+                "{leader} leads without the DCS (failsafe mode); this node has promised not to, until it hears no more"
+            );
+        }
+        let until = self.memory.promise.as_ref().map_or(until, |old| old.until.max(until));
+        let (conn_url, api_url) = (text("conn_url").map(str::to_owned), text("api_url").map(str::to_owned));
+        self.memory.promise = Some(Promise { leader: leader.clone(), until, conn_url, api_url });
+        Ok(())
     }
 
     async fn reload(&mut self) {

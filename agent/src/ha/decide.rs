@@ -12,7 +12,9 @@ use trunkline_common::{ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::election::{self, Takeover, Verdict};
-use super::situation::{DivergenceState, Situation, clone_source, leader_upstream, stopped_as_primary, upstream};
+use super::situation::{
+    DivergenceState, Situation, as_promised, clone_source, leader_upstream, stopped_as_primary, upstream,
+};
 use super::sync;
 use crate::postgres::{ControlData, PgRole, PgStatus, StartAs, Upstream};
 
@@ -36,6 +38,8 @@ pub enum Action {
     Lead,
     /// Prove that the leader key, ours by name, is ours by lease.
     Confirm,
+    /// Ask all of these members for their word that this primary may go on without the DCS.
+    Failsafe(BTreeMap<MemberName, String>),
     /// Try to create the leader key; `sync` goes into the same transaction.
     Acquire(Option<SyncWrite>),
     /// Promote the standby, the key being ours. `sync` has to be written first.
@@ -85,6 +89,7 @@ impl Action {
             Action::Ask(_) => "ask",
             Action::Lead => "lead",
             Action::Confirm => "confirm",
+            Action::Failsafe(_) => "failsafe",
             Action::Acquire(_) => "acquire",
             Action::Promote(_) => "promote",
             Action::Release => "release",
@@ -113,19 +118,37 @@ pub fn step_down_margin(ttl: Duration) -> Duration {
     (ttl / 5).clamp(Duration::from_millis(600), Duration::from_secs(5))
 }
 
+/// With how much time left a primary that can't renew asks the members for their word (failsafe mode): early enough to ask
+/// more than once on a busy machine. `away`: a renewal has failed; otherwise it is only late.
+pub fn failsafe_margin(ttl: Duration, away: bool) -> Duration {
+    if away { ttl * 4 / 5 } else { ttl * 3 / 5 }
+}
+
+/// Pause after asking the members in vain.
+pub const FAILSAFE_PAUSE: Duration = Duration::from_millis(250);
+
 /// Decides.
 pub fn decide(s: &Situation) -> Decision {
     let Some(view) = s.view else {
         return without_view(s);
     };
+    let Some(promised) = as_promised(s, view) else { return decide_on(s, view) };
+    let decision = decide_on(s, &promised);
+    Decision { reason: decision.reason + " (by failsafe mode, without the leader key)", ..decision }
+}
+
+fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = foreign_data(s, view) {
         return decision;
     }
-    if s.leads() && !view.is_leader(&s.me.name) {
+    if s.leads() && s.holds_key && !view.is_leader(&s.me.name) {
         return is(Action::Confirm, "the view does not show the leader key that this node holds");
     }
-    if s.leads() {
+    if s.leads() && view.is_leader(&s.me.name) {
         return leader(s, view);
+    }
+    if s.leads() && s.is_primary() && view.leader.is_none() {
+        return by_word(s, view);
     }
     if view.is_leader(&s.me.name) {
         return named_leader(s, view);
@@ -164,13 +187,52 @@ fn foreign_data(s: &Situation, view: &ClusterView) -> Option<Decision> {
     Some(if view.settings.pause { is(Action::Wait, reason) } else { is(Action::Exit, reason) })
 }
 
-/// The key is ours and its lease has time left.
-fn leader(s: &Situation, view: &ClusterView) -> Decision {
+/// A primary whose lease nears its end without a renewal: asks for the members' word, or steps down in time.
+fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
     let settings = &view.settings;
     let left = s.leader_until.map_or(Duration::ZERO, |until| until.since(s.now));
-    if s.is_primary() && left < step_down_margin(settings.ttl) && !settings.pause {
-        let reason = format!("the lease could not be renewed and ends in {left:.1?}");
-        return is(Action::Demote(DemoteMode::Offline), reason);
+    if !s.is_primary() || settings.pause || left >= failsafe_margin(settings.ttl, s.dcs_away) {
+        return None;
+    }
+    let refused = s.memory.failsafe_refused.as_ref();
+    if left < step_down_margin(settings.ttl) {
+        let word = match (settings.failsafe_mode, refused) {
+            (false, _) => String::new(),
+            (true, Some((_, who))) => format!("; failsafe mode: {who}"),
+            (true, None) => "; failsafe mode: this node is not in the failsafe key as last seen".to_owned(),
+        };
+        let reason = format!("the lease could not be renewed and ends in {left:.1?}{word}");
+        return Some(is(Action::Demote(DemoteMode::Offline), reason));
+    }
+    let members = s.failsafe_members(view)?;
+    match refused {
+        Some((at, who)) if s.now.since(*at) < FAILSAFE_PAUSE => Some(is(Action::Lead, format!("failsafe mode: {who}"))),
+        _ => Some(is(Action::Failsafe(members), GOING_ON)),
+    }
+}
+
+/// Patroni's words.
+const GOING_ON: &str = "continue to run as a leader because failsafe mode is enabled and all members are accessible";
+
+/// This primary leads by the members' word, and the leader key is gone: taken again as soon as the DCS answers.
+fn by_word(s: &Situation, view: &ClusterView) -> Decision {
+    if let Some(decision) = hold_out(s, view) {
+        return decision;
+    }
+    if !s.has_lease || s.dcs_away {
+        return is(Action::Lead, GOING_ON);
+    }
+    race(s, view)
+}
+
+/// The key is ours and its lease has time left, or the members have given their word.
+fn leader(s: &Situation, view: &ClusterView) -> Decision {
+    let settings = &view.settings;
+    if let Some(decision) = hold_out(s, view) {
+        return decision;
+    }
+    if !s.holds_key && s.has_lease && !s.dcs_away {
+        return is(Action::Confirm, "led by failsafe mode while the DCS was away");
     }
     match s.pg {
         PgStatus::NoData => is(Action::Release, "the data directory is empty"),
@@ -187,14 +249,41 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
             if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
                 return is(Action::Release, "paused, and PostgreSQL runs as a standby");
             }
-            let write = sync::on_promotion(view, &s.me.name);
-            is(Action::Promote(write), "holding the leader key")
+            promote(s, view)
         }
+        PgStatus::Running(_) if !s.holds_key => is(Action::Lead, GOING_ON),
         PgStatus::Running(_) => match &view.failover {
             Some(request) => requested_handover(s, view, request),
             None => is(Action::Lead, format!("no action. I am ({}), the leader with the lock", s.me.name)),
         },
     }
+}
+
+/// How long after its start an agent takes into account that the one before it may have begun a promotion.
+const INHERITED: Duration = Duration::from_secs(60);
+
+/// A standby with the leader key. It was won by comparing positions, or it came some other way (an agent that died in
+/// between, a request carried out after everybody had given it up): then what was true when it was sent may not be now.
+fn promote(s: &Situation, view: &ClusterView) -> Decision {
+    let won = view.leader.as_ref().is_some_and(|leader| s.memory.elected == Some(leader.created));
+    let why = if won {
+        "holding the leader key".to_owned()
+    } else {
+        match election::may_race(s, view) {
+            Verdict::Ask(members) => {
+                return is(Action::Ask(members), "the leader key is ours, but was not won just now");
+            }
+            Verdict::Race(why) => format!("the leader key is ours, and nobody is a better choice: {why}"),
+            Verdict::Yield(why) if s.memory.up_since.is_none() && s.now.since(s.memory.started_at) < INHERITED => {
+                let reason = format!("{why}; stopped first, an earlier agent may have begun to promote it");
+                return is(Action::Demote(DemoteMode::Sick), reason);
+            }
+            Verdict::Yield(why) => {
+                return is(Action::Release, format!("the leader key is ours, but was not won just now: {why}"));
+            }
+        }
+    };
+    is(Action::Promote(sync::on_promotion(view, &s.me.name)), why)
 }
 
 /// The leader's server is down: restart it in place, or let somebody else lead (`primary_start_timeout`).
@@ -269,15 +358,23 @@ fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverReque
     }
 }
 
+/// How long a router without DCS may go on sending writes to whom it knew as primary (its `stale_after`, and a proof that
+/// has just been given): a server that comes up as a standby sooner would be asked to take them.
+const ROUTERS_TRUST: Duration = Duration::from_secs(7);
+
 /// The key bears our name, but this process does not hold it: an agent restarted, or a lease was lost and found.
 fn named_leader(s: &Situation, view: &ClusterView) -> Decision {
     match s.pg {
         PgStatus::NoData | PgStatus::Broken(_) => {
             is(Action::Release, "the leader key bears our name, but there is no data")
         }
+        PgStatus::Stopped(_) if s.dcs_away && s.down_for() < ROUTERS_TRUST && !view.settings.pause => {
+            is(Action::Wait, "the DCS does not answer; routers may still take this node for the primary")
+        }
         PgStatus::Stopped(_) if s.dcs_away && !s.backing_off() && !view.settings.pause => {
             is(Action::Start(StartAs::Standby(None)), "the DCS does not answer; starting as a standby to serve reads")
         }
+        _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
         _ if s.is_primary()
             && !view.settings.pause
@@ -414,6 +511,9 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     is(Action::Wait, format!("no action. I am ({}), a secondary, and following a leader ({leader})", s.me.name))
 }
 
+const MAY_HAVE_PROMISED: &str =
+    "started just now; the agent before may have promised a leader without DCS (failsafe mode) not to lead for a ttl";
+
 /// Nobody leads.
 fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
     match s.pg {
@@ -423,6 +523,7 @@ fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Starting => return is(Action::Wait, "PostgreSQL is starting; nobody leads"),
         PgStatus::Stopping => return is(Action::Wait, "PostgreSQL is stopping; nobody leads"),
         PgStatus::Unresponsive => return is(Action::Wait, "PostgreSQL does not answer; nobody leads"),
+        PgStatus::Running(_) if s.may_have_promised(view) => return is(Action::Wait, MAY_HAVE_PROMISED),
         PgStatus::Running(_) => {}
     }
     if !s.has_lease {
@@ -434,6 +535,10 @@ fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
             false => is(Action::Wait, "waiting for a lease"),
         };
     }
+    race(s, view)
+}
+
+fn race(s: &Situation, view: &ClusterView) -> Decision {
     match election::may_race(s, view) {
         Verdict::Ask(members) => is(Action::Ask(members), "nobody leads"),
         Verdict::Race(why) => is(Action::Acquire(sync::on_promotion(view, &s.me.name)), why),
@@ -454,6 +559,7 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
         Initialize::Absent if view.settings.standby_cluster.is_some() => {
             is(Action::Wait, "standby_cluster is set: bootstrapping one is not supported yet")
         }
+        Initialize::Absent if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
         Initialize::Absent if s.backing_off() => is(Action::Wait, failed_lately(s, "the bootstrap failed")),
         Initialize::Absent => match has_data(s, view) {

@@ -34,6 +34,9 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     if settings.standby_cluster.is_some() {
         return Verdict::Yield("standby_cluster is set, and leading a standby cluster is not supported yet".to_owned());
     }
+    if view.failsafe.as_ref().is_some_and(|members| !members.is_empty() && !members.contains_key(&s.me.name)) {
+        return Verdict::Yield("not in the failsafe key, so a leader without DCS would not ask this node".to_owned());
+    }
     let asked_for = view.failover.as_ref().filter(|request| request.scheduled_at.is_none());
     if settings.pause && asked_for.is_none() {
         return match (s.is_primary(), &view.initialize) {
@@ -206,6 +209,10 @@ pub enum Takeover {
 /// Whether another member can lead: the candidate, if there is one, else anybody. `manual` failovers (no leader named)
 /// may go to nodes outside the synchronous set, because an operator said so.
 pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName>, manual: bool) -> Takeover {
+    if let Some(until) = s.promised_until.filter(|until| s.now < *until) {
+        let left = until.since(s.now);
+        return Takeover::Impossible(format!("the others have promised not to lead for another {left:.1?}"));
+    }
     let synchronous = view.settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active() && !manual;
     let mut ask = electorate(s, view, synchronous);
     if let Some(candidate) = candidate {

@@ -26,6 +26,9 @@ pub struct Session {
     pub lease: Option<Lease>,
     /// The leader key is ours, by the last proof; good until the lease's end.
     pub leading: bool,
+    /// Every member that may take the leader key has promised not to do so before (failsafe mode): good until then
+    /// whatever has become of key and lease.
+    pub failsafe: Option<Instant>,
     /// This node makes a new cluster, by the right that hangs on the lease; its server takes writes before there is a
     /// leader key.
     pub bootstrapping: bool,
@@ -39,8 +42,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// Until when the leader key is certainly ours.
+    /// Until when nobody else can lead: the leader key is ours, or its possible takers have given their word.
     pub fn leader_until(&self) -> Option<Instant> {
+        self.key_until().max(self.failsafe)
+    }
+
+    /// Until when the leader key is certainly ours.
+    pub fn key_until(&self) -> Option<Instant> {
         self.lease.filter(|_| self.leading).map(|lease| lease.until)
     }
 
@@ -49,17 +57,22 @@ impl Session {
         self.leading || self.bootstrapping
     }
 
-    /// The right to writes is gone: PostgreSQL is fenced then, unless the loop is faster.
-    fn lose(&mut self, fence_by: Deadline) {
+    /// The right to writes is gone: PostgreSQL is fenced then, unless the loop is faster. With the members' word it may
+    /// go on, and the key may be won back.
+    fn lose(&mut self, now: Instant, fence_by: Deadline, timing: Timing) {
         self.leading = false;
         self.bootstrapping = false;
-        self.deadline = Some(self.deadline.map_or(fence_by, |deadline| deadline.sooner(fence_by)));
+        self.deadline = match self.failsafe.filter(|until| now < *until) {
+            Some(until) => Some(timing.deadline(until)),
+            None => Some(self.deadline.map_or(fence_by, |deadline| deadline.sooner(fence_by))),
+        };
     }
 
     /// Nothing is left that could write.
     fn clear(&mut self) {
         self.leading = false;
         self.bootstrapping = false;
+        self.failsafe = None;
         self.deadline = None;
     }
 }
@@ -189,11 +202,30 @@ impl LeaseHandle {
         self.change(|session| {
             let Some(current) = session.lease.filter(|current| current.id == lease.id) else { return false };
             how(session);
-            session.deadline = Some(timing.deadline(current.until));
+            session.deadline =
+                Some(timing.deadline(session.failsafe.max(Some(current.until)).unwrap_or(current.until)));
             held = true;
             true
         });
         held
+    }
+
+    /// Everybody who could take the leader key has promised not to before `until`. False if leadership is over already, or
+    /// so nearly that PostgreSQL is being fenced: then the promises came too late.
+    pub fn prolong(&self, now: Instant, until: Instant) -> bool {
+        let timing = *self.timing.borrow();
+        let mut prolonged = false;
+        self.change(|session| {
+            let leads = session.leader_until().is_some_and(|end| now < end);
+            if !leads || session.deadline.is_none_or(|deadline| deadline.fence_at <= now) {
+                return false;
+            }
+            session.failsafe = session.failsafe.max(Some(until));
+            session.deadline = session.leader_until().map(|end| timing.deadline(end));
+            prolonged = true;
+            true
+        });
+        prolonged
     }
 
     /// The leader key has been shown not to be ours: PostgreSQL is fenced shortly, unless the loop is faster.
@@ -204,7 +236,7 @@ impl LeaseHandle {
                 return false;
             }
             error!("not the leader any more: the leader key is not ours");
-            session.lose(timing.deadline_from(now + timing.fence_margin()));
+            session.lose(now, timing.deadline_from(now + timing.fence_margin()), timing);
             true
         });
     }
@@ -352,7 +384,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             self.handle.change(|session| {
                 let Some(old) = session.lease.as_mut().filter(|_| session.leading) else { return false };
                 old.until = old.until.min(lease.until);
-                session.deadline = Some(timing.deadline(old.until));
+                session.deadline = session.leader_until().map(|end| timing.deadline(end));
                 true
             });
         }
@@ -387,7 +419,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             }
             session.lease = Some(lease);
             if session.writes() {
-                session.deadline = Some(timing.deadline(lease.until));
+                session.deadline = Some(timing.deadline(session.leader_until().unwrap_or(lease.until)));
             }
             told
         });
@@ -409,13 +441,13 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
     /// Leadership has been lost from outside: PostgreSQL is fenced within `grace`, unless the loop is faster.
     fn lost(&self, why: &str, grace: Duration) {
         let timing = *self.handle.timing.borrow();
-        let at = self.clock.now() + grace;
+        let now = self.clock.now();
         self.handle.change(|session| {
             if !session.writes() {
                 return false;
             }
             error!("not the leader any more: {why}");
-            session.lose(timing.deadline_from(at));
+            session.lose(now, timing.deadline_from(now + grace), timing);
             true
         });
     }

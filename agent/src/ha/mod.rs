@@ -327,6 +327,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 me: &self.me,
                 view: view.as_deref(),
                 leader_until: session.leader_until(),
+                promised_until: session.failsafe,
+                holds_key: session.key_until().is_some_and(|until| self.parts.clock.now() < until),
                 has_lease: session.lease.is_some(),
                 dcs_away: session.trouble.is_some(),
                 pg: &self.pg,
@@ -510,10 +512,24 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let now = self.parts.clock.now();
         let mut wake = now + self.settings().loop_wait;
         if let Some(until) = self.lease.session().leader_until() {
-            wake =
-                wake.min((until - decide::step_down_margin(self.settings().ttl)).max(now + Duration::from_millis(50)));
+            let ttl = self.settings().ttl;
+            let mut due = until - decide::step_down_margin(ttl);
+            if self.settings().failsafe_mode {
+                let refused = self.memory.failsafe_refused.as_ref().map(|(at, _)| *at + decide::FAILSAFE_PAUSE);
+                due = due.min(
+                    (until - decide::failsafe_margin(ttl, self.lease.session().trouble.is_some()))
+                        .max(refused.unwrap_or_default()),
+                );
+            }
+            wake = wake.min(due.max(now + Duration::from_millis(50)));
         }
-        for at in [self.memory.retry_at, self.memory.abstain_until].into_iter().flatten().filter(|at| *at > now) {
+        let promise = self.memory.promise.as_ref().map(|promise| promise.until);
+        let hold = self.settings().failsafe_mode.then_some(self.memory.started_at + self.settings().ttl);
+        for at in [self.memory.retry_at, self.memory.abstain_until, promise, hold]
+            .into_iter()
+            .flatten()
+            .filter(|at| *at > now)
+        {
             wake = wake.min(at);
         }
         let scheduled = self.view.as_ref().and_then(|view| view.failover.as_ref()?.scheduled_at);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
-use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, SystemId, TimelineId};
+use trunkline_common::cluster::LeaderKey;
+use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 use trunkline_config::tags;
 
 use crate::peer::PeerStatus;
@@ -25,8 +26,12 @@ pub struct Situation<'a> {
     pub me: &'a Me,
     /// The cluster; `None` until the DCS has been read once.
     pub view: Option<&'a ClusterView>,
-    /// Until when the leader key is certainly ours. `None`: not the leader.
+    /// Until when nobody else can lead: by the leader key, or by the members' word. `None`: not the leader.
     pub leader_until: Option<Instant>,
+    /// The leader key is certainly ours.
+    pub holds_key: bool,
+    /// Until when the other members have promised not to lead (failsafe mode), whatever has become of the key.
+    pub promised_until: Option<Instant>,
     /// Whether this process has a lease at all.
     pub has_lease: bool,
     /// The DCS does not answer at the moment.
@@ -92,6 +97,41 @@ pub struct Memory {
     pub sync_since: BTreeMap<String, Lsn>,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,
+    /// Our word to a leader that lost the DCS.
+    pub promise: Option<Promise>,
+    /// The `failsafe` key as we have tried to write it.
+    pub failsafe_attempt: Option<FailsafeAttempt>,
+    /// When the members were last asked for their word in vain, and who did not give it.
+    pub failsafe_refused: Option<(Instant, String)>,
+    /// The leader key (by its creation) that was won by comparing positions with the others.
+    pub elected: Option<Revision>,
+    /// Revision at which the leader key was found or made ours: an older view says nothing about what we hold.
+    pub leading_since: Revision,
+}
+
+/// Our word to a leader that lost the DCS: not to lead for so long.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promise {
+    /// Whom it was given to.
+    pub leader: MemberName,
+    /// Until when it holds.
+    pub until: Instant,
+    /// Where its PostgreSQL is.
+    pub conn_url: Option<String>,
+    /// Where its REST API is.
+    pub api_url: Option<String>,
+}
+
+/// Lists for the `failsafe` key that were sent to the DCS: as long as the view does not show a newer one than was seen
+/// then, any of them may be in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailsafeAttempt {
+    /// The revision that they were to replace.
+    pub seen: Revision,
+    /// The members of all of them.
+    pub members: BTreeMap<MemberName, String>,
+    /// When the last one was sent.
+    pub at: Instant,
 }
 
 /// Where the question "can this data directory follow the leader?" stands.
@@ -112,6 +152,30 @@ impl Situation<'_> {
     /// Whether the leader key is ours with time left on its lease.
     pub fn leads(&self) -> bool {
         self.leader_until.is_some_and(|until| self.now < until)
+    }
+
+    /// Our word that still counts. A server that takes writes has given none.
+    pub fn promise(&self) -> Option<&Promise> {
+        self.memory.promise.as_ref().filter(|promise| self.now < promise.until && !self.is_primary() && !self.leads())
+    }
+
+    /// An agent that has just started does not know what the one before it has promised to a leader without DCS.
+    pub fn may_have_promised(&self, view: &ClusterView) -> bool {
+        let in_use = view.settings.failsafe_mode || view.failsafe.as_ref().is_some_and(|members| !members.is_empty());
+        in_use && !self.is_primary() && self.now.since(self.memory.started_at) < view.settings.ttl
+    }
+
+    /// Who has to agree before this leader may go on without the DCS (this node not among them). `None`: it may not.
+    pub fn failsafe_members(&self, view: &ClusterView) -> Option<BTreeMap<MemberName, String>> {
+        let mut members = view.failsafe.clone().filter(|members| members.contains_key(&self.me.name))?;
+        if !view.settings.failsafe_mode || view.revision < self.memory.leading_since {
+            return None;
+        }
+        if let Some(attempt) = self.memory.failsafe_attempt.as_ref().filter(|a| view.failsafe_revision <= a.seen) {
+            members.extend(attempt.members.clone());
+        }
+        members.remove(&self.me.name);
+        Some(members)
     }
 
     /// The server's answer, if it runs.
@@ -182,6 +246,29 @@ pub fn clone_source(me: &Me, view: &ClusterView) -> Option<Upstream> {
     };
     let replica = view.members.iter().find(willing).map(|(name, _)| name.clone());
     at(me, view, replica.unwrap_or_else(|| leader.clone()))
+}
+
+/// The cluster as a node has to see it that has given its word: led by whom it gave it to, although the key is gone. `None`
+/// where there is no such word, or somebody else leads.
+pub fn as_promised(s: &Situation, view: &ClusterView) -> Option<ClusterView> {
+    let promise = s.promise()?;
+    if view.leader.is_some() && !view.is_leader(&s.me.name) {
+        return None;
+    }
+    let mut view = view.clone();
+    view.leader = Some(LeaderKey {
+        name: promise.leader.clone(),
+        lease: LeaseId(0),
+        created: Revision(0),
+        modified: Revision(0),
+    });
+    let member = view.members.entry(promise.leader.clone()).or_insert_with(|| Member {
+        conn_url: promise.conn_url.clone(),
+        api_url: promise.api_url.clone(),
+        ..Member::default()
+    });
+    (member.role, member.state) = ("primary".to_owned(), "running".to_owned());
+    Some(view)
 }
 
 fn at(me: &Me, view: &ClusterView, name: MemberName) -> Option<Upstream> {

@@ -1,14 +1,16 @@
 //! What a leader keeps up to date, and what every node publishes of itself.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
-use trunkline_common::cluster::Initialize;
+use trunkline_common::cluster::{Initialize, Member};
 use trunkline_common::dcs::store::{Outcome, SyncWrite};
 use trunkline_common::dcs::{Dcs, codec};
-use trunkline_common::{Clock, Task};
+use trunkline_common::{Clock, MemberName, Task};
 use trunkline_config::dynamic::new_cluster;
 
+use super::situation::FailsafeAttempt;
 use super::sync::{self, SyncStep};
 use super::{Ha, Next, decide, publish};
 use crate::node::Board;
@@ -30,6 +32,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.checkpoint_after_promotion();
         self.upkeep_slots().await;
         self.upkeep_status().await;
+        self.upkeep_failsafe().await;
         self.upkeep_sync().await
     }
 
@@ -134,6 +137,36 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
+    /// The list of those whose word a leader without DCS needs: every member with an API. What is tried counts as long as
+    /// it is not known whether it is in force. Emptied when the mode is turned off: who isn't on a list may not lead.
+    async fn upkeep_failsafe(&mut self) {
+        let session = self.lease.session();
+        let (Some(view), Some(lease)) = (self.view.clone(), session.lease.filter(|_| session.leading)) else { return };
+        let mut wanted = BTreeMap::new();
+        if view.settings.failsafe_mode {
+            let url = |member: &Member| member.api_url.clone();
+            wanted.extend(view.members.iter().filter_map(|(name, member)| Some((name.clone(), url(member)?))));
+            wanted.insert(self.me.name.clone(), self.urls.api.clone());
+        }
+        if view.failsafe.as_ref() == Some(&wanted) || (view.failsafe.is_none() && wanted.is_empty()) {
+            return;
+        }
+        let (now, seen) = (self.parts.clock.now(), view.failsafe_revision);
+        let earlier = self.memory.failsafe_attempt.take().filter(|attempt| attempt.seen == seen);
+        if let Some(earlier) = earlier.as_ref().filter(|attempt| now.since(attempt.at) < SHOWN_WITHIN) {
+            self.memory.failsafe_attempt = Some(earlier.clone());
+            return;
+        }
+        let mut members = earlier.map(|attempt| attempt.members).unwrap_or_default();
+        members.extend(wanted.clone());
+        self.memory.failsafe_attempt = Some(FailsafeAttempt { seen, members, at: now });
+        match self.parts.store.put_failsafe(&self.me.name, lease.id, &wanted, seen).await {
+            Ok(Outcome::Done(_)) => info!("failsafe key: {}", names(&wanted)),
+            Ok(Outcome::Conflict) => debug!("the failsafe key has changed meanwhile, or is not ours to write"),
+            Err(error) => debug!("the failsafe key could not be written: {error}"),
+        }
+    }
+
     /// One step towards the wanted synchronous set; the next one follows at once.
     async fn upkeep_sync(&mut self) -> Next {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
@@ -231,12 +264,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let task = self.task.as_ref().map(|task| task.kind);
         let now = self.parts.clock.now();
         let knowledge = self.parts.knowledge.borrow();
+        let session = self.lease.session();
+        let by_word = session.trouble.is_some() || !session.leading;
+        let promised = self.memory.promise.as_ref().is_some_and(|promise| now < promise.until);
+        let failsafe_active = promised || (by_word && session.failsafe.is_some_and(|until| now < until));
         let silent_for = knowledge.confirmed_at.map_or(0, |at| now.since(at).as_secs());
         let board = Board {
             state: publish::state_text(&self.pg, task.as_ref(), &self.memory).to_owned(),
             role: publish::role_text(&self.pg, &self.memory).to_owned(),
             postgres: self.pg.clone(),
-            leader_until: self.lease.session().leader_until(),
+            leader_until: session.leader_until(),
             pause: self.view.as_ref().is_some_and(|view| view.settings.pause),
             task: task.map(|task| task.label().to_owned()),
             tags: trunkline_config::tags::published(&self.me.tags),
@@ -247,10 +284,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             dcs_last_seen: self.parts.clock.wall().timestamp() - i64::try_from(silent_for).unwrap_or(0),
             watchdog_failed: false,
             transitions: self.transitions.clone(),
-            failsafe_active: false,
+            failsafe_active,
             guard: self.parts.guard.status(),
         };
         drop(knowledge);
         self.parts.board.send_replace(board);
+    }
+}
+
+fn names(members: &BTreeMap<MemberName, String>) -> String {
+    match members.is_empty() {
+        true => "nobody".to_owned(),
+        false => members.keys().map(MemberName::as_str).collect::<Vec<_>>().join(", "),
     }
 }

@@ -16,6 +16,7 @@ use super::answer::Answer;
 use super::json::python_str;
 use super::{Api, Observe, time};
 use crate::node::{Command, RestartFilter};
+use crate::postgres::{PgRole, PgStatus};
 
 /// What a restart may take beyond the time PostgreSQL has to start: the stop before it.
 const STOP_ALLOWANCE: Duration = Duration::from_secs(300);
@@ -119,11 +120,14 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let Some(leader) = body.get("name").and_then(Value::as_str).map(MemberName::from) else {
             return Answer::page(400, "the body does not say who asks (name)");
         };
-        let picture = self.picture().await;
-        if picture.state() == "running" && picture.role() == "primary" {
-            return Answer::text(500, "Running as a leader");
-        }
-        let lsn = picture.running().map(|running| running.lsn);
+        // As last observed, not looked at anew: an answer that comes late costs the cluster its leader.
+        let lsn = match &self.board.borrow().postgres {
+            PgStatus::Running(running) if running.role == PgRole::Primary => {
+                return Answer::text(500, "Running as a leader");
+            }
+            PgStatus::Running(running) => Some(running.lsn),
+            _ => None,
+        };
         let ask = |reply| Command::FailsafePoll { leader, body: body.into(), reply };
         match self.ask(ask, FAILSAFE_LIMIT).await {
             Ok(true) => {

@@ -1,10 +1,12 @@
 //! etcd is lost, or a part of it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{LIMIT, Program, Scene, Spec, wait};
+use trunkline_tests::{LIMIT, Program, Scene, Spec, Timing, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_with_it() -> Result<()> {
@@ -56,6 +58,116 @@ async fn one_of_three_etcd_members_may_hang_or_die() -> Result<()> {
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     let failed = load.writers.record().failures - failures;
     ensure!(failed == 0, "{failed} statements failed");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// What the router's read-write port must never say, whatever happens to the nodes behind it.
+const WRONG_NODE: &str = "read-only transaction";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_etcd_without_failsafe_mode_ends_with_it_and_nobody_is_led_to_a_standby() -> Result<()> {
+    let mut scene = Scene::start("dcs-outage", 3).await?;
+    let load = scene.load().await?;
+    scene.cluster.settled(LIMIT).await?;
+
+    scene.etcd.kill(0);
+    let down = SystemClock.now();
+    while SystemClock.now().since(down) < Duration::from_secs(15) {
+        let error = load.writers.record().last_error.unwrap_or_default();
+        ensure!(!error.contains(WRONG_NODE), "a write was sent to a standby: {error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let back = SystemClock.now();
+    scene.etcd.restart(0).await?;
+    load.writers.progress(100, LIMIT).await?;
+    let record = load.writers.record();
+    ensure!(!record.last_error.clone().unwrap_or_default().contains(WRONG_NODE), "a write was sent to a standby");
+    let writes = record.recovered(down).context("no write after the outage")?;
+    ensure!(writes.since(back) < Duration::from_secs(10), "writes came back {:?} after etcd", writes.since(back));
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// A cluster of three in failsafe mode, all of them in the key.
+async fn failsafe_scene(name: &str) -> Result<Scene> {
+    let mut spec = Spec::new(3, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true, "primary_start_timeout": 0, "failsafe_mode": true });
+    // Every member has to answer in time, on a machine that runs other tests as well.
+    spec.timing = Timing { ttl: 10, loop_wait: 1, retry_timeout: 2 };
+    let mut scene = Scene::with(name, 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let port = scene.cluster.nodes[leader].rest_port();
+    let listed = wait::until("everybody in the failsafe key", LIMIT, async || {
+        let answer = rest::get(port, "/failsafe").await?;
+        ensure!(answer.body.as_object().is_some_and(|members| members.len() == 3), "{}", answer.body);
+        Ok(())
+    });
+    listed.await?;
+    Ok(scene)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_failsafe_mode_writes_go_on_without_etcd_until_a_member_is_missing() -> Result<()> {
+    let mut scene = failsafe_scene("failsafe").await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let failures = load.writers.record().failures;
+
+    let lost = SystemClock.now();
+    scene.etcd.kill(0);
+    let ttl = Duration::from_secs(scene.cluster.spec().timing.ttl.into());
+    while SystemClock.now().since(lost) < ttl * 5 / 2 {
+        load.writers.progress(20, LIMIT).await?;
+        let answer = scene.cluster.nodes[leader].health("/primary").await;
+        ensure!(answer == Some(200), "the primary does not say that it leads: {answer:?}");
+    }
+    let newcomer = scene.read_write().query_one("SELECT 1", Duration::from_secs(10)).await;
+    ensure!(newcomer.is_ok(), "a new session is not let in: {newcomer:?}");
+    let status = scene.cluster.nodes[leader].status().await?;
+    ensure!(status["failsafe_mode_is_active"] == true, "not said in the status: {status}");
+    let record = load.writers.record();
+    ensure!(record.failures == failures, "statements failed: {:?}", record.last_error);
+
+    // One member less: its word is missing, and without it nobody knows that it does not lead.
+    let missing = (leader + 1) % 3;
+    let gone = SystemClock.now();
+    scene.cluster.nodes[missing].kill();
+    let target = scene.node(leader);
+    let read_only = wait::until("the primary to step down", LIMIT, async || {
+        let answer = target.query_one("SELECT pg_is_in_recovery()", Duration::from_secs(1)).await;
+        ensure!(answer.as_deref().unwrap_or("t") == "t", "it still takes writes");
+        Ok(())
+    });
+    read_only.await?;
+    let after = SystemClock.now().since(gone);
+    ensure!(after < ttl + Duration::from_secs(2), "it stepped down only after {after:?}");
+
+    scene.cluster.nodes[missing].start()?;
+    scene.etcd.restart(0).await?;
+    load.writers.progress(100, LIMIT).await?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_by_failsafe_mode_keeps_its_place_when_etcd_has_ended_its_lease() -> Result<()> {
+    let mut scene = failsafe_scene("failsafe-lease").await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+
+    // Frozen for longer than a lease, etcd ends all of them when it goes on: every node sees the leader key vanish.
+    scene.etcd.freeze(0);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    scene.etcd.thaw(0);
+    load.writers.progress(200, LIMIT).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    // The router ends sessions when the key vanishes, which takes one new connection; the server has led on.
+    let record = load.writers.record();
+    let timelines: BTreeSet<u32> = record.writes.iter().map(|write| write.timeline).collect();
+    ensure!(timelines.len() == 1, "there was a promotion: {timelines:?}");
+    let error = record.last_error.unwrap_or_default();
+    ensure!(!error.contains(WRONG_NODE), "a write was sent to a standby: {error}");
     scene.finish(load).await?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use trunkline_common::cluster::{FailoverRequest, LeaderKey, Member, SyncState};
 use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
 
 use super::*;
-use crate::ha::situation::{Me, Memory, PeerAnswers};
+use crate::ha::situation::{FailsafeAttempt, Me, Memory, PeerAnswers, Promise};
 use crate::peer::PeerStatus;
 use crate::postgres::{ControlState, Running};
 
@@ -21,6 +21,8 @@ struct World {
     me: Me,
     view: Option<ClusterView>,
     leader_until: Option<Instant>,
+    /// The leadership is by the members' word, and the key is not known to be ours.
+    by_word: bool,
     has_lease: bool,
     dcs_away: bool,
     pg: PgStatus,
@@ -62,6 +64,7 @@ fn world() -> World {
         },
         view: Some(view),
         leader_until: None,
+        by_word: false,
         has_lease: true,
         dcs_away: false,
         pg: standby(1000),
@@ -126,6 +129,8 @@ impl World {
             me: &self.me,
             view: self.view.as_ref(),
             leader_until: self.leader_until,
+            holds_key: !self.by_word && self.leader_until.is_some_and(|until| NOW < until),
+            promised_until: self.leader_until.filter(|_| self.by_word),
             has_lease: self.has_lease,
             dcs_away: self.dcs_away,
             pg: &self.pg,
@@ -166,6 +171,32 @@ impl World {
             quorum: 0,
             revision: Revision(60),
         };
+        self
+    }
+
+    /// Failsafe mode is on, and these members are in its key.
+    fn failsafe(mut self, members: &[&str]) -> Self {
+        self.view().settings.failsafe_mode = true;
+        let url = |name: &&str| ((*name).into(), format!("http://{name}/patroni"));
+        self.view().failsafe = Some(members.iter().map(url).collect());
+        self.view().failsafe_revision = Revision(70);
+        self
+    }
+
+    /// The lease ends in so many milliseconds.
+    fn left(mut self, ms: u64) -> Self {
+        self.leader_until = Some(NOW + Duration::from_millis(ms));
+        self
+    }
+
+    /// We have given our word to a.
+    fn promised(mut self, ms: u64) -> Self {
+        self.memory.promise = Some(Promise {
+            leader: "a".into(),
+            until: NOW + Duration::from_millis(ms),
+            conn_url: Some("postgres://127.0.0.1:1/postgres".to_owned()),
+            api_url: Some("http://127.0.0.1:8001/patroni".to_owned()),
+        });
         self
     }
 
@@ -240,9 +271,107 @@ fn higher_priority_wins_at_equal_positions() {
 fn the_holder_of_the_key_promotes_and_nobody_else() {
     let mut holder = world().leading();
     holder.pg = standby(1000);
+    holder.memory.elected = Some(Revision(50));
     assert_eq!(holder.decide().action, Action::Promote(None));
     holder.leader_until = Some(NOW);
     assert_eq!(holder.decide().action, Action::Confirm);
+}
+
+#[test]
+fn a_key_that_was_not_won_just_now_is_only_used_by_the_best_node() {
+    let mut late = world().leading();
+    late.pg = standby(1000);
+    late.memory.elected = Some(Revision(49));
+    late.memory.up_since = Some(NOW);
+    assert!(matches!(late.decide().action, Action::Ask(_)), "positions are compared again");
+    assert_eq!(late.clone().answers(&[("c", peer(1000))]).decide().action, Action::Promote(None));
+    let behind = late.clone().answers(&[("c", peer(1001))]);
+    assert_eq!(behind.decide().action, Action::Release);
+    late = behind;
+    late.memory.up_since = None;
+    late.memory.started_at = NOW;
+    assert_eq!(late.decide().action, Action::Demote(DemoteMode::Sick), "an earlier agent may be promoting it");
+}
+
+#[test]
+fn a_primary_without_dcs_goes_on_with_the_word_of_all_members() {
+    let asked = |world: World| match world.decide().action {
+        Action::Failsafe(members) => members.keys().map(|name| name.as_str().to_owned()).collect(),
+        action => vec![format!("{action:?}")],
+    };
+    let mut away = world().leading().failsafe(&["a", "b", "c"]);
+    away.dcs_away = true;
+    assert_eq!(asked(away.clone().left(4100)), ["Lead"], "not yet");
+    assert_eq!(asked(away.clone().left(3900)), ["a", "c"]);
+    away.dcs_away = false;
+    assert_eq!(asked(away.clone().left(3100)), ["Lead"], "a slow answer");
+    assert_eq!(asked(away.clone().left(2900)), ["a", "c"]);
+    assert_eq!(asked(away.clone().left(900)), ["Demote(Offline)"], "too late");
+    assert_eq!(asked(world().leading().failsafe(&["b"]).left(2900)), Vec::<String>::new(), "alone");
+    assert_eq!(asked(world().leading().failsafe(&["a", "c"]).left(2900)), ["Lead"], "not on the list");
+    // What was sent to the DCS may be in force.
+    let members = BTreeMap::from([("d".into(), "http://d".to_owned())]);
+    away.memory.failsafe_attempt = Some(FailsafeAttempt { seen: Revision(70), members, at: NOW });
+    assert_eq!(asked(away.clone().left(2900)), ["a", "c", "d"]);
+    away.view().failsafe_revision = Revision(71);
+    assert_eq!(asked(away.clone().left(2900)), ["a", "c"]);
+    away.memory.leading_since = Revision(101);
+    assert_eq!(asked(away.clone().left(2900)), ["Lead"], "this list may be older than what we hold");
+    away.memory.leading_since = Revision(100);
+    away.memory.failsafe_refused = Some((NOW, "no promise from c".to_owned()));
+    assert_eq!(asked(away.clone().left(2900)), ["Lead"], "a pause");
+    assert!(away.left(900).decide().reason.contains("no promise from c"));
+}
+
+#[test]
+fn a_primary_that_leads_by_word_takes_its_key_again() {
+    let mut back = world().leading().failsafe(&["a", "b", "c"]).left(4000);
+    back.by_word = true;
+    assert_eq!(back.decide().action, Action::Confirm, "the view still shows the key");
+    back.view().leader = None;
+    assert_eq!(back.decide().action, Action::Acquire(None));
+    let mut alone = back.clone();
+    alone.dcs_away = true;
+    assert_eq!(alone.decide().action, Action::Lead);
+    back.view().leader = Some(key("c"));
+    assert_eq!(back.decide().action, Action::Demote(DemoteMode::LostKey), "somebody who was not on the list");
+    let mut asked = world().leading().failsafe(&["a", "b", "c"]).requested(Some("b"), Some("c")).left(4000);
+    asked.by_word = true;
+    assert_eq!(asked.decide().action, Action::Confirm);
+}
+
+#[test]
+fn whoever_has_given_its_word_follows_and_does_not_race() {
+    let free = world().leaderless().answers(&[("c", peer(1000))]);
+    assert!(matches!(free.decide().action, Action::Acquire(_)));
+    assert_eq!(free.clone().promised(1).decide().action, Action::Wait);
+    assert!(matches!(free.clone().promised(0).decide().action, Action::Acquire(_)), "over");
+    assert!(free.clone().promised(1).decide().reason.contains("following a leader (a) (by failsafe mode"));
+    // A key of ours that turns up late changes nothing.
+    let mut late = world().promised(1);
+    late.view().leader = Some(key("b"));
+    assert_eq!(late.decide().action, Action::Wait);
+    late.memory.promise = None;
+    assert_eq!(late.decide().action, Action::Confirm);
+    // A stopped server follows whom it has promised to.
+    let mut down = world().leaderless().promised(1);
+    down.pg = stopped(ControlState::ShutDownInRecovery, true);
+    assert!(matches!(down.decide().action, Action::Start(StartAs::Standby(Some(to))) if to.name == "a".into()));
+}
+
+#[test]
+fn with_failsafe_mode_a_stranger_and_an_agent_that_has_just_started_do_not_race() {
+    let stranger = world().leaderless().failsafe(&["a", "c"]).answers(&[("c", peer(1000))]).decide();
+    assert_eq!(stranger.action, Action::Wait);
+    assert!(stranger.reason.contains("not in the failsafe key"), "{}", stranger.reason);
+    let mut young = world().leaderless().failsafe(&["a", "b", "c"]).answers(&[("c", peer(1000))]);
+    young.memory.started_at = NOW - Duration::from_millis(4900);
+    assert_eq!(young.decide().reason, MAY_HAVE_PROMISED);
+    young.pg = primary(1000);
+    assert!(matches!(young.decide().action, Action::Acquire(_)), "a primary has promised nothing");
+    young.pg = standby(1000);
+    young.memory.started_at = NOW - Duration::from_secs(5);
+    assert!(matches!(young.decide().action, Action::Acquire(_)));
 }
 
 #[test]
@@ -446,6 +575,9 @@ prop_compose! {
         ],
         (rewind, reclone, demoted) in (any::<bool>(), any::<bool>(), any::<bool>()),
         start_timeout in prop_oneof![Just(0u64), Just(300)],
+        (by_word, promise, failsafe) in
+            (any::<bool>(), prop::option::of(0u64..3000), prop::option::of(prop_oneof![Just(&["a", "b", "c"][..]), Just(&["a"][..]), Just(&[][..])])),
+        (won, young) in (any::<bool>(), any::<bool>()),
         peers in prop::option::of((prop::option::of(900u64..1100), prop::option::of(900u64..1100), any::<bool>())),
     ) -> World {
         let mut world = world();
@@ -472,8 +604,20 @@ prop_compose! {
         if let (true, from, to) = request {
             world = world.requested(from, to);
         }
-        // The key can only be held where it bears our name.
-        world.leader_until = lease_ms.filter(|_| leader == Some("b")).map(|ms| NOW + Duration::from_millis(ms));
+        // The key can only be held where it bears our name, and led without it only by the members' word.
+        world.by_word = by_word;
+        let may_lead = leader == Some("b") || (by_word && leader.is_none());
+        world.leader_until = lease_ms.filter(|_| may_lead).map(|ms| NOW + Duration::from_millis(ms));
+        if let Some(members) = failsafe {
+            world = world.failsafe(members);
+        }
+        if let Some(ms) = promise {
+            world = world.promised(ms);
+        }
+        world.memory.elected = won.then_some(Revision(50));
+        if young {
+            world.memory.started_at = NOW;
+        }
         world.peers = peers.map(|(a, c, a_leads)| {
             let mut old = a.and_then(peer);
             if let Some(old) = old.as_mut() {
@@ -502,7 +646,15 @@ proptest! {
 
         match &decision.action {
             // Writing is for the holder of the key, in the same view.
-            Action::Promote(_) | Action::Start(StartAs::Primary) | Action::Lead | Action::HandOver => prop_assert!(leads),
+            Action::Start(StartAs::Primary) | Action::Lead | Action::HandOver => prop_assert!(leads),
+            Action::Promote(_) => prop_assert!(leads && view.unwrap().is_leader(&world.me.name)),
+            // Only a primary that leads and is on the list asks for the members' word.
+            Action::Failsafe(members) => {
+                let list = view.unwrap().failsafe.as_ref().unwrap();
+                prop_assert!(leads && matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary));
+                prop_assert!(list.contains_key(&world.me.name) && !members.contains_key(&world.me.name));
+                prop_assert_eq!(members.len(), list.len() - 1);
+            }
             // The key is only taken where there is none, by a node with a lease and a server that runs.
             Action::Acquire(_) => {
                 let view = view.unwrap();
@@ -524,6 +676,17 @@ proptest! {
             // Members are asked once.
             Action::Ask(members) => prop_assert!(world.peers.is_none() && !members.is_empty()),
             _ => {}
+        }
+
+        // Whoever has given its word to a leader without DCS does nothing that could make it a leader.
+        let word = world.memory.promise.as_ref().is_some_and(|promise| NOW < promise.until);
+        let takes_writes = matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary);
+        if word && !leads && !takes_writes {
+            let towards_leading = matches!(
+                decision.action,
+                Action::Acquire(_) | Action::Confirm | Action::Promote(_) | Action::Bootstrap | Action::Start(StartAs::Primary)
+            );
+            prop_assert!(!towards_leading, "{:?}", decision);
         }
 
         // A primary without the key never just goes on, unless an operator paused, it may win the key, or it waits

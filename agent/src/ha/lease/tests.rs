@@ -216,6 +216,50 @@ async fn a_shorter_ttl_counts_from_the_moment_the_key_may_have_moved() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_members_word_moves_the_deadline_and_nothing_else_does() {
+    let bench = leading().await;
+    bench.store.dcs().set_faults(|faults| faults.cut = true);
+    for _ in 0..20 {
+        let asked_at = bench.clock.now();
+        assert!(bench.handle.prolong(asked_at, asked_at + TTL));
+        let deadline = bench.guard.deadline().expect("armed");
+        assert_eq!((Some(deadline.until), deadline.until), (bench.handle.session().leader_until(), asked_at + TTL));
+        bench.live(TTL / 2).await;
+    }
+    assert!(!bench.key_is_there() && bench.fences.lock().is_empty());
+    // No promise any more: it ends with the last one, and a late one does not revive it.
+    let until = bench.handle.session().leader_until().unwrap();
+    bench.live(TTL / 2 - Duration::from_millis(450)).await;
+    assert!(!bench.handle.prolong(bench.clock.now(), bench.clock.now() + TTL), "being fenced");
+    bench.live(TTL).await;
+    assert!(bench.fences.lock().len() == 1 && bench.fences.lock()[0] < until);
+    assert!(!bench.handle.prolong(bench.clock.now(), bench.clock.now() + TTL), "over");
+    assert_eq!((bench.handle.session().failsafe, bench.guard.deadline()), (None, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_the_members_word_a_lost_key_is_no_reason_to_fence_and_can_be_won_back() {
+    let bench = leading().await;
+    let old = bench.handle.session().lease.unwrap();
+    bench.live(Duration::from_secs(1)).await;
+    let now = bench.clock.now();
+    assert!(bench.handle.prolong(now, now + TTL));
+    bench.dcs.client().revoke(old.id).await.unwrap();
+    bench.live(Duration::from_secs(1)).await;
+    let session = bench.handle.session();
+    assert_eq!((session.leading, session.leader_until()), (false, Some(now + TTL)));
+    let lease = session.lease.unwrap();
+    assert!(bench.store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap().is_done());
+    assert!(bench.handle.lead(lease));
+    bench.live(TTL * 3).await;
+    assert!(bench.handle.session().leading && bench.fences.lock().is_empty() && bench.key_is_there());
+    // The word is over by now: what holds is the lease alone.
+    bench.dcs.client().revoke(bench.handle.session().lease.unwrap().id).await.unwrap();
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.fences.lock().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_may_write_is_told_when_that_ends() {
     let bench = leading().await;
     assert!(bench.handle.may_write(bench.clock.now()));

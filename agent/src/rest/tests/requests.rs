@@ -72,10 +72,11 @@ async fn requests_to_the_ha_loop() {
     node.catch_up().await;
     let peers = HttpPeers::new(RestClient::for_agent(&local("client")).unwrap());
     let everybody = BTreeMap::from([(MemberName::from("pg-b"), node.url("/patroni"))]);
+    node.board.send_modify(|board| board.postgres = PgStatus::Running(standby()));
     let answers = peers.failsafe(everybody, poll.clone(), Duration::from_secs(2)).await;
     let answer = answers[&MemberName::from("pg-b")];
     assert!(answer.accepted && answer.lsn == Some(Lsn(0x300_0148)), "{answer:?}");
-    node.postgres.send_replace(PgStatus::Running(primary()));
+    node.board.send_modify(|board| board.postgres = PgStatus::Running(primary()));
     assert_eq!(node.code("POST", "/failsafe", Some(poll)).await, 500, "a primary does not accept");
     assert_eq!(node.get("/failsafe").await.0, 502);
     assert_eq!(node.code("POST", "/mpp", Some(json!({"type": "x"}))).await, 200);
