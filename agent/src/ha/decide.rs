@@ -241,7 +241,11 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Stopped(_) if settings.pause => is(Action::Release, "paused, and PostgreSQL is down"),
         PgStatus::Stopped(control) => recover_leader(s, view, control),
         PgStatus::Starting => sick_leader(s, view, "PostgreSQL is starting"),
-        PgStatus::Unresponsive => sick_leader(s, view, "PostgreSQL does not answer"),
+        PgStatus::Unresponsive => hung_leader(s, view),
+        PgStatus::Refusing(why) if s.memory.was_primary => {
+            is(Action::Lead, format!("PostgreSQL answers with an error: {why}"))
+        }
+        PgStatus::Refusing(why) => is(Action::Wait, format!("PostgreSQL answers with an error: {why}")),
         PgStatus::Running(running) if running.role == PgRole::Standby => {
             if settings.standby_cluster.is_some() {
                 return is(Action::Wait, "standby_cluster is set: this leader stays a standby");
@@ -314,12 +318,31 @@ fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> D
     }
 }
 
-/// The leader's server is there but doesn't answer.
+/// A server that lets nobody in is taken for hung after so many looks in a row and so much time (or `ttl`, if that is
+/// longer): an overloaded machine gets a connection through now and then, and one is enough.
+const HUNG: (u32, Duration) = (3, Duration::from_secs(10));
+
+/// The leader's server takes no connection: stopped, or waiting for a disk. Sessions that it has may go on for ever.
+fn hung_leader(s: &Situation, view: &ClusterView) -> Decision {
+    let patience = HUNG.1.max(view.settings.ttl);
+    let so_far = format!("PostgreSQL has not answered {} times, for {:.0?}", s.memory.silent, s.down_for());
+    if s.memory.silent < HUNG.0 || s.down_for() < patience || view.settings.pause {
+        return is(Action::Wait, format!("{so_far}; it is taken for hung after {} times and {patience:?}", HUNG.0));
+    }
+    give_way(s, view, &so_far)
+}
+
+/// The leader's server is there, but recovers from a crash.
 fn sick_leader(s: &Situation, view: &ClusterView, what: &str) -> Decision {
     let patience = view.settings.primary_start_timeout.max(view.settings.ttl);
     if s.down_for() < patience || view.settings.pause {
         return is(Action::Wait, format!("{what}, for {:.0?}", s.down_for()));
     }
+    give_way(s, view, what)
+}
+
+/// Kills a server that is of no use, if somebody else can lead.
+fn give_way(s: &Situation, view: &ClusterView, what: &str) -> Decision {
     match election::takeover(s, view, None, false) {
         Takeover::Ask(members) => is(Action::Ask(members), what),
         Takeover::Possible(name) => is(Action::Demote(DemoteMode::Sick), format!("{what}, and {name} can take over")),
@@ -374,6 +397,9 @@ fn named_leader(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Stopped(_) if s.dcs_away && !s.backing_off() && !view.settings.pause => {
             is(Action::Start(StartAs::Standby(None)), "the DCS does not answer; starting as a standby to serve reads")
         }
+        PgStatus::Unresponsive | PgStatus::Stopping if s.memory.abstain_until.is_some_and(|until| s.now < until) => {
+            is(Action::Wait, "PostgreSQL can't be killed; the leader key is left to run out")
+        }
         _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
         _ if s.is_primary()
@@ -392,7 +418,7 @@ fn follower(s: &Situation, view: &ClusterView) -> Decision {
     match s.pg {
         PgStatus::NoData => clone(s, view, leader),
         PgStatus::Broken(why) => is(Action::Wait, format!("the data directory can't be used: {why}")),
-        PgStatus::Starting | PgStatus::Unresponsive
+        PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_)
             if s.memory.was_primary && !s.memory.demoted && !view.settings.pause =>
         {
             let reason =
@@ -402,6 +428,9 @@ fn follower(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Starting => is(Action::Wait, format!("PostgreSQL is starting; {leader} leads")),
         PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
         PgStatus::Unresponsive => is(Action::Wait, format!("PostgreSQL does not answer; {leader} leads")),
+        PgStatus::Refusing(why) => {
+            is(Action::Wait, format!("PostgreSQL answers with an error ({why}); {leader} leads"))
+        }
         PgStatus::Running(running) if running.role == PgRole::Primary => {
             if view.settings.pause {
                 return is(
@@ -523,6 +552,9 @@ fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Starting => return is(Action::Wait, "PostgreSQL is starting; nobody leads"),
         PgStatus::Stopping => return is(Action::Wait, "PostgreSQL is stopping; nobody leads"),
         PgStatus::Unresponsive => return is(Action::Wait, "PostgreSQL does not answer; nobody leads"),
+        PgStatus::Refusing(why) => {
+            return is(Action::Wait, format!("PostgreSQL answers with an error ({why}); nobody leads"));
+        }
         PgStatus::Running(_) if s.may_have_promised(view) => return is(Action::Wait, MAY_HAVE_PROMISED),
         PgStatus::Running(_) => {}
     }

@@ -247,6 +247,21 @@ impl LeaseHandle {
         self.change(|session| session.lease.take_if(|current| current.id == lease).is_some());
     }
 
+    /// PostgreSQL could not be stopped: leadership is given up with its lease, which runs out unless somebody else has use
+    /// for it, and the keeper goes on fencing.
+    pub fn forsake(&self, now: Instant) {
+        let timing = *self.timing.borrow();
+        self.change(|session| {
+            if !session.leading {
+                return false;
+            }
+            session.failsafe = None;
+            session.lose(now, timing.deadline_from(now), timing);
+            session.lease = None;
+            true
+        });
+    }
+
     /// PostgreSQL can't write any more (or never could): the key is given up, and there is nothing left to fence.
     pub fn resign(&self) {
         self.change(|session| {

@@ -48,6 +48,9 @@ const MAX_STEPS: usize = 8;
 /// A server that ends sooner than this after its start has failed to start.
 const SHORT_LIFE: Duration = Duration::from_secs(10);
 
+/// How soon a server that did not answer is looked at again, at the latest.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
 /// Why the loop ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
@@ -289,7 +292,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.demoted = false;
                 self.memory.down_since = None;
             }
-            PgStatus::NoData => self.memory.down_since = None,
+            PgStatus::NoData | PgStatus::Refusing(_) => self.memory.down_since = None,
             _ => {
                 self.memory.down_since.get_or_insert(now);
             }
@@ -309,8 +312,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.up_since = None;
             self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
         }
+        self.memory.silent = match pg {
+            PgStatus::Unresponsive => self.memory.silent.saturating_add(1),
+            _ => 0,
+        };
         if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
-            info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory));
+            match &pg {
+                PgStatus::Unresponsive => info!("PostgreSQL does not answer"),
+                PgStatus::Refusing(why) => warn!("PostgreSQL answers with an error: {why}"),
+                _ => info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory)),
+            }
         }
         self.pg = pg;
     }
@@ -369,6 +380,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                         true => DivergenceState::RewindFailed(why),
                         false => DivergenceState::Check,
                     };
+                }
+                if kind == TaskKind::Demote && self.lease.session().leading {
+                    // Processes that wait for a disk can't be killed before that answers; nor can they acknowledge
+                    // anything any more. The key is for others once its lease is over.
+                    warn!("PostgreSQL could not be stopped; the leader key is left to run out");
+                    self.lease.forsake(now);
+                    self.memory.abstain_until = Some(now + self.settings().ttl * 2);
                 }
                 if kind == TaskKind::Promote && self.memory.failures >= 3 {
                     self.memory.abstain_until = Some(now + self.settings().ttl);
@@ -511,6 +529,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn wake_at(&self) -> Instant {
         let now = self.parts.clock.now();
         let mut wake = now + self.settings().loop_wait;
+        if self.pg == PgStatus::Unresponsive {
+            wake = wake.min(now + LOOK_AGAIN);
+        }
         if let Some(until) = self.lease.session().leader_until() {
             let ttl = self.settings().ttl;
             let mut due = until - decide::step_down_margin(ttl);

@@ -26,7 +26,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory) -> &'
     }
     match pg {
         PgStatus::Running(_) => "running",
-        PgStatus::Unresponsive => "running",
+        PgStatus::Refusing(_) | PgStatus::Unresponsive => "running",
         PgStatus::Starting => "starting",
         PgStatus::Stopping => "stopping",
         PgStatus::NoData | PgStatus::Broken(_) => "stopped",

@@ -81,6 +81,8 @@ pub struct Memory {
     pub demoted: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
     pub down_since: Option<Instant>,
+    /// How many times in a row it was looked at and did not answer at all.
+    pub silent: u32,
     /// When it was started last; `None` once something else was done to it.
     pub up_since: Option<Instant>,
     /// Attempts to start, clone or rewind that failed since the last success.

@@ -66,6 +66,9 @@ pub enum PgStatus {
     Stopping,
     /// It answers queries.
     Running(Running),
+    /// It answers with an error (no connection left, a password that does not fit, a query that was cancelled): it can't be
+    /// asked, but is alive.
+    Refusing(String),
     /// A postmaster that should accept connections but did not answer within the deadline.
     Unresponsive,
 }

@@ -96,6 +96,7 @@ impl Instance {
             _ if stopping => PgStatus::Stopping,
             // It recovers from a crash of one of its processes.
             NoAnswer::NotNow => PgStatus::Starting,
+            NoAnswer::Refused(words) => PgStatus::Refusing(words),
             NoAnswer::Error(error) => {
                 tracing::warn!("the local server can't be asked: {error}");
                 PgStatus::Unresponsive
@@ -116,6 +117,7 @@ pub(super) fn words(status: &PgStatus) -> &'static str {
             PgRole::Primary => "running as primary",
             PgRole::Standby => "running as standby",
         },
+        PgStatus::Refusing(_) => "answering with an error",
         PgStatus::Unresponsive => "not answering",
     }
 }

@@ -16,8 +16,9 @@ use super::pidfile::PidFile;
 use super::walsender::{self, WireError};
 use super::{PgError, PgRole, Running, WalSender, conninfo};
 
-/// A session is opened anew after this long: an old one goes on answering while the postmaster takes no connections.
-const SESSION_AGE: Duration = Duration::from_secs(10);
+/// A session is opened anew after this long: an old one goes on answering while the postmaster takes no connections, so
+/// this is part of the time after which a hung postmaster is found.
+const SESSION_AGE: Duration = Duration::from_secs(5);
 
 /// Patroni's name for it; monitoring filters by it.
 const APPLICATION_NAME: &str = "Patroni heartbeat";
@@ -90,7 +91,9 @@ pub struct Sessions(tokio::sync::Mutex<Option<Arc<Session>>>);
 pub enum NoAnswer {
     /// The server says it is starting up, in recovery, or shutting down (57P03).
     NotNow,
-    /// Anything else.
+    /// The server answers with another error.
+    Refused(String),
+    /// No answer from a server.
     Error(String),
 }
 
@@ -151,7 +154,8 @@ impl From<tokio_postgres::Error> for NoAnswer {
     fn from(error: tokio_postgres::Error) -> Self {
         match error.code() {
             Some(code) if *code == SqlState::CANNOT_CONNECT_NOW => Self::NotNow,
-            _ => Self::Error(words(&error)),
+            Some(_) => Self::Refused(words(&error)),
+            None => Self::Error(words(&error)),
         }
     }
 }

@@ -235,7 +235,11 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let board = self.board.borrow();
         let alive = matches!(
             board.postgres,
-            PgStatus::Running(_) | PgStatus::Starting | PgStatus::Stopping | PgStatus::Unresponsive
+            PgStatus::Running(_)
+                | PgStatus::Refusing(_)
+                | PgStatus::Starting
+                | PgStatus::Stopping
+                | PgStatus::Unresponsive
         );
         // A stuck primary loses its lease after one ttl; a replica can wait longer.
         let patience = self.settings().ttl * if board.role == "primary" && alive { 1 } else { 2 };

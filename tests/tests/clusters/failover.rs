@@ -13,6 +13,9 @@ const AT_ONCE: Duration = Duration::from_millis(2500);
 /// The lease (5 s), etcd's sweep (0.5 s), and a busy machine.
 const AFTER_LEASE: Duration = Duration::from_millis(8000);
 
+/// Ten seconds without an answer, a new session every five, a second between looks, and a busy machine.
+const HUNG: Duration = Duration::from_secs(25);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_postmaster_is_replaced_at_once_and_rejoins() -> Result<()> {
     let mut scene = Scene::start("postmaster", 3).await?;
@@ -71,6 +74,25 @@ async fn a_frozen_node_loses_its_sessions_and_takes_no_write_after_its_thaw() ->
     let record = load.writers.record();
     let late = record.writes.iter().find(|write| write.port == old_port && write.acked > taken_over);
     ensure!(late.is_none(), "the old leader acknowledged a write after its thaw: {late:?}");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_postmaster_is_taken_for_hung_and_replaced_and_rejoins() -> Result<()> {
+    let mut scene = Scene::start("hung", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+
+    // It lets nobody in, but the sessions that it has go on: only a new one can tell.
+    let hung = scene.cluster.nodes[old].postmaster()?;
+    rustix::process::kill_process(hung, rustix::process::Signal::STOP)?;
+    let fault = SystemClock.now();
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    let found = SystemClock.now().since(fault);
+    ensure!(found > Duration::from_secs(9), "after {found:?}, nobody can be sure");
+    ensure!(found < HUNG, "found only after {found:?}");
+    load.writers.progress(100, LIMIT).await?;
     scene.finish(load).await?;
     Ok(())
 }

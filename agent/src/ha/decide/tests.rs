@@ -428,6 +428,37 @@ fn a_silent_server_that_took_writes_is_stopped_beside_another_leader() {
 }
 
 #[test]
+fn a_hung_server_is_given_up_after_several_looks_if_somebody_can_take_over() {
+    let mut hung = world().leading().answers(&[("a", None), ("c", peer(1000))]);
+    hung.pg = PgStatus::Unresponsive;
+    for (silent, seconds, ttl, given_up) in
+        [(2, 60, 5, false), (3, 9, 5, false), (3, 10, 5, true), (30, 29, 30, false), (30, 30, 30, true)]
+    {
+        hung.view().settings.ttl = Duration::from_secs(ttl);
+        (hung.memory.silent, hung.memory.down_since) = (silent, Some(NOW - Duration::from_secs(seconds)));
+        let expected = if given_up { Action::Demote(DemoteMode::Sick) } else { Action::Wait };
+        assert_eq!(hung.decide().action, expected, "{silent} times, {seconds} s, ttl {ttl}");
+    }
+    assert_eq!(hung.clone().answers(&[("a", None), ("c", None)]).decide().action, Action::Wait, "nobody else");
+    hung.view().settings.pause = true;
+    assert_eq!(hung.decide().action, Action::Wait);
+    // Full, but alive.
+    let mut full = world().leading();
+    full.pg = PgStatus::Refusing("sorry, too many clients already (53300)".to_owned());
+    (full.memory.was_primary, full.memory.down_since) = (true, Some(NOW - Duration::from_secs(900)));
+    assert_eq!(full.decide().action, Action::Lead);
+}
+
+#[test]
+fn what_cannot_be_killed_does_not_take_its_key_again() {
+    let mut stuck = world().leading();
+    (stuck.pg, stuck.leader_until) = (PgStatus::Unresponsive, None);
+    assert_eq!(stuck.decide().action, Action::Confirm);
+    stuck.memory.abstain_until = Some(NOW + Duration::from_secs(10));
+    assert_eq!(stuck.decide().action, Action::Wait);
+}
+
+#[test]
 fn a_leader_without_an_address_is_not_unfollowed() {
     let mut hidden = world();
     hidden.view().members.remove(&"a".into());
@@ -551,6 +582,7 @@ fn any_pg() -> impl Strategy<Value = PgStatus> {
         Just(PgStatus::Starting),
         Just(PgStatus::Stopping),
         Just(PgStatus::Unresponsive),
+        Just(PgStatus::Refusing("x".to_owned())),
         (control, any::<bool>()).prop_map(|(state, standby)| stopped(state, standby)),
         (900u64..1100).prop_map(standby),
         (900u64..1100).prop_map(primary),
@@ -667,7 +699,7 @@ proptest! {
             }
             // Giving up the key needs a server that can't write.
             Action::Release => prop_assert!(!matches!(&world.pg, PgStatus::Running(r) if r.role == PgRole::Primary)
-                && !matches!(world.pg, PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Stopping)),
+                && !matches!(world.pg, PgStatus::Starting | PgStatus::Refusing(_) | PgStatus::Unresponsive | PgStatus::Stopping)),
             // Data is only replaced where a setting allows it and somebody else leads.
             Action::Reclone(_) => prop_assert!(world.me.reclone_diverged || world.me.reclone_unrewindable),
             Action::Clone(_) => prop_assert_eq!(&world.pg, &PgStatus::NoData),
