@@ -300,6 +300,7 @@ fn first_board(clock: &SystemClock) -> Board {
         dcs_last_seen: 0,
         watchdog_failed: false,
         transitions: std::collections::BTreeMap::new(),
+        decisions: Arc::default(),
         failsafe_active: false,
         guard: guard::Status::default(),
     }

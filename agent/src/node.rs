@@ -1,7 +1,9 @@
 //! What the HA loop, the REST API and `main` share: one board that the loop writes, one queue that it reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 use trunkline_common::{Instant, MemberName};
@@ -45,10 +47,42 @@ pub struct Board {
     /// How often what happened since the start, and why: `("promote" | "demote" | "fence" …, reason)` → times. Metric
     /// labels, so both are from a fixed, small set.
     pub transitions: BTreeMap<(&'static str, &'static str), u64>,
+    /// What was decided lately, oldest first; see [`Noted`].
+    pub decisions: Arc<VecDeque<Noted>>,
     /// Failsafe mode is what keeps this leader up, or a leader in failsafe mode has told us so lately.
     pub failsafe_active: bool,
     /// What ends writes where this process can't.
     pub guard: guard::Status,
+}
+
+/// A decision that differs from the one before it, with its reason and the numbers compared: `GET /decisions`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Noted {
+    /// When it was made first.
+    pub at: DateTime<Utc>,
+    /// What was decided, as in the metrics.
+    pub action: &'static str,
+    /// Why.
+    pub reason: String,
+}
+
+/// How many decisions are kept.
+const DECISIONS: usize = 200;
+
+impl Noted {
+    /// Adds it to `noted`, unless it says what the last one says, with other numbers at most. True if it was added.
+    pub fn note_in(self, noted: &mut Arc<VecDeque<Noted>>) -> bool {
+        let words = |text: &str| text.chars().filter(|c| !c.is_ascii_digit() && *c != '.').collect::<String>();
+        if noted.back().is_some_and(|last| words(&last.reason) == words(&self.reason)) {
+            return false;
+        }
+        let noted = Arc::make_mut(noted);
+        if noted.len() == DECISIONS {
+            noted.pop_front();
+        }
+        noted.push_back(self);
+        true
+    }
 }
 
 /// What may be asked of the HA loop. Replies come when it is done or refused; a dropped receiver cancels nothing.
@@ -107,4 +141,27 @@ pub struct Refusal {
     pub status: u16,
     /// A sentence.
     pub text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noted(reason: &str) -> Noted {
+        Noted { at: DateTime::UNIX_EPOCH, action: "wait", reason: reason.to_owned() }
+    }
+
+    #[test]
+    fn what_repeats_itself_is_kept_once_and_the_oldest_is_forgotten() {
+        let mut all = Arc::default();
+        assert!(noted("silent for 1.5s").note_in(&mut all));
+        assert!(!noted("silent for 12s").note_in(&mut all));
+        assert!(noted("silent no more").note_in(&mut all));
+        assert_eq!(all.front().map(|first| first.reason.as_str()), Some("silent for 1.5s"));
+        for _ in 0..DECISIONS {
+            noted("x").note_in(&mut all);
+            noted("y").note_in(&mut all);
+        }
+        assert_eq!((all.len(), all.front().map(|first| first.reason.as_str())), (DECISIONS, Some("x")));
+    }
 }

@@ -33,6 +33,8 @@ pub(super) enum Command {
     Topology(TopologyArgs),
     /// Show the history of failovers and switchovers
     History(HistoryArgs),
+    /// Show what the members decided lately, and why
+    Decisions(DecisionsArgs),
     /// Show the dynamic configuration
     ShowConfig(DefaultGroupArgs),
     /// Edit the dynamic configuration
@@ -174,6 +176,15 @@ pub(super) struct HistoryArgs {
     /// Output format
     #[arg(short, long, default_value = "pretty")]
     pub format: FormatName,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DecisionsArgs {
+    #[command(flatten)]
+    pub history: HistoryArgs,
+    /// The member; default: all
+    #[arg(short, long)]
+    pub member: Option<String>,
 }
 
 #[derive(Debug, Args)]

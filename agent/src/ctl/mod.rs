@@ -68,6 +68,7 @@ async fn dispatch(cli: &Cli) -> error::Result<()> {
         Command::List(args) => list::list(context, args).await,
         Command::Topology(args) => list::topology(context, args).await,
         Command::History(args) => show::history(context, args).await,
+        Command::Decisions(args) => show::decisions(context, args).await,
         Command::ShowConfig(args) => show::show_config(context, args).await,
         Command::EditConfig(args) => edit::edit_config(context, args).await,
         Command::Switchover(args) => change::switchover(context, args).await,

@@ -3,9 +3,9 @@
 use serde_json::Value;
 use trunkline_common::cluster::HistoryLine;
 
-use super::args::{DefaultGroupArgs, DsnArgs, HistoryArgs, Role, VersionArgs};
+use super::args::{DecisionsArgs, DefaultGroupArgs, DsnArgs, HistoryArgs, Role, VersionArgs};
 use super::context::Context;
-use super::error::{CtlError, Result};
+use super::error::{CtlError, Result, complain};
 use super::output::{Sheet, render};
 use super::prompt::echo;
 use super::rest::Method;
@@ -33,6 +33,34 @@ fn history_row(line: &HistoryLine) -> Vec<Value> {
         line.promoted_at.as_deref().unwrap_or("").into(),
         line.new_leader.as_deref().unwrap_or("").into(),
     ]
+}
+
+/// `decisions`: every member's, in the order of their times. Members of Patroni keep none.
+pub(super) async fn decisions(context: &Context, args: &DecisionsArgs) -> Result<()> {
+    let cluster = context.target_in_own_group(&args.history.target)?.read().await?;
+    let mut rows = Vec::new();
+    for node in with_role(&cluster, Role::Any) {
+        if node.member.api_url.is_none() || args.member.as_ref().is_some_and(|wanted| *wanted != node.name) {
+            continue;
+        }
+        match context.rest.call(&node, Method::Get, "decisions", None).await {
+            Ok(answer) => rows.extend(decision_rows(&node.name, &answer.body)),
+            Err(error) => complain(&format!("{}: {error}", node.name)),
+        }
+    }
+    rows.sort_by(|a: &Vec<Value>, b| a[0].as_str().cmp(&b[0].as_str()));
+    let sheet = Sheet {
+        columns: Some(["Time", "Member", "Decision", "Reason"].map(str::to_owned).to_vec()),
+        rows,
+        ..Sheet::default()
+    };
+    echo(render(&sheet, args.history.format.into(), "\t"))
+}
+
+fn decision_rows(member: &str, document: &str) -> Vec<Vec<Value>> {
+    let Ok(Value::Array(lines)) = serde_json::from_str(document) else { return Vec::new() };
+    let text = |line: &Value, field: &str| line.get(field).and_then(Value::as_str).unwrap_or_default().into();
+    lines.iter().map(|l| vec![text(l, "time"), member.into(), text(l, "decision"), text(l, "reason")]).collect()
 }
 
 /// `show-config`.

@@ -25,7 +25,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             *self.transitions.entry((decision.action.label(), cause)).or_default() += 1;
         }
         match decision.action {
-            Action::Wait | Action::Ask(_) => {
+            Action::Wait | Action::Abstain | Action::Ask(_) => {
                 self.idle_upkeep().await;
                 Next::Wait
             }

@@ -32,6 +32,8 @@ pub struct Decision {
 pub enum Action {
     /// Nothing to do but to publish this node's state.
     Wait,
+    /// Nobody leads, and this node leaves it to others.
+    Abstain,
     /// Ask these members how they are, and decide again.
     Ask(BTreeMap<MemberName, String>),
     /// Lead on: keep status, slots, history and the synchronous set up to date.
@@ -86,6 +88,7 @@ impl Action {
     pub fn label(&self) -> &'static str {
         match self {
             Action::Wait => "wait",
+            Action::Abstain => "abstain",
             Action::Ask(_) => "ask",
             Action::Lead => "lead",
             Action::Confirm => "confirm",
@@ -577,7 +580,7 @@ fn race(s: &Situation, view: &ClusterView) -> Decision {
         Verdict::Yield(why) if s.is_primary() && !view.settings.pause => {
             is(Action::Demote(DemoteMode::LostKey), format!("primary without the leader key: {why}"))
         }
-        Verdict::Yield(why) => is(Action::Wait, why),
+        Verdict::Yield(why) => is(Action::Abstain, why),
     }
 }
 

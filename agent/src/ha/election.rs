@@ -177,8 +177,13 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
     if quorum_mode {
         return quorum(s, view, peers);
     }
-    let reached = electorate.keys().filter(|name| answer(peers, name).is_some()).count();
-    Verdict::Race(format!("at {own}; none of {reached} members reached is ahead"))
+    let said = |name: &MemberName| match answer(peers, name) {
+        Some(peer) if promotable(peer) => format!("{name} is at {}", peer.lsn),
+        Some(_) => format!("{name} may not be promoted"),
+        None => format!("{name} did not answer"),
+    };
+    let said: Vec<String> = electorate.keys().map(said).collect();
+    Verdict::Race(format!("at {own} with priority {priority}; nobody is a better choice ({})", said.join(", ")))
 }
 
 /// The vote of quorum commit: a node that is not certain to have every commit needs others that are not ahead of it.
@@ -198,8 +203,8 @@ fn quorum(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> Verdict {
 /// Whether somebody could take over from a leader that runs or ran here (ha-loop §8.4).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Takeover {
-    /// At least this member can.
-    Possible(MemberName),
+    /// At least this member can; with its position.
+    Possible(String),
     /// Nobody can; the words say why.
     Impossible(String),
     /// It depends on these members: ask them.
@@ -238,11 +243,13 @@ pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName
         if !promotable(peer) {
             why.push(format!("{name} may not be promoted"));
         } else if lag > view.settings.maximum_lag_on_failover {
-            why.push(format!("{name} is {lag} bytes behind"));
+            let allowed = view.settings.maximum_lag_on_failover;
+            why.push(format!("{name} is {lag} bytes behind, {allowed} are allowed"));
         } else if behind {
-            why.push(format!("{name} is on an old timeline"));
+            let known = view.timeline().unwrap_or_default();
+            why.push(format!("{name} is on timeline {}, not {known}", peer.timeline.unwrap_or_default()));
         } else {
-            return Takeover::Possible(name.clone());
+            return Takeover::Possible(format!("{name} (at {}, {lag} bytes behind)", peer.lsn));
         }
     }
     Takeover::Impossible(why.join(", "))

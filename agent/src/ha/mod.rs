@@ -17,7 +17,7 @@ mod act;
 mod commands;
 mod upkeep;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ use self::publish::Urls;
 use self::situation::{DivergenceState, Me, Memory, PeerAnswers, Situation};
 use self::task::{Hands, TaskEnd, TaskKind};
 use crate::guard::Guard;
-use crate::node::{Board, Command};
+use crate::node::{Board, Command, Noted};
 use crate::peer::Peers;
 use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, StopMode};
 
@@ -107,6 +107,10 @@ pub struct Ha<D, P, C, R> {
     scheduled_restart: Option<Value>,
     /// How often what happened, and why: metric labels.
     transitions: BTreeMap<(&'static str, &'static str), u64>,
+    /// What was decided lately.
+    decisions: Arc<VecDeque<Noted>>,
+    /// How often the keeper has fenced, as far as that is among them.
+    fenced: u64,
     checkpoint: Option<Task<()>>,
 }
 
@@ -165,6 +169,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             names_proven: None,
             scheduled_restart: None,
             transitions: BTreeMap::new(),
+            decisions: Arc::default(),
+            fenced: 0,
             checkpoint: None,
             parts,
         }
@@ -328,6 +334,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// Decides; asks the other members first where the decision depends on them.
     async fn decide(&mut self) -> Decision {
+        let fenced = self.lease.session().fenced;
+        if std::mem::replace(&mut self.fenced, fenced) < fenced {
+            self.note(
+                "fence",
+                "PostgreSQL was killed: the leader key could not be proven to be ours before its lease ended",
+            );
+            *self.transitions.entry(("fence", "lease")).or_default() += 1;
+        }
         let mut answers: Option<PeerAnswers> = None;
         let decision = loop {
             let view = self.view.clone();
@@ -361,8 +375,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         } else {
             debug!("{}", decision.reason);
         }
+        self.note(decision.action.label(), &decision.reason);
         self.last = decision.clone();
         decision
+    }
+
+    /// For `GET /decisions`. A refusal to race is counted once, not in every turn that it goes on.
+    fn note(&mut self, action: &'static str, reason: &str) {
+        let noted = Noted { at: self.parts.clock.wall(), action, reason: reason.to_owned() };
+        if noted.note_in(&mut self.decisions) && action == Action::Abstain.label() {
+            *self.transitions.entry((action, "no_leader")).or_default() += 1;
+        }
     }
 
     /// What a finished task means.

@@ -284,6 +284,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             dcs_last_seen: self.parts.clock.wall().timestamp() - i64::try_from(silent_for).unwrap_or(0),
             watchdog_failed: false,
             transitions: self.transitions.clone(),
+            decisions: self.decisions.clone(),
             failsafe_active,
             guard: self.parts.guard.status(),
         };

@@ -169,6 +169,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             ("GET", "patroni") => Answer::json(200, self.picture().await.document(&self.identity)),
             ("GET", "cluster") => self.cluster().await,
             ("GET", "history") => self.history().await,
+            ("GET", "decisions") => Answer::json(200, status::decisions(self.board.borrow().decisions.iter())),
             ("GET", "config") => self.config().await,
             ("GET", "failsafe") => self.failsafe_members(),
             ("GET", "metrics") => {

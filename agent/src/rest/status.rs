@@ -11,8 +11,7 @@ use trunkline_config::dynamic::SynchronousMode;
 
 use super::Identity;
 use super::health::Inputs;
-use crate::node::Board;
-use crate::node::PATRONI_VERSION;
+use crate::node::{Board, Noted, PATRONI_VERSION};
 use crate::postgres::{PgRole, PgStatus, Running};
 
 /// Everything one answer is made of, taken together.
@@ -244,6 +243,15 @@ fn python_time(text: &str) -> String {
     let Some(time) = postgres_time(text) else { return text.to_owned() };
     let fraction = if time.timestamp_subsec_micros() == 0 { "" } else { "%.6f" };
     time.format(&format!("%Y-%m-%d %H:%M:%S{fraction}%:z")).to_string()
+}
+
+/// `GET /decisions`: what the HA loop decided lately and why, oldest first.
+pub(super) fn decisions<'d>(noted: impl IntoIterator<Item = &'d Noted>) -> Value {
+    let line = |noted: &Noted| {
+        let at = noted.at.to_rfc3339_opts(chrono::SecondsFormat::Millis, false);
+        json!({ "time": at, "decision": noted.action, "reason": noted.reason })
+    };
+    noted.into_iter().map(line).collect()
 }
 
 /// The `/cluster` document.

@@ -226,7 +226,7 @@ fn the_most_advanced_standby_takes_the_key_when_the_leader_is_gone() {
     assert_eq!(alone.clone().answers(&[("c", peer(1000))]).decide().action, Action::Acquire(None));
     assert_eq!(alone.clone().answers(&[("c", None)]).decide().action, Action::Acquire(None));
     let behind = alone.answers(&[("c", peer(1001))]).decide();
-    assert_eq!(behind.action, Action::Wait);
+    assert_eq!(behind.action, Action::Abstain);
     assert!(behind.reason.contains("Wal position of c is ahead of my wal position"), "{}", behind.reason);
 }
 
@@ -234,7 +234,7 @@ fn the_most_advanced_standby_takes_the_key_when_the_leader_is_gone() {
 fn a_standby_too_far_behind_or_not_allowed_stays_out() {
     let mut far = world().leaderless().answers(&[("c", None)]);
     far.view().status.optime = Lsn(10_000_000);
-    assert_eq!(far.decide().action, Action::Wait);
+    assert_eq!(far.decide().action, Action::Abstain);
     assert!(far.decide().reason.contains("maximum_lag_on_failover"));
     let mut barred = world().leaderless().answers(&[("c", None)]);
     barred.me.tags = json!({ "nofailover": true }).as_object().unwrap().clone();
@@ -245,13 +245,13 @@ fn a_standby_too_far_behind_or_not_allowed_stays_out() {
 fn another_running_primary_stops_the_race() {
     let mut old = peer(0).unwrap();
     old.in_recovery = false;
-    assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Wait);
+    assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Abstain);
 }
 
 #[test]
 fn only_synchronous_nodes_race_in_synchronous_mode() {
     let outside = world().leaderless().synchronous("a", &["c"]).decide();
-    assert_eq!(outside.action, Action::Wait);
+    assert_eq!(outside.action, Action::Abstain);
     // With nobody else in the set alive, there is nobody to ask, and the key and the list change in one transaction.
     let inside = world().leaderless().synchronous("a", &["b"]).decide();
     let Action::Acquire(Some(write)) = inside.action else { panic!("{inside:?}") };
@@ -362,7 +362,7 @@ fn whoever_has_given_its_word_follows_and_does_not_race() {
 #[test]
 fn with_failsafe_mode_a_stranger_and_an_agent_that_has_just_started_do_not_race() {
     let stranger = world().leaderless().failsafe(&["a", "c"]).answers(&[("c", peer(1000))]).decide();
-    assert_eq!(stranger.action, Action::Wait);
+    assert_eq!(stranger.action, Action::Abstain);
     assert!(stranger.reason.contains("not in the failsafe key"), "{}", stranger.reason);
     let mut young = world().leaderless().failsafe(&["a", "b", "c"]).answers(&[("c", peer(1000))]);
     young.memory.started_at = NOW - Duration::from_millis(4900);
@@ -511,7 +511,7 @@ fn after_a_switchover_the_candidate_leads_and_others_wait_for_it() {
     assert!(matches!(candidate.decide().action, Action::Acquire(_)));
     let mut other = world().requested(Some("a"), Some("c"));
     other.view().leader = None;
-    assert_eq!(other.answers(&[("c", peer(1000)), ("a", None)]).decide().action, Action::Wait);
+    assert_eq!(other.answers(&[("c", peer(1000)), ("a", None)]).decide().action, Action::Abstain);
 }
 
 #[test]

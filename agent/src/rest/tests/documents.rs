@@ -229,3 +229,14 @@ async fn without_the_dcs() {
         assert!(status == expected && !text.is_empty(), "{method} {path}: {status} {text}");
     }
 }
+
+#[tokio::test]
+async fn decisions_are_told_with_their_reasons() {
+    let node = Node::start(local("pg-a"), PgStatus::Running(standby()), board("replica")).await;
+    assert_eq!(node.get("/decisions").await, (200, json!([])));
+    let at = chrono::DateTime::from_timestamp(1_935_568_800, 0).unwrap();
+    let noted = crate::node::Noted { at, action: "abstain", reason: "pg-b is ahead".to_owned() };
+    node.board.send_modify(|board| assert!(noted.note_in(&mut board.decisions)));
+    let line = json!({"time": "2031-05-03T10:00:00.000+00:00", "decision": "abstain", "reason": "pg-b is ahead"});
+    assert_eq!(node.get("/decisions").await, (200, json!([line])));
+}

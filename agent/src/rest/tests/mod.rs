@@ -134,6 +134,7 @@ fn board(role: &str) -> Board {
         dcs_last_seen: 1_935_568_800,
         watchdog_failed: false,
         transitions: BTreeMap::new(),
+        decisions: Arc::default(),
         failsafe_active: false,
         guard: crate::guard::Status::default(),
     }
