@@ -79,7 +79,9 @@ impl Report {
             writeln!(text, "  note: {note}")?;
         }
         for violation in &self.findings.violations {
-            writeln!(text, "  VIOLATION {:?}: {}", violation.kind, violation.text)?;
+            let episode = violation.at.and_then(|at| self.played.iter().rposition(|one| one.began <= at));
+            let episode = episode.map_or(String::new(), |i| format!(" in #{} ({})", i + 1, self.played[i].episode));
+            writeln!(text, "  VIOLATION {:?}{episode}: {}", violation.kind, violation.text)?;
         }
         match self.findings.violations.len() {
             0 => writeln!(text, "chaos: no violation"),

@@ -148,10 +148,10 @@ async fn play(
             }
         };
         println!(" | whole {:.1} s after the end", seconds(one.whole.unwrap_or(one.healed) - one.healed));
-        let stuck = one.stuck.clone();
+        let (stuck, played_until) = (one.stuck.clone(), one.healed);
         played.push(one);
         if let Some(why) = stuck {
-            findings.violation(Kind::NotWhole, format!("episode {}: {why}", number + 1));
+            findings.violation(Kind::NotWhole, Some(played_until), format!("episode {}: {why}", number + 1));
             break;
         }
     }
@@ -226,15 +226,16 @@ async fn last_read(world: &World, settings: Settings, findings: &mut Findings) -
             Ok(())
         });
         if let Err(error) = same.await {
-            findings.violation(Kind::Diverged, format!("node {}: {error:#}", node + 1));
+            findings.violation(Kind::Diverged, None, format!("node {}: {error:#}", node + 1));
         }
     }
     Ok(finals)
 }
 
 fn measure(played: &mut [Played], calls: &[Call]) {
+    let acknowledgements = check::acknowledgements(calls);
     for one in played {
-        one.outage = check::longest_gap(calls, one.began, one.whole.unwrap_or(Micros::MAX));
+        one.outage = check::longest_gap(&acknowledgements, one.began, one.whole.unwrap_or(Micros::MAX));
     }
 }
 

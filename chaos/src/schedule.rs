@@ -140,7 +140,7 @@ pub struct Allowed {
     pub unguarded: bool,
     /// Jumps of the wall clock: they need libfaketime.
     pub clock: bool,
-    /// Synchronous mode off and on again: acknowledged writes may be lost then.
+    /// Synchronous mode on and off again: only where acknowledged writes may be lost anyway.
     pub synchronous_mode: bool,
 }
 
@@ -225,7 +225,7 @@ impl Draw {
         match self.rng.random_range(0..3) {
             0 => setting("loop_wait", 2, 1),
             1 => setting("maximum_lag_on_failover", 4096, 1_048_576),
-            _ if self.allowed.synchronous_mode => setting("synchronous_mode", 0, 1),
+            _ if self.allowed.synchronous_mode => setting("synchronous_mode", 1, 0),
             _ => setting("ttl", 8, 5),
         }
     }

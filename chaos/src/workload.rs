@@ -23,6 +23,8 @@ use crate::world::{Kind, POSTGRES_PORT, READ_ONLY_PORT, READ_WRITE_PORT, World};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pause after an error, so that a refused port is not a busy loop.
 const AFTER_ERROR: Duration = Duration::from_millis(5);
+/// How likely a client connects anew after a call.
+const RECONNECT: f64 = 0.01;
 /// How many lists are appended to at a time.
 const LIVE_LISTS: u64 = 6;
 /// After so many appends to all of them, others are begun: reading a list must not get expensive.
@@ -246,7 +248,7 @@ impl Client {
         }
     }
 
-    /// Reads on one connection for a while, then on another.
+    /// Reads what a writer has written so far.
     async fn observe(mut self, of: u32) {
         while !*self.stop.borrow() {
             let sql = format!("SELECT host(inet_server_addr()) || ' 0 0', max(seq) FROM rows WHERE client = {of}");
@@ -256,9 +258,6 @@ impl Client {
                 Ok((Op::Observe { of, seen }, served(&rows)))
             })
             .await;
-            if self.rng.random_bool(0.01) {
-                self.connection = None;
-            }
             self.pause(20).await;
         }
     }
@@ -303,12 +302,23 @@ impl Client {
         })
         .await
         .unwrap_or_else(|_| Err(Failure { outcome: Outcome::Unknown, error: "no answer within a minute".to_owned() }));
-        let failed = result.is_err();
+        let failure = result.as_ref().err().map(|failure| failure.outcome);
         pending.end(result);
-        if failed {
-            self.connection = None;
+        if let Some(outcome) = failure {
+            if outcome == Outcome::Unknown || !self.rolled_back().await {
+                self.connection = None;
+            }
             tokio::time::sleep(AFTER_ERROR).await;
         }
+        if self.rng.random_bool(RECONNECT) {
+            self.connection = None;
+        }
+    }
+
+    /// Whether the connection can be used again after an error.
+    async fn rolled_back(&mut self) -> bool {
+        let Some(connection) = &self.connection else { return false };
+        matches!(tokio::time::timeout(PATIENCE, rows(connection, "ROLLBACK")).await, Ok(Ok(_)))
     }
 
     async fn connected(&mut self) -> Result<&tokio_postgres::Client, Failure> {

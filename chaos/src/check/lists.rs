@@ -17,7 +17,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::{Findings, Kind, Promises, graph, seconds};
-use crate::history::{Call, Finals, Op, Outcome, Step};
+use crate::history::{Call, Finals, Micros, Op, Outcome, Step};
 
 pub(super) fn check(calls: &[Call], finals: &Finals, promises: Promises, findings: &mut Findings) {
     let transactions: Vec<Transaction<'_>> = calls.iter().filter_map(Transaction::of).collect();
@@ -80,7 +80,7 @@ fn writers(transactions: &[Transaction<'_>]) -> Writers {
 
 fn values(transactions: &[Transaction<'_>], writers: &Writers, finals: &Finals, findings: &mut Findings) {
     let mut wrong = Vec::new();
-    let mut look = |who: Option<usize>, key: u64, list: &[u64], reader: String| {
+    let mut look = |who: Option<usize>, key: u64, list: &[u64], at: Micros, reader: String| {
         let mut seen = HashSet::new();
         for value in list {
             let problem = match writers.get(&(key, *value)) {
@@ -89,32 +89,34 @@ fn values(transactions: &[Transaction<'_>], writers: &Writers, finals: &Finals, 
                 Some(writer) if transactions[*writer].call.outcome == Outcome::Failed => "was rolled back (G1a)",
                 Some(_) => continue,
             };
-            wrong.push(format!("list {key}, read by {reader}: {value} {problem}"));
+            wrong.push((at, format!("list {key}, read by {reader}: {value} {problem}")));
         }
         // Of another transaction's appends to this list, all or none.
         if let Some(writer) = list.last().and_then(|last| writers.get(&(key, *last))).filter(|w| Some(**w) != who) {
             let all = transactions[*writer].appends().filter(|append| append.0 == key);
             if let Some((_, absent)) = all.into_iter().find(|(_, value)| !list.contains(value)) {
-                wrong.push(format!("list {key}, read by {reader}: ends within a transaction, without {absent} (G1b)"));
+                let text = format!("list {key}, read by {reader}: ends within a transaction, without {absent} (G1b)");
+                wrong.push((at, text));
             }
         }
     };
     for (i, transaction) in transactions.iter().enumerate() {
         for (_, key, list) in transaction.reads() {
-            look(Some(i), key, list, transaction.show());
+            look(Some(i), key, list, transaction.call.end, transaction.show());
         }
     }
     for (key, list) in &finals.lists {
-        look(None, *key, list, "the last read".to_owned());
+        look(None, *key, list, Micros::MAX, "the last read".to_owned());
     }
     for transaction in transactions {
         for (at, key, list) in transaction.reads() {
             if !list.ends_with(&transaction.own_before(at, key)) {
-                wrong.push(format!("list {key}: {} does not see its own appends", transaction.show()));
+                let text = format!("list {key}: {} does not see its own appends", transaction.show());
+                wrong.push((transaction.call.end, text));
             }
         }
     }
-    findings.violations(Kind::ListRead, &wrong, "wrong reads of lists", Clone::clone);
+    findings.violations(Kind::ListRead, "wrong reads of lists", wrong);
 }
 
 /// The order of all appends to each list: its longest read. Others must be beginnings of it.
@@ -128,19 +130,18 @@ fn orders(transactions: &[Transaction<'_>], finals: &Finals, findings: &mut Find
         }
     }
     let contradicts = |key: &u64, list: &[u64]| !orders.get(key).is_some_and(|order| order.starts_with(list));
-    let mut wrong: Vec<String> = reads()
-        .filter(|(_, key, list)| contradicts(key, list))
-        .map(|(reader, key, list)| format!("list {key}, read by {}: {}", reader.show(), differs(orders[&key], list)))
-        .collect();
-    let last = finals.lists.iter().filter(|(key, list)| contradicts(key, list));
-    wrong.extend(last.map(|(key, list)| format!("list {key} in the end: {}", differs(orders[key], list))));
-    let lacking =
-        orders.iter().filter(|(key, order)| finals.lists.get(key).is_none_or(|list| list.len() < order.len()));
-    wrong.extend(lacking.map(|(key, order)| {
-        let kept = finals.lists.get(key).map_or(0, Vec::len);
-        format!("list {key} had {} values when it was read and has {kept} in the end", order.len())
-    }));
-    findings.violations(Kind::ListRead, &wrong, "reads of lists contradict each other", Clone::clone);
+    let mut wrong = Vec::new();
+    for (reader, key, list) in reads().filter(|(_, key, list)| contradicts(key, list)) {
+        let text = format!("list {key}, read by {}: {}", reader.show(), differs(orders[&key], list));
+        wrong.push((reader.call.end, text));
+    }
+    for (key, order) in &orders {
+        let last = finals.lists.get(key).map_or(&[][..], Vec::as_slice);
+        if last != *order {
+            wrong.push((Micros::MAX, format!("list {key} in the end: {}", differs(order, last))));
+        }
+    }
+    findings.violations(Kind::ListRead, "reads of lists contradict each other", wrong);
     orders.into_iter().map(|(key, order)| (key, order.to_vec())).collect()
 }
 
@@ -216,7 +217,7 @@ fn cycles(
     }
 
     let components = graph::cycles(&successors);
-    findings.violations(Kind::NotSerializable, &components, "cycles", |component| {
+    let show = |component: &Vec<usize>| {
         let members = component.iter().filter(|node| **node < count).take(100);
         let ways = members.map(|node| graph::shortest_cycle(&successors, component, *node));
         let way = ways.min_by_key(Vec::len).unwrap_or_default();
@@ -225,8 +226,10 @@ fn cycles(
             let next = way[(at + 1) % way.len()];
             format!("{} {} ", transactions[*node].show(), edges.get(&(*node, next)).unwrap_or(&"rt"))
         };
-        way.iter().enumerate().map(step).collect::<String>()
-    });
+        let at = way.iter().map(|node| transactions[*node].call.end).max().unwrap_or_default();
+        (at, way.iter().enumerate().map(step).collect::<String>())
+    };
+    findings.violations(Kind::NotSerializable, "cycles", components.iter().map(show).collect());
 }
 
 #[cfg(test)]
@@ -288,7 +291,7 @@ mod tests {
         ];
         assert_eq!(kinds(&found(&calls, &[(1, &[1, 2])]))[0], Kind::ListRead);
         let findings = found(&calls, &[(1, &[])]);
-        assert!(findings.violations[0].text.contains("had 1 values"), "{findings:?}");
+        assert!(findings.violations[0].text.contains("in the end: value 1 is None, elsewhere Some(2)"), "{findings:?}");
     }
 
     #[test]

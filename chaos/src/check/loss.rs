@@ -8,17 +8,18 @@ use crate::history::{Call, Finals, Op, Outcome, Step};
 pub(super) fn check(calls: &[Call], finals: &Finals, promises: Promises, findings: &mut Findings) {
     let acknowledged = calls.iter().filter(|call| call.outcome == Outcome::Ok);
     let lost: Vec<&Call> = acknowledged.filter(|call| is_lost(call, finals)).collect();
-    let show = |call: &&Call| {
+    let show = |call: &Call| {
         format!("{:?} of client {} acknowledged at {} by {:?}", call.op, call.client, seconds(call.end), call.served)
     };
     if promises.synchronous {
-        findings.violations(Kind::LostWrite, &lost, "acknowledged writes are lost", show);
+        let cases = lost.iter().map(|call| (call.end, show(call))).collect();
+        findings.violations(Kind::LostWrite, "acknowledged writes are lost", cases);
         return;
     }
     for (timeline, bytes, count) in lost_bytes(calls, &lost) {
         let text = format!("{count} acknowledged writes in {bytes} bytes of WAL are lost from timeline {timeline}");
         if bytes > promises.lag_limit {
-            findings.violation(Kind::LostWrite, format!("{text}; the limit is {} bytes", promises.lag_limit));
+            findings.violation(Kind::LostWrite, None, format!("{text}; the limit is {} bytes", promises.lag_limit));
         } else {
             findings.notes.push(text);
         }

@@ -11,9 +11,9 @@ mod session;
 
 use serde::Serialize;
 
-use crate::history::{Call, Finals};
+use crate::history::{Call, Finals, Micros};
 
-pub use outage::{Gap, longest_gap};
+pub use outage::{Gap, acknowledgements, longest_gap};
 
 /// What a run promises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct Violation {
     pub kind: Kind,
     /// What was seen.
     pub text: String,
+    /// When, if it has a time: since the run began.
+    pub at: Option<Micros>,
 }
 
 /// Promises that can be broken.
@@ -69,14 +71,15 @@ pub struct Findings {
 }
 
 impl Findings {
-    pub(crate) fn violation(&mut self, kind: Kind, text: String) {
-        self.violations.push(Violation { kind, text });
+    pub(crate) fn violation(&mut self, kind: Kind, at: Option<Micros>, text: String) {
+        self.violations.push(Violation { kind, text, at });
     }
 
-    /// One violation for all cases of a kind: how many, and the first.
-    fn violations<T>(&mut self, kind: Kind, cases: &[T], what: &str, show: impl Fn(&T) -> String) {
-        if let Some(first) = cases.first() {
-            self.violation(kind, format!("{} {what}; the first: {}", cases.len(), show(first)));
+    /// One violation for all cases of a kind: how many, and the first, given with its time.
+    fn violations(&mut self, kind: Kind, what: &str, cases: Vec<(Micros, String)>) {
+        let count = cases.len();
+        if let Some((at, first)) = cases.into_iter().min() {
+            self.violation(kind, Some(at), format!("{count} {what}; the first: {first}"));
         }
     }
 }

@@ -3,6 +3,8 @@
 //! A reign is a node on a timeline. A promotion makes a new timeline, so a later reign has a higher one; two nodes on one
 //! timeline are never both right.
 
+use std::collections::BTreeMap;
+
 use super::{Findings, Kind, seconds};
 use crate::history::{Call, Micros, Port, Served};
 
@@ -15,16 +17,42 @@ pub(super) fn check(calls: &[Call], findings: &mut Findings) {
     let through = |call: &Call| matches!(call.port, Port::ReadWrite(_));
 
     let second = contradictions(&writes, |write| write.call.start);
-    findings.violations(Kind::TwoPrimaries, &second, "writes were taken beside a newer primary", Contradiction::show);
+    report(Kind::TwoPrimaries, second, findings);
 
     // What was sent to a deposed node is told above already.
     let late = contradictions(&writes, |write| write.call.end.saturating_sub(READING_ORDER));
-    let late: Vec<Contradiction<'_>> =
-        late.into_iter().filter(|case| case.older.call.start <= case.newer.call.end).collect();
-    let (routed, direct): (Vec<_>, Vec<_>) = late.into_iter().partition(|case| through(case.older.call));
-    let what = "writes were acknowledged after a newer primary had taken writes";
-    findings.violations(Kind::LateAcknowledgement, &routed, what, Contradiction::show);
-    findings.violations(Kind::LateDirectAcknowledgement, &direct, what, Contradiction::show);
+    let late = late.into_iter().filter(|case| case.older.call.start <= case.newer.call.end);
+    let (routed, direct) = late.partition(|case| through(case.older.call));
+    report(Kind::LateAcknowledgement, routed, findings);
+    report(Kind::LateDirectAcknowledgement, direct, findings);
+}
+
+/// One violation for each reign that was over.
+fn report(kind: Kind, cases: Vec<Contradiction<'_>>, findings: &mut Findings) {
+    let mut reigns: BTreeMap<(u32, usize), Vec<Contradiction<'_>>> = BTreeMap::new();
+    for case in cases {
+        reigns.entry((case.older.by.timeline, case.older.by.node)).or_default().push(case);
+    }
+    for ((timeline, node), cases) in reigns {
+        let Some(first) = cases.iter().min_by_key(|case| case.older.call.end) else { continue };
+        let (newer, older) = (first.newer, first.older);
+        let last = cases.iter().map(|case| case.older.call.end).max().unwrap_or_default();
+        let text = format!(
+            "{} writes of node {} on timeline {timeline}, acknowledged from {} to {}, though node {} on timeline {} had \
+             acknowledged one at {}; the first was sent at {} by client {} on {:?}",
+            cases.len(),
+            node + 1,
+            seconds(older.call.end),
+            seconds(last),
+            newer.by.node + 1,
+            newer.by.timeline,
+            seconds(newer.call.end),
+            seconds(older.call.start),
+            older.call.client,
+            older.call.port,
+        );
+        findings.violation(kind, Some(older.call.end), text);
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -37,24 +65,6 @@ struct Write<'a> {
 struct Contradiction<'a> {
     newer: Write<'a>,
     older: Write<'a>,
-}
-
-impl Contradiction<'_> {
-    fn show(&self) -> String {
-        let Self { newer, older } = self;
-        format!(
-            "node {} on timeline {} took a write of client {} sent at {} and acknowledged at {}, but node {} on timeline \
-             {} had acknowledged one at {}",
-            older.by.node + 1,
-            older.by.timeline,
-            older.call.client,
-            seconds(older.call.start),
-            seconds(older.call.end),
-            newer.by.node + 1,
-            newer.by.timeline,
-            seconds(newer.call.end),
-        )
-    }
 }
 
 /// Writes of an older reign whose `moment` is later than the acknowledgement of a newer reign's.

@@ -13,32 +13,23 @@ pub(super) fn check(calls: &[Call], findings: &mut Findings) {
     let mut went_back = Vec::new();
     for (call, of, seen) in &reads {
         let Some(served) = call.served else { continue };
-        let before = sessions.entry((call.client, call.session, *of)).or_insert((0, served.node));
-        if seen.unwrap_or(0) < before.0 {
-            went_back.push((*call, *before));
+        let (most, node) = *sessions.entry((call.client, call.session, *of)).or_insert((0, served.node));
+        if seen.unwrap_or(0) < most {
+            let Call { client, op, start, .. } = call;
+            let text = format!("client {client} at {}: {op:?} after {most} on node {}", seconds(*start), node + 1);
+            went_back.push((*start, text));
         }
-        *before = (seen.unwrap_or(0).max(before.0), served.node);
+        sessions.insert((call.client, call.session, *of), (seen.unwrap_or(0).max(most), served.node));
     }
-    findings.violations(Kind::SessionWentBack, &went_back, "reads saw less than one before in their session", |case| {
-        let (call, (before, node)) = case;
-        format!("client {} at {}: {:?} after {before} on node {}", call.client, seconds(call.start), call.op, node + 1)
-    });
+    findings.violations(Kind::SessionWentBack, "reads saw less than one before in their session", went_back);
 
     let written = attempts(calls);
-    let phantom: Vec<&Call> = reads
-        .iter()
-        .filter(|(call, of, seen)| {
-            seen.is_some_and(|row| {
-                !written
-                    .get(&(*of, row))
-                    .is_some_and(|(start, outcome)| *start <= call.end && *outcome != Outcome::Failed)
-            })
-        })
-        .map(|(call, _, _)| *call)
-        .collect();
-    findings.violations(Kind::PhantomRow, &phantom, "reads saw a row that nobody can have written", |call| {
-        format!("{:?} at {}", call.op, seconds(call.end))
-    });
+    let possible = |of, row, end| {
+        written.get(&(of, row)).is_some_and(|(start, outcome)| *start <= end && *outcome != Outcome::Failed)
+    };
+    let phantoms = reads.iter().filter(|(call, of, seen)| seen.is_some_and(|row| !possible(*of, row, call.end)));
+    let phantoms = phantoms.map(|(call, _, _)| (call.end, format!("{:?} at {}", call.op, seconds(call.end))));
+    findings.violations(Kind::PhantomRow, "reads saw a row that nobody can have written", phantoms.collect());
 }
 
 fn observation(call: &Call) -> Option<(&Call, u32, Option<u64>)> {
