@@ -31,7 +31,8 @@ pub enum Cut {
         /// Who should receive.
         to: usize,
     },
-    /// All of a host disappear, those of the bridge's host too: its cable is out.
+    /// All of a host disappear, those of the bridge's host too: it has no power. Its connections are reset on its side
+    /// without a word to the other, so that the kernel, which is alive, does not send what was left in them later.
     Off(usize),
 }
 
@@ -130,7 +131,9 @@ fn rules(host: usize, ips: &[Ipv4Addr], cuts: &[Cut]) -> String {
                 writeln!(output, "    ip daddr {} meta l4proto tcp reject with tcp reset", ips[to])
             }
             Cut::Off(off) if off == host => {
-                writeln!(input, "    iif eth0 drop").and_then(|()| writeln!(output, "    oif eth0 drop"))
+                let _ = writeln!(input, "    iif eth0 drop");
+                let _ = writeln!(output, "    oif eth0 meta l4proto tcp reject with tcp reset");
+                writeln!(output, "    oif eth0 drop")
             }
             _ => Ok(()),
         };

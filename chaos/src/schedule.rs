@@ -175,6 +175,10 @@ impl Draw {
         if instant {
             return (fault, 0);
         }
+        // A host does not boot in no time.
+        if matches!(fault, Fault::Kill { part: Part::Host, .. }) {
+            return (fault, self.rng.random_range(1000..12_000));
+        }
         // Short ones at least as often as long ones: much goes wrong only just before or after a lease ends.
         let for_ms = match self.rng.random_bool(0.3) {
             true => self.rng.random_range(50..1500),
