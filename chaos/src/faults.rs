@@ -124,7 +124,7 @@ async fn strike(world: &World, recorder: &Recorder, planned: &Planned, id: u64) 
 }
 
 async fn set(world: &World, key: &str, value: u64) -> Result<()> {
-    let value = if key == "synchronous_mode" { json!(value != 0) } else { json!(value) };
+    let value = if key.ends_with("_mode") { json!(value != 0) } else { json!(value) };
     let mut last = anyhow::anyhow!("nobody asked");
     for node in 0..NODES {
         match rest::patch(world.address(Kind::Node(node), REST_PORT), "/config", &json!({ key: value })).await {

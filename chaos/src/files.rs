@@ -12,6 +12,8 @@ use crate::world::{POSTGRES_PORT, READ_ONLY_PORT, READ_WRITE_PORT, REST_PORT, RO
 pub struct Settings {
     /// `synchronous_mode`.
     pub synchronous: bool,
+    /// `failsafe_mode`.
+    pub failsafe: bool,
 }
 
 /// `patroni.yml` of one node.
@@ -39,6 +41,7 @@ pub(crate) fn agent(
                 "maximum_lag_on_failover": 1_048_576,
                 "primary_start_timeout": 0,
                 "synchronous_mode": settings.synchronous,
+                "failsafe_mode": settings.failsafe,
                 "postgresql": {
                     "use_pg_rewind": true,
                     "use_slots": true,

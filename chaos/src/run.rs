@@ -45,9 +45,9 @@ pub struct Args {
     /// Without synchronous replication: acknowledged writes may be lost then, within the lag limit
     #[arg(long)]
     pub asynchronous: bool,
-    /// Also faults that only the guard makes safe: an agent killed or frozen while PostgreSQL goes on, a host frozen
+    /// With failsafe mode: the primary goes on without etcd while every member answers
     #[arg(long)]
-    pub unguarded: bool,
+    pub failsafe: bool,
     /// No jumps of the wall clock, and no libfaketime
     #[arg(long)]
     pub no_clock: bool,
@@ -58,7 +58,7 @@ pub struct Args {
 
 impl Args {
     fn allowed(&self) -> Allowed {
-        Allowed { unguarded: self.unguarded, clock: !self.no_clock, synchronous_mode: self.asynchronous }
+        Allowed { clock: !self.no_clock, synchronous_mode: self.asynchronous }
     }
 }
 
@@ -88,12 +88,13 @@ pub async fn run(args: Args) -> Result<bool> {
         None => format!("seed {seed}, {} min", args.minutes),
     };
     let mode = if args.asynchronous { "asynchronous" } else { "synchronous" };
-    println!("chaos: {what}, {mode} replication; building three nodes, three etcd members, two routers");
+    let failsafe = if args.failsafe { ", failsafe mode" } else { "" };
+    println!("chaos: {what}, {mode} replication{failsafe}; building three nodes, three etcd members, two routers");
     if preload.is_none() && !args.no_clock {
         println!("chaos: no libfaketime here (package libfaketime): clocks stay as they are");
     }
 
-    let settings = Settings { synchronous: !args.asynchronous };
+    let settings = Settings { synchronous: !args.asynchronous, failsafe: args.failsafe };
     let world = World::build(settings, preload.as_deref())?;
     if args.keep {
         world.lab().keep();

@@ -48,10 +48,7 @@ impl Instance {
         program::require(config, "pg_basebackup")?;
         let mut settings = conninfo::to_upstream(source, &config.replication, &config.pgpass, self.version());
         // A source that vanishes without a word must end this; a large copy may take hours, so there is no other bound.
-        for (key, value) in [("keepalives_idle", "10"), ("keepalives_interval", "5"), ("keepalives_count", "3")] {
-            settings.insert(key.to_owned(), value.to_owned());
-        }
-        settings.insert("connect_timeout".to_owned(), "10".to_owned());
+        conninfo::end_when_vanished(&mut settings);
         let mut tried = 0;
         loop {
             tried += 1;

@@ -76,6 +76,19 @@ pub fn to_upstream(upstream: &Upstream, credentials: &Credentials, passfile: &Pa
     settings
 }
 
+/// Makes a connection end, within half a minute, when the other side vanishes without a word: while it is waited for, and
+/// while something is under way to it.
+pub fn end_when_vanished(settings: &mut Settings) {
+    let limits = [
+        ("connect_timeout", "10"),
+        ("keepalives_idle", "10"),
+        ("keepalives_interval", "5"),
+        ("keepalives_count", "3"),
+        ("tcp_user_timeout", "25000"),
+    ];
+    settings.extend(limits.map(|(key, value)| (key.to_owned(), value.to_owned())));
+}
+
 /// Renders settings as `key=value` pairs, quoted where libpq needs it.
 pub fn render(settings: &Settings) -> String {
     let rank = |key: &str| ORDER.iter().position(|known| *known == key).unwrap_or(ORDER.len());

@@ -91,9 +91,7 @@ impl Instance {
         let config = self.config_now();
         program::require(&config, "pg_rewind")?;
         files::write_pgpass(&config, upstream)?;
-        let checkpoint = tokio::time::timeout(CHECKPOINT_LIMIT, self.upstream_checkpoint(upstream)).await;
-        checkpoint
-            .map_err(|_| PgError::Timeout { what: "checkpoint on the upstream".into(), limit: CHECKPOINT_LIMIT })??;
+        self.upstream_checkpoint(upstream).await?;
         // Recovery in single-user mode, by pg_rewind or below, refuses to run as a standby.
         files::set_standby_signal(&config.data_dir, false)?;
         let version = self.version();
@@ -105,6 +103,7 @@ impl Instance {
         let mut settings = conninfo::to_upstream(upstream, &config.rewind, &config.pgpass, version);
         settings.insert("dbname".to_owned(), config.database.clone());
         settings.insert("target_session_attrs".to_owned(), "read-write".to_owned());
+        conninfo::end_when_vanished(&mut settings);
         let mut command = Command::new(program::path(&config, "pg_rewind"));
         command.env("PGPASSFILE", &config.pgpass);
         command.arg("--target-pgdata").arg(&config.data_dir);
@@ -136,18 +135,27 @@ impl Instance {
     async fn upstream_checkpoint(&self, upstream: &Upstream) -> Result<(), PgError> {
         let config = self.config_now();
         let failed = |error: WireError| PgError::Failed(format!("{}: {error}", upstream.name));
-        let mut wire = Wire::connect(upstream, &config.replication, Purpose::Replication).await.map_err(failed)?;
-        let Identity { timeline, .. } = wire.identify().await.map_err(failed)?;
-        let sql = Purpose::Sql(&config.database);
-        let mut wire = Wire::connect(upstream, &config.rewind, sql).await.map_err(failed)?;
-        let rows = wire.query("SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()").await.map_err(failed)?;
-        let checkpointed = rows.first().and_then(|row| row.first()).and_then(|text| text.as_ref()?.parse::<u32>().ok());
-        if checkpointed == Some(timeline.0) {
+        let late = |what: &str, limit| PgError::Timeout { what: format!("{what} of {}", upstream.name), limit };
+        let ask = async {
+            let mut wire = Wire::connect(upstream, &config.replication, Purpose::Replication).await?;
+            let Identity { timeline, .. } = wire.identify().await?;
+            let mut wire = Wire::connect(upstream, &config.rewind, Purpose::Sql(&config.database)).await?;
+            let rows = wire.query("SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()").await?;
+            let text = rows.first().and_then(|row| row.first()).and_then(Option::as_deref);
+            Ok((timeline, text.and_then(|text| text.parse().ok()).map(TimelineId)))
+        };
+        let asked = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| late("the timeline", ASK_LIMIT))?;
+        let (timeline, checkpointed) = asked.map_err(failed)?;
+        if checkpointed == Some(timeline) {
             return Ok(());
         }
         tracing::info!("{} has no checkpoint on timeline {timeline} yet, asking for one", upstream.name);
-        let mut wire = Wire::connect(upstream, &config.superuser, sql).await.map_err(failed)?;
-        wire.query("CHECKPOINT").await.map(drop).map_err(failed)
+        let checkpoint = async {
+            let mut wire = Wire::connect(upstream, &config.superuser, Purpose::Sql(&config.database)).await?;
+            wire.query("CHECKPOINT").await
+        };
+        let done = tokio::time::timeout(CHECKPOINT_LIMIT, checkpoint).await;
+        done.map_err(|_| late("the checkpoint", CHECKPOINT_LIMIT))?.map(drop).map_err(failed)
     }
 
     async fn local_end(&self) -> Result<(TimelineId, End), String> {

@@ -4,6 +4,7 @@
 //! SCRAM come from `postgres-protocol`. Callers put a deadline round every call.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use futures::future::Either;
@@ -222,10 +223,22 @@ pub async fn dial(host: &str, port: u16, user: &Credentials) -> Result<Box<dyn I
     }
     let stream = TcpStream::connect((host, port)).await?;
     stream.set_nodelay(true)?;
+    end_when_vanished(&stream)?;
     match tls::negotiate(stream, host, user).await.map_err(WireError)? {
         Either::Left(plain) => Ok(Box::new(plain)),
         Either::Right(encrypted) => Ok(encrypted),
     }
+}
+
+/// A host that loses its power says nothing, and a checkpoint may be waited for long: let the kernel find out.
+fn end_when_vanished(stream: &TcpStream) -> std::io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(3))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(1))?;
+    sockopt::set_tcp_keepcnt(stream, 3)?;
+    sockopt::set_tcp_user_timeout(stream, 6000)?;
+    Ok(())
 }
 
 fn columns(row: &postgres_protocol::message::backend::DataRowBody) -> Result<Vec<Column>, WireError> {
