@@ -108,6 +108,15 @@ impl Network {
         self.apply()
     }
 
+    /// Takes all cuts away.
+    ///
+    /// # Errors
+    /// `nft` fails.
+    pub fn mend_all(&mut self) -> Result<()> {
+        self.cuts.clear();
+        self.apply()
+    }
+
     fn apply(&self) -> Result<()> {
         let cuts: Vec<Cut> = self.cuts.values().flatten().copied().collect();
         let ips: Vec<Ipv4Addr> = self.hosts.iter().map(|host| host.ip).collect();

@@ -132,7 +132,13 @@ async fn play(
 
     let mut played = Vec::new();
     let mut findings = Findings::default();
-    let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut interrupt = std::pin::pin!(async {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+    });
     for (number, episode) in episodes.enumerate() {
         let elapsed = Duration::from_micros(world.journal().now() - began);
         if limit.is_some_and(|limit| elapsed >= limit) || recorder.is_full() {
@@ -143,7 +149,7 @@ async fn play(
         let turn = one_episode(world, &recorder, settings, episode, 100 * number as u64);
         let one = tokio::select! {
             one = turn => one,
-            _ = &mut interrupt => {
+            () = &mut interrupt => {
                 println!("\nchaos: interrupted");
                 break;
             }
@@ -157,6 +163,7 @@ async fn play(
         }
     }
 
+    world.heal()?;
     world.journal().note("the clients end");
     workload.stop().await;
     let calls = recorder.take();
