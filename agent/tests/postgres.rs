@@ -330,6 +330,15 @@ fn a_diverged_primary_is_rewound() {
         a.pg.promote(LIMIT).await.expect("promote");
         a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
         assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
+
+        // As an agent leaves it that dies while pg_rewind is at work.
+        assert!(!a.pg.half_rewound());
+        fs::write(a.pg.config().data_dir.with_file_name("a.rewinding"), "").expect("mark");
+        assert!(a.pg.half_rewound());
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect_err("neither old nor new");
+        a.pg.clone_from(b.upstream()).await.expect("clone");
+        assert!(!a.pg.half_rewound());
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
     });
 }
 

@@ -617,6 +617,12 @@ fn start_leaderless(s: &Situation, view: &ClusterView) -> Decision {
     if view.settings.pause {
         return is(Action::Wait, "paused: PostgreSQL is not started, nobody leads");
     }
+    if let DivergenceState::RewindFailed(why) = &s.memory.divergence {
+        return is(
+            Action::Wait,
+            format!("pg_rewind failed ({why}), so this data directory is of no use; nobody leads"),
+        );
+    }
     if s.backing_off() {
         return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));
     }

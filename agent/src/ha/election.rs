@@ -90,10 +90,14 @@ fn requested(
     old_leader: Option<&MemberName>,
     synchronous: bool,
 ) -> Verdict {
+    if candidate == Some(&s.me.name) {
+        return Verdict::Race("a switchover to this node was requested".to_owned());
+    }
+    if s.memory.unfulfilled.is_some_and(|(_, since)| s.now.since(since) > view.settings.ttl) && !view.settings.pause {
+        // Checking out is one thing and being promoted another: from here on it is anybody's.
+        return healthiest(s, view, synchronous, |_| true);
+    }
     if let Some(candidate) = candidate {
-        if *candidate == s.me.name {
-            return Verdict::Race("a switchover to this node was requested".to_owned());
-        }
         if view.settings.pause {
             return Verdict::Yield(format!("paused, and {candidate} is the requested candidate"));
         }

@@ -187,6 +187,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.publish_board();
             if next == Next::Exit {
                 error!("{}", self.last.reason);
+                self.leave_nobody_behind().await;
                 return Exit::Refused(self.last.reason.clone());
             }
             let wake = self.wake_at();
@@ -313,11 +314,24 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
         }
+        if matches!(pg, PgStatus::Stopped(_) | PgStatus::Broken(_))
+            && !matches!(self.memory.divergence, DivergenceState::RewindFailed(_))
+            && self.parts.postgres.half_rewound()
+        {
+            self.memory.divergence = DivergenceState::RewindFailed("it was cut off half-way".to_owned());
+        }
         let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
         if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted {
             self.memory.up_since = None;
             self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
         }
+        let request = self.view.as_ref().filter(|view| view.leader.is_none() && view.failover.is_some());
+        self.memory.unfulfilled = match (request.map(|view| view.failover_revision), self.memory.unfulfilled) {
+            (Some(revision), Some((same, since))) if revision == same => Some((revision, since)),
+            (Some(revision), _) => Some((revision, now)),
+            // While somebody leads who may fail to be promoted, the time goes on.
+            (None, kept) => kept.filter(|_| self.view.as_ref().is_some_and(|view| view.failover.is_some())),
+        };
         self.memory.silent = match pg {
             PgStatus::Unresponsive => self.memory.silent.saturating_add(1),
             _ => 0,
@@ -475,6 +489,34 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
         self.memory.retry_at = Some(now + pause);
         self.memory.last_failure = Some(why);
+    }
+
+    /// A server that takes writes must not go on without an agent.
+    async fn leave_nobody_behind(&mut self) {
+        if !matches!(
+            self.pg,
+            PgStatus::Running(_) | PgStatus::Starting | PgStatus::Refusing(_) | PgStatus::Unresponsive
+        ) || matches!(&self.pg, PgStatus::Running(running) if running.role == PgRole::Standby)
+        {
+            return;
+        }
+        warn!("stopping PostgreSQL, which would take writes with nobody to watch it");
+        let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
+        let stop = async {
+            let postgres = &self.parts.postgres;
+            match postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
+                Ok(()) => Ok(()),
+                Err(_) => postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            stopped = stop => match stopped {
+                Ok(()) => self.lease.resign(),
+                Err(error) => error!("PostgreSQL could not be stopped: {error}"),
+            },
+            () = alive => {}
+        }
     }
 
     /// In order: a leader hands over to whoever has everything, then the member key says `stopped`.

@@ -81,6 +81,9 @@ pub struct Memory {
     pub demoted: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
     pub down_since: Option<Instant>,
+    /// The failover request (by its revision) that is there without a leader, and since when: whoever is to fulfil it may
+    /// turn out to be unable to.
+    pub unfulfilled: Option<(Revision, Instant)>,
     /// How many times in a row it was looked at and did not answer at all.
     pub silent: u32,
     /// When it was started last; `None` once something else was done to it.

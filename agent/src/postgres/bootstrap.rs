@@ -17,6 +17,10 @@ const FORBIDDEN: [&str; 5] = ["pgdata", "nosync", "pwfile", "sync-only", "versio
 /// The bound on the statements that create the users.
 const USERS_LIMIT: Duration = Duration::from_secs(60);
 
+/// The bounds on initdb and on the user's script: what hangs must not keep the cluster from coming to be by another node.
+const INITDB_LIMIT: Duration = Duration::from_secs(600);
+const POST_BOOTSTRAP_LIMIT: Duration = Duration::from_secs(3600);
+
 /// What pg_rewind reads with on the source, for a user who isn't a superuser (PostgreSQL's documentation of pg_rewind).
 const REWIND_FUNCTIONS: [&str; 4] = [
     "pg_ls_dir(text, boolean, boolean)",
@@ -34,7 +38,8 @@ impl Instance {
                 return Err(PgError::Unusable(format!("bootstrap.initdb: the option {name} is not allowed")));
             }
         }
-        files::create_private_dir(&config.data_dir)?;
+        let data_dir = config.data_dir.clone();
+        self.in_pool(move |_| files::create_private_dir(&data_dir)).await?;
         let mut command = tokio::process::Command::new(program::path(&config, "initdb"));
         command.arg("--pgdata").arg(&config.data_dir).args(&options);
         command.arg(format!("--username={}", query::user(&config)));
@@ -49,7 +54,8 @@ impl Instance {
             command.arg(format!("--pwfile={}", file.path().display()));
         }
         tracing::info!("initdb in {}", config.data_dir.display());
-        program::run(&mut command).await?;
+        program::run_within(INITDB_LIMIT, &mut command).await?;
+        files::end_rewind(&config.data_dir)?;
         self.reset_managed();
         if config.pg_hba.is_none() && !config.parameters.contains_key("hba_file") {
             files::append(&config.data_dir.join("pg_hba.conf"), &hba)?;
@@ -122,7 +128,7 @@ async fn run_post_bootstrap(config: &PostgresConfig, command: &str) -> Result<()
     process.env("PGPASSFILE", &config.pgpass);
     process.env("PGOPTIONS", "-c synchronous_commit=local -c statement_timeout=0");
     tracing::info!("running post_bootstrap");
-    program::run(&mut process).await
+    program::run_within(POST_BOOTSTRAP_LIMIT, &mut process).await
 }
 
 /// Quoted as an identifier.

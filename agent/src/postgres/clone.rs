@@ -14,6 +14,9 @@ use super::{PgError, Upstream, conninfo, files, program};
 const TRIES: u32 = 2;
 const PAUSE: Duration = Duration::from_secs(5);
 
+/// The bound on a method of the user's own: a restore from a backup far away takes hours, one that hangs must end.
+const CUSTOM_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
 /// Keys of a method that are ours and not arguments of its command.
 const METHOD_KEYS: [&str; 4] = ["command", "keep_data", "no_params", "no_leader"];
 
@@ -33,6 +36,7 @@ impl Instance {
             match result {
                 Ok(()) => {
                     self.reset_managed();
+                    files::end_rewind(&config.data_dir)?;
                     return Ok(());
                 }
                 Err(error) => {
@@ -52,8 +56,7 @@ impl Instance {
         let mut tried = 0;
         loop {
             tried += 1;
-            files::remove_data(&config.data_dir)?;
-            files::create_private_dir(&config.data_dir)?;
+            self.empty_data_dir().await?;
             let mut command = Command::new(program::path(config, "pg_basebackup"));
             command.env("PGPASSFILE", &config.pgpass);
             command.arg("--pgdata").arg(&config.data_dir).args(["-X", "stream"]);
@@ -67,7 +70,7 @@ impl Instance {
             match program::run(&mut command).await {
                 Ok(()) => return Ok(()),
                 Err(error) if tried == TRIES || matches!(error, PgError::Unusable(_)) => {
-                    files::remove_data(&config.data_dir)?;
+                    self.empty_data_dir().await?;
                     return Err(error);
                 }
                 Err(error) => tracing::warn!("trying again in {PAUSE:?}: {error}"),
@@ -81,8 +84,7 @@ impl Instance {
         let section = config.raw.get(method).and_then(Value::as_object).unwrap_or(&empty);
         let flag = |key: &str| section.get(key).is_some_and(truthy);
         if !flag("keep_data") {
-            files::remove_data(&config.data_dir)?;
-            files::create_private_dir(&config.data_dir)?;
+            self.empty_data_dir().await?;
         }
         let mut command = program::shell_words(section.get("command").and_then(Value::as_str).unwrap_or(method))?;
         command.env("PGPASSFILE", &config.pgpass);
@@ -95,9 +97,9 @@ impl Instance {
             command.arg(format!("--datadir={}", config.data_dir.display()));
             command.arg(format!("--connstring={}", conninfo::render(&settings)));
         }
-        let result = program::run(&mut command).await;
+        let result = program::run_within(CUSTOM_LIMIT, &mut command).await;
         if result.is_err() && !flag("keep_data") {
-            files::remove_data(&config.data_dir)?;
+            self.empty_data_dir().await?;
         }
         result
     }

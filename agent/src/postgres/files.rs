@@ -129,12 +129,42 @@ pub fn remove_data(data_dir: &Path) -> Result<(), PgError> {
     clear(data_dir).map_err(|error| unwritable(data_dir, &error))
 }
 
+/// Says, beside the data directory (pg_rewind removes what it does not know inside), that pg_rewind is at work on it.
+pub fn begin_rewind(data_dir: &Path) -> Result<(), PgError> {
+    let marker = rewind_marker(data_dir);
+    let write = || {
+        let file = fs::File::create(&marker)?;
+        file.sync_all()?;
+        marker.parent().map_or(Ok(()), |parent| fs::File::open(parent)?.sync_all())
+    };
+    write().map_err(|error| unwritable(&marker, &error))
+}
+
+/// pg_rewind has come to its end, or the data directory is another one now.
+pub fn end_rewind(data_dir: &Path) -> Result<(), PgError> {
+    let marker = rewind_marker(data_dir);
+    remove(&marker).map_err(|error| unwritable(&marker, &error))
+}
+
+/// Whether pg_rewind was cut off at work: what is there now is neither the old nor the new state, and must not be started.
+pub fn half_rewound(data_dir: &Path) -> bool {
+    rewind_marker(data_dir).exists()
+}
+
+fn rewind_marker(data_dir: &Path) -> PathBuf {
+    let mut name = data_dir.file_name().unwrap_or_default().to_owned();
+    name.push(".rewinding");
+    data_dir.with_file_name(name)
+}
+
 /// Renames a data directory to `<name>.failed`, or `.failed.2` and so on. Tablespaces and `pg_wal` elsewhere go with it.
 pub fn move_aside(data_dir: &Path) -> Result<PathBuf, PgError> {
     for target in outside(data_dir) {
         rename_aside(&target).map_err(|error| unwritable(&target, &error))?;
     }
-    rename_aside(data_dir).map_err(|error| unwritable(data_dir, &error))
+    let moved = rename_aside(data_dir).map_err(|error| unwritable(data_dir, &error))?;
+    end_rewind(data_dir)?;
+    Ok(moved)
 }
 
 /// Makes a directory that only we can read.

@@ -42,6 +42,8 @@ pub(super) struct Inner {
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
     pub(super) received: Mutex<Option<(i32, TimelineId)>>,
     pub(super) sync_names_in_force: Mutex<Option<(i32, String)>>,
+    /// Held while files of the data directory are moved or removed in bulk.
+    pub(super) bulk: Mutex<()>,
 }
 
 impl Instance {
@@ -82,6 +84,7 @@ impl Instance {
             pending_restart: Mutex::default(),
             received: Mutex::default(),
             sync_names_in_force: Mutex::default(),
+            bulk: Mutex::default(),
         };
         let instance = Self { inner: Arc::new(inner) };
         instance.process().find();
@@ -281,6 +284,10 @@ impl Postgres for Instance {
         self.run_rewind(&upstream).await
     }
 
+    fn half_rewound(&self) -> bool {
+        files::half_rewound(&self.config_now().data_dir)
+    }
+
     async fn remove_data(&self) -> Result<(), PgError> {
         self.in_pool(|instance| {
             instance.needs_no_server("removing the data directory")?;
@@ -339,14 +346,31 @@ impl Instance {
         }
     }
 
-    /// Removing a large data directory takes its time.
-    fn in_pool<T: Send + 'static>(
+    /// The data directory, empty and ours. Returns once everything that was in it is gone: removing a large one takes its
+    /// time, during which nothing else may wait.
+    pub(super) async fn empty_data_dir(&self) -> Result<(), PgError> {
+        self.in_pool(|instance| {
+            let data_dir = &instance.config_now().data_dir;
+            files::remove_data(data_dir)?;
+            files::create_private_dir(data_dir)
+        })
+        .await
+    }
+
+    /// On a thread for what blocks, one after the other: a removal whose caller was cut off goes on, and must not hit what
+    /// the next one creates.
+    pub(super) fn in_pool<T: Send + 'static>(
         &self,
         work: impl FnOnce(Self) -> Result<T, PgError> + Send + 'static,
     ) -> impl Future<Output = Result<T, PgError>> + Send {
         let instance = self.clone();
         async move {
-            let done = tokio::task::spawn_blocking(move || work(instance)).await;
+            let run = move || {
+                let one_at_a_time = instance.inner.clone();
+                let _turn = one_at_a_time.bulk.lock();
+                work(instance)
+            };
+            let done = tokio::task::spawn_blocking(run).await;
             done.unwrap_or_else(|error| Err(PgError::Failed(error.to_string())))
         }
     }

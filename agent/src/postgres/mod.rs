@@ -294,6 +294,11 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// pg_rewind of a stopped server to `upstream`. After an error the data directory may be unusable.
     fn rewind(&self, upstream: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// Whether the stopped server's data directory is half rewound: pg_rewind was cut off with an earlier agent.
+    fn half_rewound(&self) -> bool {
+        false
+    }
+
     /// Removes the data directory's content.
     fn remove_data(&self) -> impl Future<Output = Result<(), PgError>> + Send;
 

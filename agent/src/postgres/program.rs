@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
@@ -86,6 +87,16 @@ pub async fn run(command: &mut Command) -> Result<(), PgError> {
     }
     last.extend(errors);
     Err(PgError::Failed(format!("{name} ended with {status}: {}", last.join("; "))))
+}
+
+/// [`run`] for at most `limit`.
+///
+/// # Errors
+/// Those of [`run`], and [`PgError::Timeout`]: the program has been killed.
+pub async fn run_within(limit: Duration, command: &mut Command) -> Result<(), PgError> {
+    let what = short_name(command.as_std().get_program());
+    let result = tokio::time::timeout(limit, run(command)).await;
+    result.unwrap_or(Err(PgError::Timeout { what, limit }))
 }
 
 /// What PostgreSQL's programs must not inherit: our own configuration (it holds passwords), and libpq settings that
@@ -211,6 +222,13 @@ mod tests {
         assert_eq!(split("a '' b"), list(&["a", "", "b"]));
         assert_eq!(split("a 'b"), None);
         assert_eq!(split("  "), list(&[]));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_hangs_is_killed() {
+        let mut command = Command::new("sleep");
+        let result = run_within(Duration::from_millis(50), command.arg("60")).await;
+        assert_eq!(result, Err(PgError::Timeout { what: "sleep".to_owned(), limit: Duration::from_millis(50) }));
     }
 
     proptest! {

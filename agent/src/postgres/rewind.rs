@@ -116,7 +116,11 @@ impl Instance {
         }
         command.args(&config.rewind_options);
         tracing::info!("pg_rewind to {} at {}:{}", upstream.name, upstream.host, upstream.port);
-        program::run(&mut command).await
+        files::begin_rewind(&config.data_dir)?;
+        let result = program::run(&mut command).await;
+        // What it says of its own end is known; only one that was cut off with this agent leaves the mark behind.
+        files::end_rewind(&config.data_dir)?;
+        result
     }
 
     /// Crash recovery without serving anybody. WAL that is to be archived stays for the next start.

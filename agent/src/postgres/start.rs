@@ -22,6 +22,9 @@ impl Instance {
         if self.process().find().is_some() {
             return Err(PgError::Failed("it is already running".to_owned()));
         }
+        if files::half_rewound(&self.config_now().data_dir) {
+            return Err(PgError::Unusable("pg_rewind was cut off here; the data directory is of no use".to_owned()));
+        }
         let until = self.inner.clock.now() + limit;
         self.prepare(&self.config_now(), &role)?;
         let standby = matches!(role, StartAs::Standby(_));

@@ -1,7 +1,8 @@
 //! The agent dies or is replaced while PostgreSQL goes on.
 
-use anyhow::{Result, ensure};
-use trunkline_tests::{LIMIT, Scene, wait};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use trunkline_tests::{LIMIT, Scene, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_agent_takes_over_a_running_postgresql() -> Result<()> {
@@ -45,5 +46,28 @@ async fn a_dead_agent_is_failed_over_and_its_postgresql_taken_back() -> Result<(
     scene.cluster.nodes[leader].start()?;
     ensure!(scene.cluster.settled(LIMIT).await? == new, "leadership moved");
     scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_finds_data_of_another_cluster_stops_its_primary_and_ends() -> Result<()> {
+    let mut scene = Scene::start("foreign", 1).await?;
+    let node = scene.cluster.settled(LIMIT).await?;
+    scene.cluster.nodes[node].kill_agent();
+    // initialize = 7000000000000000001, by etcd's JSON gateway.
+    let endpoint = scene.etcd.endpoints().swap_remove(0);
+    let port: u16 = endpoint.rsplit_once(':').context("a port")?.1.parse()?;
+    let put = json!({ "key": "L3NlcnZpY2UvZGVtby9pbml0aWFsaXpl", "value": "NzAwMDAwMDAwMDAwMDAwMDAwMQ==" });
+    let answer = rest::post(port, "/v3/kv/put", &put, LIMIT).await?;
+    ensure!(answer.status == 200, "{}", answer.body);
+
+    scene.cluster.nodes[node].start()?;
+    let ended = wait::until("the agent to end", LIMIT, async || {
+        ensure!(!scene.cluster.nodes[node].is_running(), "it still runs");
+        Ok(())
+    });
+    ended.await?;
+    ensure!(scene.cluster.nodes[node].postmaster().is_err(), "its primary goes on without it");
+    scene.lab.success();
     Ok(())
 }

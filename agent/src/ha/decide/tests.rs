@@ -515,6 +515,27 @@ fn after_a_switchover_the_candidate_leads_and_others_wait_for_it() {
 }
 
 #[test]
+fn a_candidate_that_checks_out_but_does_not_come_is_not_waited_for_for_ever() {
+    let mut yielding = world().requested(Some("b"), Some("c")).answers(&[("a", None), ("c", peer(1000))]);
+    yielding.view().leader = None;
+    yielding.memory.unfulfilled = Some((Revision(0), NOW - Duration::from_secs(5)));
+    assert_eq!(yielding.decide().action, Action::Abstain);
+    yielding.memory.unfulfilled = Some((Revision(0), NOW - Duration::from_millis(5001)));
+    assert!(matches!(yielding.decide().action, Action::Acquire(_)));
+    let anybody = yielding.requested(Some("b"), None);
+    assert!(matches!(anybody.decide().action, Action::Acquire(_)));
+    assert_eq!(anybody.answers(&[("c", peer(1001))]).decide().action, Action::Abstain, "the best one, still");
+}
+
+#[test]
+fn a_half_rewound_directory_is_not_started() {
+    let mut cut_off = world().leaderless();
+    cut_off.pg = stopped(ControlState::InProduction, false);
+    cut_off.memory.divergence = DivergenceState::RewindFailed("cut off".to_owned());
+    assert_eq!(cut_off.decide().action, Action::Wait);
+}
+
+#[test]
 fn a_deposed_primary_compares_rewinds_and_only_then_follows() {
     let mut deposed = world();
     deposed.pg = stopped(ControlState::InProduction, false);
