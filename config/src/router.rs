@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::env::Env;
-use crate::local::{self, Etcd};
+use crate::local::{self, Ctl, Etcd};
 use crate::report::{Errors, Notice};
 use crate::section::Section;
 use crate::{document, etcd};
@@ -21,6 +21,8 @@ pub struct RouterConfig {
     pub namespace: String,
     /// Where etcd is.
     pub etcd: Etcd,
+    /// Certificates for the members' REST APIs.
+    pub ctl: Ctl,
     /// The ports applications connect to; never empty, names unique.
     pub ports: Vec<Port>,
     /// Where `/metrics`, `/health` … listen, `host:port`; none = nowhere.
@@ -131,7 +133,7 @@ impl RouterConfig {
 /// Others are for an agent that shares the environment.
 const VARIABLES: &[&str] = &["PATRONI_SCOPE", "PATRONI_NAMESPACE", "PATRONI_ETCD3_", "PATRONI_ETCD_", "PATRONI_LOG_"];
 
-const KNOWN: &[&str] = &["scope", "namespace", "etcd3", "etcd", "ports", "admin", "threads", "limits", "log"];
+const KNOWN: &[&str] = &["scope", "namespace", "etcd3", "etcd", "ctl", "ports", "admin", "threads", "limits", "log"];
 
 fn read(root: &Section<'_>) -> Option<RouterConfig> {
     root.unknown(KNOWN);
@@ -141,6 +143,7 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
     };
     let namespace = local::read_namespace(root);
     let etcd = etcd::read(root, true);
+    let ctl = local::read_ctl(root);
     let ports = read_ports(root);
     let admin = read_admin(root);
     if let Some(admin) = &admin {
@@ -155,6 +158,7 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
         scope: scope?,
         namespace,
         etcd: etcd?,
+        ctl,
         ports: ports?,
         admin,
         threads: threads.unwrap_or(0),

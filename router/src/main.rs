@@ -15,6 +15,7 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::telemetry;
 use trunkline_config::{Env, RouterConfig};
 use trunkline_router::admin::Admin;
+use trunkline_router::probe::Prober;
 use trunkline_router::server::{Background, Handover, Plan};
 use trunkline_router::{Router, admin, follow, server, socket};
 
@@ -78,7 +79,8 @@ fn run(config: RouterConfig, handover: Handover) -> anyhow::Result<()> {
         (None, _) => None,
     };
     check_etcd(&config)?;
-    let background = background(config, router.clone(), admin);
+    let prober = Prober::new(&config.ctl).context("ctl")?;
+    let background = background(config, router.clone(), prober, admin);
     server::run(Plan { router, ports, threads, background, handover })?;
     Ok(())
 }
@@ -105,6 +107,7 @@ fn check_etcd(config: &RouterConfig) -> anyhow::Result<()> {
 fn background(
     config: RouterConfig,
     router: std::sync::Arc<Router>,
+    prober: Prober,
     admin: Option<(String, std::net::TcpListener)>,
 ) -> Background {
     Box::pin(async move {
@@ -126,6 +129,6 @@ fn background(
                 warn!(listen, ?served, "the admin port is closed");
             });
         }
-        follow::run(router, knowledge).await;
+        follow::run(router, prober, knowledge).await;
     })
 }

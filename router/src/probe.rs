@@ -1,62 +1,117 @@
-//! The second source of knowledge: the leader's own word, over its REST API.
+//! The second source of knowledge: the members' own word, over their REST APIs.
 //!
-//! Asked only while the DCS is silent. `GET /primary` answers 200 to whoever holds the leader lock, which may be a little
-//! before its promotion is complete; the body's `role` says when it is (rest-api §7).
+//! `GET /primary` answers 200 to whoever holds the leader lock, which may be a little before its promotion is complete; the
+//! body's `role` says when it is (rest-api §7).
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use trunkline_common::tls::{self, TlsError, Verify};
+use trunkline_config::local::Ctl;
 
 /// The longest answer that is read.
 const ANSWER: u64 = 64 << 10;
 
-/// Whether the member behind `api_url` says that it is the primary; otherwise why that is not known, in words.
-pub async fn is_primary(api_url: &str, limit: Duration) -> Result<(), String> {
-    let (host, port) = address(api_url)?;
-    let exchange = async {
-        let mut stream = TcpStream::connect((host, port)).await?;
-        let request = format!("GET /primary HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = Vec::new();
-        stream.take(ANSWER).read_to_end(&mut answer).await?;
-        io::Result::Ok(answer)
-    };
-    match tokio::time::timeout(limit, exchange).await {
-        Ok(Ok(answer)) => judge(&answer),
-        Ok(Err(error)) => Err(format!("no answer: {error}")),
-        Err(_) => Err("no answer in time".into()),
+/// Asks members. Without TLS settings those with `https` URLs can't be asked.
+#[derive(Clone, Default)]
+pub struct Prober {
+    tls: Option<TlsConnector>,
+}
+
+impl std::fmt::Debug for Prober {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prober").field("tls", &self.tls.is_some()).finish()
     }
 }
 
-fn address(api_url: &str) -> Result<(&str, u16), String> {
-    let Some((scheme, rest)) = api_url.split_once("://") else { return Err("api_url is no URL".into()) };
-    if scheme != "http" {
-        return Err(format!("{scheme} can't be asked"));
+impl Prober {
+    /// With the certificates of the `ctl` section: servers are verified, unless `insecure` says not to.
+    ///
+    /// # Errors
+    /// A file can't be used.
+    pub fn new(ctl: &Ctl) -> Result<Self, TlsError> {
+        let verify = match (ctl.insecure, &ctl.certfile) {
+            (false, _) => Verify::Full,
+            (true, Some(_)) => Verify::Chain,
+            (true, None) => Verify::Nothing,
+        };
+        let (ca, certificate) = (ctl.cacert.as_deref(), ctl.certfile.as_deref());
+        let config = tls::client_config(ca, certificate, ctl.keyfile.as_deref(), verify)?;
+        Ok(Self { tls: Some(TlsConnector::from(Arc::clone(&config))) })
     }
+
+    /// Whether the member behind `api_url` says that it is the primary.
+    ///
+    /// # Errors
+    /// It says nothing; why, in words.
+    pub async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
+        let (secure, host, port) = address(api_url)?;
+        let exchange = async {
+            let stream = TcpStream::connect((host, port)).await?;
+            match (secure, &self.tls) {
+                (false, _) => exchange(stream, host).await,
+                (true, Some(tls)) => {
+                    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+                    exchange(tls.connect(name, stream).await?, host).await
+                }
+                (true, None) => Err(io::Error::other("no TLS is configured")),
+            }
+        };
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(Ok(answer)) => judge(&answer),
+            Ok(Err(error)) => Err(format!("no answer: {error}")),
+            Err(_) => Err("no answer in time".into()),
+        }
+    }
+}
+
+async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, host: &str) -> io::Result<Vec<u8>> {
+    let request = format!("GET /primary HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    stream.flush().await?;
+    let mut answer = Vec::new();
+    match stream.take(ANSWER).read_to_end(&mut answer).await {
+        // Many servers end TLS without saying so; what they said before counts.
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+        _ => Ok(answer),
+    }
+}
+
+/// Whether by TLS, host and port.
+fn address(api_url: &str) -> Result<(bool, &str, u16), String> {
+    let Some((scheme, rest)) = api_url.split_once("://") else { return Err("api_url is no URL".into()) };
+    let secure = match scheme {
+        "http" => false,
+        "https" => true,
+        _ => return Err(format!("{scheme} can't be asked")),
+    };
     let authority = rest.split('/').next().unwrap_or(rest);
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (host, port.parse().map_err(|_| "api_url has no valid port")?),
-        _ => (authority, 80),
+        _ => (authority, if secure { 443 } else { 80 }),
     };
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    if host.is_empty() { Err("api_url has no host".into()) } else { Ok((host, port)) }
+    if host.is_empty() { Err("api_url has no host".into()) } else { Ok((secure, host, port)) }
 }
 
-fn judge(answer: &[u8]) -> Result<(), String> {
+fn judge(answer: &[u8]) -> Result<bool, String> {
     let text = String::from_utf8_lossy(answer);
     let (head, body) = text.split_once("\r\n\r\n").ok_or("the answer is not HTTP")?;
     let status = head.split_ascii_whitespace().nth(1).unwrap_or("none");
-    if !head.starts_with("HTTP/") || status != "200" {
-        return Err(format!("it answers with status {status}"));
+    if !head.starts_with("HTTP/") {
+        return Err("the answer is not HTTP".to_owned());
+    }
+    if status != "200" {
+        return Ok(false);
     }
     let body: Value = serde_json::from_str(body).map_err(|_| "the answer is not JSON")?;
-    match body.get("role").and_then(Value::as_str) {
-        Some("primary" | "master") => Ok(()),
-        role => Err(format!("its role is {}", role.unwrap_or("unknown"))),
-    }
+    Ok(matches!(body.get("role").and_then(Value::as_str), Some("primary" | "master")))
 }
 
 #[cfg(test)]
@@ -77,17 +132,18 @@ mod tests {
             ("SSH-2.0 200\r\n\r\n{\"role\":\"primary\"}", false),
             ("", false),
         ] {
-            assert_eq!(judge(answer.as_bytes()).is_ok(), proven, "{answer}");
+            assert_eq!(judge(answer.as_bytes()) == Ok(true), proven, "{answer}");
         }
     }
 
     #[test]
     fn urls() {
         for (url, expected) in [
-            ("http://10.0.0.1:8008/patroni", Ok(("10.0.0.1", 8008))),
-            ("http://[::1]:8008/patroni", Ok(("::1", 8008))),
-            ("http://node", Ok(("node", 80))),
-            ("https://node:8008/patroni", Err("https can't be asked".to_owned())),
+            ("http://10.0.0.1:8008/patroni", Ok((false, "10.0.0.1", 8008))),
+            ("http://[::1]:8008/patroni", Ok((false, "::1", 8008))),
+            ("http://node", Ok((false, "node", 80))),
+            ("https://node/patroni", Ok((true, "node", 443))),
+            ("ftp://node/", Err("ftp can't be asked".to_owned())),
             ("node:8008", Err("api_url is no URL".to_owned())),
             ("http:///patroni", Err("api_url has no host".to_owned())),
         ] {
@@ -99,7 +155,7 @@ mod tests {
     async fn asks_a_server_and_does_not_wait_for_ever() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/patroni", listener.local_addr().unwrap());
-        let silent = is_primary(&url, Duration::from_millis(50)).await;
+        let silent = Prober::default().is_primary(&url, Duration::from_millis(50)).await;
         assert_eq!(silent, Err("no answer in time".into()));
         let served = tokio::spawn(async move {
             // The first connection is the one that was not answered.
@@ -111,7 +167,7 @@ mod tests {
             stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n{\"role\":\"primary\"}").await.unwrap();
             request
         });
-        assert_eq!(is_primary(&url, Duration::from_secs(5)).await, Ok(()));
+        assert_eq!(Prober::default().is_primary(&url, Duration::from_secs(5)).await, Ok(true));
         assert!(served.await.unwrap().starts_with(b"GET /primary HTTP/1.0\r\n"));
     }
 }

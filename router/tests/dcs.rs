@@ -35,7 +35,11 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
     let dcs = MemoryDcs::new(SystemClock);
     let router = Router::new(limits()).unwrap();
     let store = ClusterStore::new(dcs.client(), Paths::new("service", "demo"));
-    tokio::spawn(follow::run(router.clone(), Follower::spawn(store, SystemClock)));
+    tokio::spawn(follow::run(
+        router.clone(),
+        trunkline_router::probe::Prober::default(),
+        Follower::spawn(store, SystemClock),
+    ));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rw = listener.local_addr().unwrap();
     tokio::spawn(accept::serve(router.clone(), router.listening(&port(Target::Leader)), listener));

@@ -161,3 +161,61 @@ async fn a_silent_dcs_keeps_sessions_and_asks_the_leader_for_new_ones() {
     world.lead("b", other.at).await;
     is_ended(&mut client, &mut held).await;
 }
+
+/// A REST API that answers every `GET /primary` with this status and role.
+async fn api(status: &'static str, role: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/patroni", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request).await;
+            let _ = stream.write_all(format!("HTTP/1.0 {status}\r\n\r\n{{\"role\":\"{role}\"}}").as_bytes()).await;
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn with_a_silent_dcs_another_member_can_prove_that_it_leads_now() {
+    let mut world = World::new(Limits { stale_after: Duration::from_millis(200), ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let (a, b) = (Fake::start().await, Fake::start().await);
+    let (deposed, elected) = (api("503 Service Unavailable", "replica").await, api("200 OK", "primary").await);
+    world.lead("a", a.at).await;
+    world.follow("b", b.at).await;
+    let (mut client, mut server) = session(rw, &a).await;
+    world
+        .change(|view| {
+            view.members.get_mut(&"a".into()).unwrap().api_url = Some(deposed);
+            view.members.get_mut(&"b".into()).unwrap().api_url = Some(elected);
+        })
+        .await;
+    eventually(|| world.router.table().reign.as_ref().is_some_and(|epoch| epoch.member == "b".into())).await;
+    is_ended(&mut client, &mut server).await;
+    let (mut client, mut server) = session(rw, &b).await;
+    passes(&mut client, &mut server, b"hello").await;
+}
+
+#[tokio::test]
+async fn a_new_leader_is_asked_where_its_record_is_slow() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let (a, b) = (Fake::start().await, Fake::start().await);
+    let promoted = api("200 OK", "primary").await;
+    world.lead("a", a.at).await;
+    world.follow("b", b.at).await;
+    world
+        .change(|view| {
+            view.leader = Some(key("b", view.revision));
+            view.members.get_mut(&"b".into()).unwrap().api_url = Some(promoted);
+        })
+        .await;
+    let (mut client, mut server) = session(rw, &b).await;
+    // Its record catches up: nothing has changed.
+    world.change(|view| view.members.get_mut(&"b".into()).unwrap().role = "primary".into()).await;
+    passes(&mut client, &mut server, b"hello").await;
+    // A record that denies it counts at once, whatever it said before.
+    world.change(|view| view.members.get_mut(&"b".into()).unwrap().role = "demoted".into()).await;
+    is_ended(&mut client, &mut server).await;
+}

@@ -13,6 +13,7 @@ use trunkline_common::cluster::{LeaderKey, Status};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, ClusterView, LeaseId, Lsn, Member, Revision, SystemClock};
 use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+use trunkline_router::probe::Prober;
 use trunkline_router::{Router, accept, follow};
 
 /// A start-up packet of protocol 3.0.
@@ -58,7 +59,7 @@ impl World {
     pub fn new(limits: Limits) -> Self {
         let router = Router::new(limits).unwrap();
         let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
-        tokio::spawn(follow::run(router.clone(), receiver));
+        tokio::spawn(follow::run(router.clone(), Prober::default(), receiver));
         let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
         Self { router, knowledge: sender, view }
     }
