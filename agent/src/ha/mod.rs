@@ -15,6 +15,8 @@ pub mod task;
 
 mod act;
 mod commands;
+mod observe;
+mod shutdown;
 mod upkeep;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -27,7 +29,7 @@ use tracing::{debug, error, info, warn};
 use trunkline_common::cluster::{Member, Status};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_common::dcs::store::{ClusterStore, Outcome};
+use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revision, Task};
 use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
@@ -35,12 +37,13 @@ use trunkline_config::{Local, PostgresConfig, Settings};
 use self::decide::{Action, Decision};
 use self::lease::{Keeper, LeaseHandle, Timing};
 use self::publish::Urls;
+use self::shutdown::keep_beating;
 use self::situation::{DivergenceState, Me, Memory, PeerAnswers, Situation};
 use self::task::{Hands, TaskEnd, TaskKind};
 use crate::guard::Guard;
 use crate::node::{Board, Command, Noted};
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, StopMode};
+use crate::postgres::{Divergence, PgRole, PgStatus, Postgres};
 
 /// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
 const MAX_STEPS: usize = 8;
@@ -249,103 +252,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         Next::Wait
     }
 
-    /// The newest view, unless what we wrote ourselves is newer.
-    fn take_view(&mut self) {
-        let knowledge = self.parts.knowledge.borrow_and_update();
-        let Some(view) = &knowledge.view else { return };
-        if self.view.as_ref().is_some_and(|ours| ours.revision > view.revision) {
-            return;
-        }
-        let leader = |view: &ClusterView| view.leader.as_ref().map(|leader| leader.created);
-        if self.view.as_ref().is_some_and(|ours| leader(ours) != leader(view)) {
-            // What failed under another leader may work under this one, and a verdict was about the other's history.
-            self.memory.retry_at = None;
-            if self.memory.failures == 0 && matches!(self.memory.divergence, DivergenceState::Rewind(_)) {
-                self.memory.divergence = DivergenceState::Check;
-            }
-        }
-        self.view = Some(view.clone());
-    }
-
-    async fn apply_settings(&mut self) {
-        let Some(view) = self.view.clone() else { return };
-        self.settings = match view.config {
-            Some(_) => view.settings.clone(),
-            None => first_settings(&self.parts.local),
-        };
-        self.lease.set_timing(timing(&self.settings));
-        let (config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
-        if self.configured.as_ref() == Some(&config) {
-            return;
-        }
-        for notice in notices {
-            warn!("{notice}");
-        }
-        self.me = me(&self.parts.local, &config);
-        self.urls = urls(&self.parts.local, &config);
-        if let Err(error) = self.parts.postgres.configure(config.clone()).await {
-            warn!("PostgreSQL's configuration could not be applied: {error}");
-        }
-        self.configured = Some(config);
-    }
-
-    async fn observe(&mut self) {
-        let deadline = self.settings().retry_timeout.clamp(Duration::from_millis(500), Duration::from_secs(3));
-        let pg = self.parts.postgres.observe(deadline).await;
-        let now = self.parts.clock.now();
-        match &pg {
-            PgStatus::Running(running) => {
-                self.memory.was_primary = running.role == PgRole::Primary;
-                self.memory.demoted = false;
-                self.memory.down_since = None;
-            }
-            PgStatus::NoData | PgStatus::Refusing(_) => self.memory.down_since = None,
-            _ => {
-                self.memory.down_since.get_or_insert(now);
-            }
-        }
-        if let PgStatus::Stopped(control) = &pg
-            && !matches!(self.pg, PgStatus::Stopped(_))
-            && situation::stopped_as_primary(control)
-        {
-            // Whatever stopped it, it may have WAL that nobody else has.
-            self.memory.was_primary = true;
-            if self.memory.divergence == DivergenceState::NotAsked {
-                self.memory.divergence = DivergenceState::Check;
-            }
-        }
-        if matches!(pg, PgStatus::Stopped(_) | PgStatus::Broken(_))
-            && !matches!(self.memory.divergence, DivergenceState::RewindFailed(_))
-            && self.parts.postgres.half_rewound()
-        {
-            self.memory.divergence = DivergenceState::RewindFailed("it was cut off half-way".to_owned());
-        }
-        let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
-        if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted {
-            self.memory.up_since = None;
-            self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
-        }
-        let request = self.view.as_ref().filter(|view| view.leader.is_none() && view.failover.is_some());
-        self.memory.unfulfilled = match (request.map(|view| view.failover_revision), self.memory.unfulfilled) {
-            (Some(revision), Some((same, since))) if revision == same => Some((revision, since)),
-            (Some(revision), _) => Some((revision, now)),
-            // While somebody leads who may fail to be promoted, the time goes on.
-            (None, kept) => kept.filter(|_| self.view.as_ref().is_some_and(|view| view.failover.is_some())),
-        };
-        self.memory.silent = match pg {
-            PgStatus::Unresponsive => self.memory.silent.saturating_add(1),
-            _ => 0,
-        };
-        if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
-            match &pg {
-                PgStatus::Unresponsive => info!("PostgreSQL does not answer"),
-                PgStatus::Refusing(why) => warn!("PostgreSQL answers with an error: {why}"),
-                _ => info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory)),
-            }
-        }
-        self.pg = pg;
-    }
-
     /// Decides; asks the other members first where the decision depends on them.
     async fn decide(&mut self) -> Decision {
         let fenced = self.lease.session().fenced;
@@ -491,88 +397,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.memory.last_failure = Some(why);
     }
 
-    /// A server that takes writes must not go on without an agent.
-    async fn leave_nobody_behind(&mut self) {
-        if !matches!(
-            self.pg,
-            PgStatus::Running(_) | PgStatus::Starting | PgStatus::Refusing(_) | PgStatus::Unresponsive
-        ) || matches!(&self.pg, PgStatus::Running(running) if running.role == PgRole::Standby)
-        {
-            return;
-        }
-        warn!("stopping PostgreSQL, which would take writes with nobody to watch it");
-        let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
-        let stop = async {
-            let postgres = &self.parts.postgres;
-            match postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
-                Ok(()) => Ok(()),
-                Err(_) => postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await,
-            }
-        };
-        tokio::select! {
-            biased;
-            stopped = stop => match stopped {
-                Ok(()) => self.lease.resign(),
-                Err(error) => error!("PostgreSQL could not be stopped: {error}"),
-            },
-            () = alive => {}
-        }
-    }
-
-    /// In order: a leader hands over to whoever has everything, then the member key says `stopped`.
-    async fn shut_down(&mut self) {
-        info!("shutting down");
-        // A promotion or a start that is cut off leaves a server behind that the stop below ends.
-        let aborted = self.abort_task().await;
-        let limit = Duration::from_secs(60);
-        if self.settings().pause {
-            info!("paused: PostgreSQL is left running");
-            return;
-        }
-        self.observe().await;
-        let leads = self.lease.session().leading;
-        let stopped = match (leads, self.hand_over_plan(None)) {
-            (true, Some(plan)) => {
-                let plan = task::HandOverPlan { candidate_limit: Duration::from_secs(5), stop_limit: limit, ..plan };
-                match self.hands().hand_over(plan).await {
-                    TaskEnd::Failed { why, .. } => Err(why),
-                    _ => Ok(()),
-                }
-            }
-            _ if matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_)) => Ok(()),
-            _ => self.parts.postgres.stop(StopMode::Fast, limit, None).await.map_err(|error| error.to_string()),
-        };
-        if let Err(why) = stopped {
-            warn!("PostgreSQL did not stop in order, stopping it at once: {why}");
-            if let Err(error) = self.parts.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
-                error!("PostgreSQL could not be stopped: {error}");
-                return;
-            }
-        }
-        if aborted == Some(TaskKind::Bootstrap) {
-            self.undo_bootstrap().await;
-        }
-        self.lease.resign();
-        self.observe().await;
-        self.publish_member().await;
-        self.publish_board();
-    }
-
-    /// Half a cluster must not be taken for one by the next start. It is only half if the right to finish it was still
-    /// ours to give back.
-    async fn undo_bootstrap(&mut self) {
-        let Some(lease) = self.lease.session().lease else { return };
-        match self.parts.store.cancel_bootstrap(lease.id).await {
-            Ok(Outcome::Done(_)) => {
-                if let Err(error) = self.parts.postgres.move_data_aside().await {
-                    warn!("the data directory of the bootstrap that was cut off stays: {error}");
-                }
-            }
-            Ok(Outcome::Conflict) => {}
-            Err(error) => warn!("the initialize key could not be given back: {error}"),
-        }
-    }
-
     /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
     /// would keep every node awake.
     async fn relevant_change(knowledge: &mut watch::Receiver<Knowledge>, seen: &Option<Arc<ClusterView>>) {
@@ -656,14 +480,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
         self.task = Some(Running { kind, handle: Task::spawn(&self.parts.clock, work) });
-    }
-}
-
-/// Shows the keeper that what takes so long is meant to; for ever.
-async fn keep_beating<C: Clock>(lease: LeaseHandle, clock: C) {
-    loop {
-        lease.beat(clock.now());
-        clock.sleep(Duration::from_millis(200)).await;
     }
 }
 

@@ -1,0 +1,112 @@
+//! What a turn looks at: the newest view, its settings, the server; and what is remembered of it.
+
+use std::time::Duration;
+
+use tracing::{info, warn};
+use trunkline_common::dcs::Dcs;
+use trunkline_common::{Clock, ClusterView};
+use trunkline_config::PostgresConfig;
+
+use super::situation::{self, DivergenceState};
+use super::{Ha, SHORT_LIFE, first_settings, me, publish, timing, urls};
+use crate::peer::Peers;
+use crate::postgres::{PgRole, PgStatus, Postgres};
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    /// The newest view, unless what we wrote ourselves is newer.
+    pub(super) fn take_view(&mut self) {
+        let knowledge = self.parts.knowledge.borrow_and_update();
+        let Some(view) = &knowledge.view else { return };
+        if self.view.as_ref().is_some_and(|ours| ours.revision > view.revision) {
+            return;
+        }
+        let leader = |view: &ClusterView| view.leader.as_ref().map(|leader| leader.created);
+        if self.view.as_ref().is_some_and(|ours| leader(ours) != leader(view)) {
+            // What failed under another leader may work under this one, and a verdict was about the other's history.
+            self.memory.retry_at = None;
+            if self.memory.failures == 0 && matches!(self.memory.divergence, DivergenceState::Rewind(_)) {
+                self.memory.divergence = DivergenceState::Check;
+            }
+        }
+        self.view = Some(view.clone());
+    }
+
+    pub(super) async fn apply_settings(&mut self) {
+        let Some(view) = self.view.clone() else { return };
+        self.settings = match view.config {
+            Some(_) => view.settings.clone(),
+            None => first_settings(&self.parts.local),
+        };
+        self.lease.set_timing(timing(&self.settings));
+        let (config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
+        if self.configured.as_ref() == Some(&config) {
+            return;
+        }
+        for notice in notices {
+            warn!("{notice}");
+        }
+        self.me = me(&self.parts.local, &config);
+        self.urls = urls(&self.parts.local, &config);
+        if let Err(error) = self.parts.postgres.configure(config.clone()).await {
+            warn!("PostgreSQL's configuration could not be applied: {error}");
+        }
+        self.configured = Some(config);
+    }
+
+    pub(super) async fn observe(&mut self) {
+        let deadline = self.settings().retry_timeout.clamp(Duration::from_millis(500), Duration::from_secs(3));
+        let pg = self.parts.postgres.observe(deadline).await;
+        let now = self.parts.clock.now();
+        match &pg {
+            PgStatus::Running(running) => {
+                self.memory.was_primary = running.role == PgRole::Primary;
+                self.memory.demoted = false;
+                self.memory.down_since = None;
+            }
+            PgStatus::NoData | PgStatus::Refusing(_) => self.memory.down_since = None,
+            _ => {
+                self.memory.down_since.get_or_insert(now);
+            }
+        }
+        if let PgStatus::Stopped(control) = &pg
+            && !matches!(self.pg, PgStatus::Stopped(_))
+            && situation::stopped_as_primary(control)
+        {
+            // Whatever stopped it, it may have WAL that nobody else has.
+            self.memory.was_primary = true;
+            if self.memory.divergence == DivergenceState::NotAsked {
+                self.memory.divergence = DivergenceState::Check;
+            }
+        }
+        if matches!(pg, PgStatus::Stopped(_) | PgStatus::Broken(_))
+            && !matches!(self.memory.divergence, DivergenceState::RewindFailed(_))
+            && self.parts.postgres.half_rewound()
+        {
+            self.memory.divergence = DivergenceState::RewindFailed("it was cut off half-way".to_owned());
+        }
+        let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
+        if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted {
+            self.memory.up_since = None;
+            self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
+        }
+        let request = self.view.as_ref().filter(|view| view.leader.is_none() && view.failover.is_some());
+        self.memory.unfulfilled = match (request.map(|view| view.failover_revision), self.memory.unfulfilled) {
+            (Some(revision), Some((same, since))) if revision == same => Some((revision, since)),
+            (Some(revision), _) => Some((revision, now)),
+            // While somebody leads who may fail to be promoted, the time goes on.
+            (None, kept) => kept.filter(|_| self.view.as_ref().is_some_and(|view| view.failover.is_some())),
+        };
+        self.memory.silent = match pg {
+            PgStatus::Unresponsive => self.memory.silent.saturating_add(1),
+            _ => 0,
+        };
+        if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
+            match &pg {
+                PgStatus::Unresponsive => info!("PostgreSQL does not answer"),
+                PgStatus::Refusing(why) => warn!("PostgreSQL answers with an error: {why}"),
+                _ => info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory)),
+            }
+        }
+        self.pg = pg;
+    }
+}
