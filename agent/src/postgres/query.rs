@@ -266,7 +266,9 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         _ if standby && text(13).is_some_and(|command| !command.is_empty()) => Some("in archive recovery".to_owned()),
         _ => None,
     };
+    // A receiver that waits at the end of a timeline keeps its connection, whatever primary_conninfo says by then.
     let connected = || {
+        receiver.as_ref().filter(|status| *status == "streaming")?;
         let port = row.try_get::<_, Option<i32>>(11).ok().flatten()?;
         Some(format!("{}:{port}", text(10)?))
     };

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use trunkline_common::{Clock, TimelineId};
 
 use super::instance::Instance;
 use super::observe::words;
 use super::ready::{Changes, Ended};
-use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream, files, program, settings};
+use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream, files, program, query, settings};
 
 /// How long a promotion may be silent before the startup process is woken again; more than a promotion takes.
 const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
@@ -80,6 +80,27 @@ impl Instance {
         // Also where nothing changed: a reload ends recovery's pause of wal_retrieve_retry_interval (5 s) between two
         // tries to reach the upstream.
         postmaster.signal(Signal::HUP);
+        match upstream.filter(|_| !changed) {
+            Some(upstream) => self.end_old_receiver(&upstream).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A WAL receiver that was waiting at the end of a timeline when primary_conninfo changed goes on over its old
+    /// connection: PostgreSQL does not start it anew. Ended, it connects to where it should.
+    async fn end_old_receiver(&self, upstream: &Upstream) -> Result<(), PgError> {
+        const SQL: &str = "SELECT pid FROM pg_stat_get_wal_receiver() WHERE sender_host || ':' || sender_port <> $1";
+        let session = self.session(Duration::from_secs(1)).await?;
+        let address = format!("{}:{}", upstream.host, upstream.port);
+        let row = session.client().query_opt(SQL, &[&address]).await.map_err(query::failed)?;
+        let pid = row.and_then(|row| row.try_get::<_, Option<i32>>(0).ok().flatten()).and_then(Pid::from_raw);
+        if let Some(pid) = pid {
+            tracing::info!(
+                pid = pid.as_raw_nonzero(),
+                "the WAL receiver is still connected elsewhere than to {address}: ended"
+            );
+            let _ = rustix::process::kill_process(pid, Signal::TERM);
+        }
         Ok(())
     }
 }
