@@ -52,6 +52,8 @@ fn main() -> ExitCode {
     if let Some(data_dir) = &args.guard {
         return guard::run(data_dir);
     }
+    // What this process may do is not for the programs that it starts.
+    let _ = rustix::thread::clear_ambient_capability_set();
     let env = Env::of_process();
     if args.validate {
         return validate(&args, &env);
@@ -178,7 +180,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     let api = Arc::new(api);
     let server = Server::bind(api.clone()).await?;
     // From here on no other agent of this node runs.
-    let guard = start_guard(&postgres);
+    let guard = start_guard(&postgres, &local);
 
     let (stop, stopped) = watch::channel(false);
     let mut rest_stopped = stopped.clone();
@@ -244,11 +246,12 @@ async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sende
 }
 
 /// Before anything can take writes. A deadline that was left behind is good for the server that was left with it.
-fn start_guard(postgres: &Instance) -> Arc<HostGuard> {
-    let guard = HostGuard::start(&postgres.config().data_dir);
+fn start_guard(postgres: &Instance, local: &Local) -> Arc<HostGuard> {
+    let guard = HostGuard::start(&postgres.config().data_dir, local.guard.egress, &local.watchdog);
     if guard.deadline().is_some() && !postgres.has_processes() {
         guard.disarm();
     }
+    postgres.fence_egress(guard.egress());
     Arc::new(guard)
 }
 

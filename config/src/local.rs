@@ -33,8 +33,10 @@ pub struct Local {
     pub bootstrap: Option<Bootstrap>,
     /// The node's tags, JSON types and order kept.
     pub tags: Map<String, Value>,
-    /// The `watchdog` section as it stands.
-    pub watchdog: Map<String, Value>,
+    /// The kernel watchdog.
+    pub watchdog: Watchdog,
+    /// What ends writes where the agent can't.
+    pub guard: Guard,
     /// Logging.
     pub log: Log,
     /// The whole merged document, for `--print` and for what has no typed field yet.
@@ -66,6 +68,47 @@ pub struct RestApi {
     pub http_extra_headers: Vec<(String, String)>,
     /// Headers added to every response over TLS.
     pub https_extra_headers: Vec<(String, String)>,
+}
+
+/// `watchdog`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Watchdog {
+    /// Whether it is used.
+    pub mode: WatchdogMode,
+    /// The device.
+    pub device: PathBuf,
+    /// Seconds between the reset and the end of the lease; -1: half of the lease.
+    pub safety_margin: i64,
+}
+
+impl Default for Watchdog {
+    fn default() -> Self {
+        Self { mode: WatchdogMode::Automatic, device: "/dev/watchdog".into(), safety_margin: 5 }
+    }
+}
+
+/// `watchdog.mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WatchdogMode {
+    /// Not used.
+    Off,
+    /// Used where it works.
+    Automatic,
+    /// A node where it does not work may not lead.
+    Required,
+}
+
+/// `guard`: Trunkline's own; Patroni ignores it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guard {
+    /// Let the kernel hold PostgreSQL's packets back after the lease, where the system permits it.
+    pub egress: bool,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self { egress: true }
+    }
 }
 
 /// `restapi.verify_client`.

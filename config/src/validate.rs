@@ -20,7 +20,6 @@ pub fn validate(path: Option<&Path>, env: &Env) -> (Vec<Problem>, Vec<Notice>) {
         let root = Section::root(&map, &report);
         check_restapi(&root);
         check_tags(&root);
-        check_watchdog(&root);
         check_certificates(&root);
         if let Some(postgresql) = root.section("postgresql") {
             check_postgresql(&postgresql, env);
@@ -64,16 +63,6 @@ fn check_tags(root: &Section<'_>) {
         tags.boolean(flag);
     }
     tags.name("replicatefrom");
-}
-
-fn check_watchdog(root: &Section<'_>) {
-    let Some(watchdog) = root.section("watchdog") else { return };
-    watchdog.unknown(&["mode", "device", "safety_margin", "driver"]);
-    let words =
-        ["off", "disable", "disabled", "false", "automatic", "auto", "required", "require"].map(|word| (word, ()));
-    watchdog.choice("mode", &words);
-    watchdog.integer("safety_margin", -1..=86_400, None);
-    watchdog.name("device");
 }
 
 fn check_certificates(root: &Section<'_>) {

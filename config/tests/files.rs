@@ -290,11 +290,11 @@ tags: {{nofailover: false, failover_priority: 2, nosync: perhaps}}
     );
     let found = problems(&text, &Env::default()).join("\n").replace(&dir.path().display().to_string(), "DIR");
     let expected = "\
+patroni.yml: watchdog.mode = \"sometimes\": one of off, disable, disabled, false, automatic, auto, required, require is expected
+patroni.yml: watchdog.safety_margin = -2: a whole number from -1 to 86400 is expected
 patroni.yml: restapi.listen = \"0.0.0.0:5432\": other members cannot connect to a wildcard address; give connect_address with an address of this machine
 patroni.yml: tags.failover_priority = 2: at most one of nofailover and failover_priority may be given
 patroni.yml: tags.nosync = \"perhaps\": on, off, true, false, yes or no is expected
-patroni.yml: watchdog.mode = \"sometimes\": one of off, disable, disabled, false, automatic, auto, required, require is expected
-patroni.yml: watchdog.safety_margin = -2: a whole number from -1 to 86400 is expected
 patroni.yml: restapi.certfile = \"DIR/absent.pem\": cannot be read: No such file or directory (os error 2)
 patroni.yml: postgresql.authentication.replication.sslrootcert = \"DIR\": cannot be read: is no file
 patroni.yml: postgresql.use_pg_rewind = \"perhaps\": on, off, true, false, yes or no is expected

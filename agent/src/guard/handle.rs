@@ -273,7 +273,7 @@ fn armed_text(memory: &Memory) -> String {
 }
 
 /// A name that is the same before the directory exists and after.
-fn stable_name(data_dir: &Path) -> PathBuf {
+pub(super) fn stable_name(data_dir: &Path) -> PathBuf {
     let absolute = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
     match (absolute.parent().and_then(|parent| parent.canonicalize().ok()), absolute.file_name()) {
         (Some(parent), Some(name)) => parent.join(name),

@@ -6,19 +6,29 @@
 //!
 //! * `process` is the guard: a process of its own that sleeps until the deadline and kills the server. `handle` starts
 //!   it, and another one when it is gone; they share a page of `memory`.
+//! * `watchdog` is the kernel's, which resets the machine.
+//! * `egress` is the fence for what even the fastest kill is too late for: a `bpf` program on PostgreSQL's `cgroup`.
 
+mod bpf;
+mod cgroup;
+mod egress;
 mod handle;
 mod memory;
 mod process;
+mod watchdog;
 
 use std::fmt::{self, Debug, Display};
 use std::path::Path;
+use std::sync::Arc;
 
 use tracing::error;
 use trunkline_common::Instant;
+use trunkline_config::local;
 
+pub use self::egress::Egress;
 use self::handle::GuardProcess;
 pub use self::process::run;
+use self::watchdog::Watchdog;
 
 /// When a server here has to have stopped writing, unless that is moved by a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +83,12 @@ pub trait Guard: Debug + Send + Sync + 'static {
 pub struct Status {
     /// The guard process.
     pub process: Part,
+    /// The egress fence.
+    pub egress: Part,
+    /// The kernel watchdog.
+    pub watchdog: Part,
+    /// Why this node may not lead: a watchdog that is required does not work.
+    pub must_not_lead: Option<String>,
 }
 
 /// One of the means.
@@ -122,23 +138,35 @@ impl Display for Part {
 #[derive(Debug)]
 pub struct HostGuard {
     process: Result<GuardProcess, String>,
+    egress: Arc<Egress>,
+    watchdog: Result<Watchdog, String>,
 }
 
 impl HostGuard {
     /// Starts what can be started for the server in `data_dir`, and takes over what an earlier agent left behind. What
-    /// does not work is in the status, and in the log.
-    pub fn start(data_dir: &Path) -> Self {
+    /// does not work is in the status, and in the log. `egress`: with a fence, where the system permits it.
+    pub fn start(data_dir: &Path, egress: bool, watchdog: &local::Watchdog) -> Self {
         let process = GuardProcess::start(data_dir).map_err(|error| error.to_string());
         if let Err(why) = &process {
             error!("there is no guard process: {why}");
         }
-        Self { process }
+        let until = process.as_ref().ok().and_then(GuardProcess::kill_at);
+        let watchdog = Watchdog::start(watchdog).map_err(|error| error.to_string());
+        Self { process, egress: Arc::new(Egress::new(data_dir, egress, until)), watchdog }
+    }
+
+    /// The fence that the server has to be started behind.
+    pub fn egress(&self) -> Arc<Egress> {
+        self.egress.clone()
     }
 
     /// The agent ends in order.
     pub fn end(&self) {
         if let Ok(process) = &self.process {
             process.end();
+        }
+        if let Ok(watchdog) = &self.watchdog {
+            watchdog.end();
         }
     }
 }
@@ -148,11 +176,19 @@ impl Guard for HostGuard {
         if let Ok(process) = &self.process {
             process.set(Some(deadline.kill_at));
         }
+        self.egress.arm(deadline.until);
+        if let Ok(watchdog) = &self.watchdog {
+            watchdog.arm(deadline.until);
+        }
     }
 
     fn disarm(&self) {
         if let Ok(process) = &self.process {
             process.set(None);
+        }
+        self.egress.disarm();
+        if let Ok(watchdog) = &self.watchdog {
+            watchdog.disarm();
         }
     }
 
@@ -164,7 +200,13 @@ impl Guard for HostGuard {
     fn status(&self) -> Status {
         let armed = self.deadline().is_some();
         let process = self.process.as_ref().map_err(Clone::clone).and_then(GuardProcess::state);
-        Status { process: Part::of(process, armed) }
+        let watchdog = self.watchdog.as_ref().map_err(Clone::clone);
+        Status {
+            process: Part::of(process, armed),
+            egress: Part::of(self.egress.works(), self.egress.is_armed()),
+            must_not_lead: watchdog.as_ref().ok().and_then(|watchdog| watchdog.missing()),
+            watchdog: watchdog.map_or_else(Part::Off, |watchdog| Part::of(watchdog.works(), watchdog.is_armed())),
+        }
     }
 }
 

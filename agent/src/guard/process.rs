@@ -19,8 +19,9 @@ use trunkline_common::{Clock, Instant, SystemClock};
 use super::memory::Memory;
 use crate::postgres::{kill_processes_of, real_path};
 
-/// How long one attempt at killing everything may take.
-const ATTEMPT: Duration = Duration::from_secs(1);
+/// Between two looks at what is dying. Each begins with the deadline: it may have been removed, and what is started then
+/// must live.
+const RECHECK: Duration = Duration::from_millis(1);
 
 /// While a deadline is over and nobody has removed it, a server may yet be started by an agent that hangs: looked for
 /// this often.
@@ -54,16 +55,16 @@ fn guard(data_dir: &Path) -> std::io::Result<()> {
             None => None,
             Some(at) if now < at => Some(at),
             Some(at) => {
-                let (found, clean) = kill(&dir, now + ATTEMPT);
+                let found = kill(&dir);
                 if found && met != deadline {
                     memory.count_kill();
                     met = deadline;
                 }
-                if clean && !agent_lives {
-                    say_so(data_dir, found, SystemClock.now().since(at));
+                if !found && !agent_lives {
+                    say_so(data_dir, met == deadline, SystemClock.now().since(at));
                     return Ok(());
                 }
-                Some(now + SWEEP)
+                Some(now + if found { RECHECK } else { SWEEP })
             }
         };
         memory.set_next_look(look);
@@ -83,11 +84,9 @@ fn guard(data_dir: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Kills everything of the server; whether there was anything, and whether nothing is left.
-fn kill(dir: &Path, by: Instant) -> (bool, bool) {
-    let mut found = false;
-    let clean = kill_processes_of(dir, by, |_| found = true);
-    (found, clean)
+/// Kills everything of the server that is there now; whether there was anything.
+fn kill(dir: &Path) -> bool {
+    !kill_processes_of(dir, SystemClock.now(), |_| {})
 }
 
 /// Only where nobody else is left to tell it, and after it was done: this may block.
@@ -104,6 +103,8 @@ fn say_so(data_dir: &Path, found: bool, late: Duration) {
 #[allow(unsafe_code)]
 fn harden() {
     let _ = rustix::thread::set_name(c"trunkline-guard");
+    // A program file with capabilities would hide its memory from the next agent.
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable);
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     // Not what is allocated later: under a limit on locked memory that would fail.
     let _ = rustix::mm::mlockall(MlockAllFlags::CURRENT);

@@ -237,6 +237,15 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
     if !s.holds_key && s.has_lease && !s.dcs_away {
         return is(Action::Confirm, "led by failsafe mode while the DCS was away");
     }
+    if let Some(why) = s.memory.must_not_lead.as_ref().filter(|_| !settings.pause) {
+        let reason = format!("the watchdog is required and does not work: {why}");
+        return match s.pg {
+            PgStatus::Stopping => is(Action::Wait, reason),
+            PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_) => is(Action::Release, reason),
+            PgStatus::Running(running) if running.role == PgRole::Standby => is(Action::Release, reason),
+            _ => is(Action::Demote(DemoteMode::Sick), reason),
+        };
+    }
     match s.pg {
         PgStatus::NoData => is(Action::Release, "the data directory is empty"),
         PgStatus::Broken(why) => is(Action::Release, format!("the data directory can't be used: {why}")),
@@ -591,6 +600,9 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
             is(Action::Wait, "waiting for a leader to copy from (no bootstrap section in the configuration)")
         }
         Initialize::Absent if s.me.failover_priority() <= 0 => is(Action::Wait, "waiting for a leader (nofailover)"),
+        Initialize::Absent if s.memory.must_not_lead.is_some() => {
+            is(Action::Wait, "waiting for a leader (the watchdog is required and does not work)")
+        }
         Initialize::Absent if view.settings.standby_cluster.is_some() => {
             is(Action::Wait, "standby_cluster is set: bootstrapping one is not supported yet")
         }

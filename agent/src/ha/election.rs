@@ -44,6 +44,9 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
             (false, _) => Verdict::Yield("the cluster is paused".to_owned()),
         };
     }
+    if let Some(why) = &s.memory.must_not_lead {
+        return Verdict::Yield(format!("the watchdog is required and does not work: {why}"));
+    }
     if s.me.failover_priority() <= 0 {
         return Verdict::Yield("following a different leader because I am not allowed to promote".to_owned());
     }

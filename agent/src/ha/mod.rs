@@ -221,6 +221,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let mut next = Next::Again;
         for _ in 0..MAX_STEPS {
             self.lease.beat(self.parts.clock.now());
+            self.memory.must_not_lead = self.parts.guard.status().must_not_lead;
             if next == Next::Again {
                 self.take_view();
                 self.apply_settings().await;
@@ -230,6 +231,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     return Next::Wait;
                 }
                 self.observe().await;
+                if !self.deadline_is_settled().await {
+                    self.publish_member().await;
+                    return Next::Wait;
+                }
                 // A new primary is announced before anything else is done: routers are waiting for exactly this.
                 let announced = self.published.member.as_ref().is_some_and(|(member, _, _)| member.claims_primary());
                 if self.pg_is_primary() && !announced {
@@ -250,6 +255,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         warn!("still not settled after {MAX_STEPS} steps: {}", self.last.reason);
         self.publish_member().await;
         Next::Wait
+    }
+
+    /// Whatever is started while a deadline is being met would be killed with what it is meant for. False: the keeper is
+    /// about it, and tells when it is done. One that is left of a server that is gone is removed.
+    async fn deadline_is_settled(&mut self) -> bool {
+        let session = self.lease.session();
+        let Some(deadline) = session.deadline.filter(|_| !self.settings.pause) else { return true };
+        if deadline.fence_at <= self.parts.clock.now() {
+            return false;
+        }
+        let given_up = session.leader_until().is_none() && !session.bootstrapping;
+        if given_up && matches!(self.pg, PgStatus::Stopped(_) | PgStatus::NoData) {
+            // A postmaster that was killed leaves children behind.
+            if let Err(error) = self.parts.postgres.fence(Duration::from_secs(1)).await {
+                warn!("processes of the last server are still there: {error}");
+                return false;
+            }
+            self.lease.resign();
+        }
+        true
     }
 
     /// Decides; asks the other members first where the decision depends on them.

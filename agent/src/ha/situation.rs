@@ -96,6 +96,8 @@ pub struct Memory {
     pub last_failure: Option<String>,
     /// This node gave the key back because it could not lead; it stays out of races until then.
     pub abstain_until: Option<Instant>,
+    /// Why this node may not lead: a watchdog that is required does not work.
+    pub must_not_lead: Option<String>,
     /// The timeline that this node was promoted to and that has not had a checkpoint yet.
     pub checkpoint_pending: Option<TimelineId>,
     /// Position of the primary when each name of `synchronous_standby_names` came into force there.

@@ -282,7 +282,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             decision: self.last.action.label(),
             next_run: self.wake_at(),
             dcs_last_seen: self.parts.clock.wall().timestamp() - i64::try_from(silent_for).unwrap_or(0),
-            watchdog_failed: false,
+            watchdog_failed: self.memory.must_not_lead.is_some(),
             transitions: self.transitions.clone(),
             decisions: self.decisions.clone(),
             failsafe_active,

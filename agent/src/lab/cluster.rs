@@ -52,6 +52,8 @@ pub struct Spec {
     pub local: Value,
     /// Let everybody on this machine in without a password, so that password hashing is not part of what is measured.
     pub trust: bool,
+    /// Each node in a cgroup of its own, allowed to fence PostgreSQL's packets in it. Needs root.
+    pub cgroups: bool,
     /// The password of all users.
     pub password: String,
 }
@@ -67,6 +69,7 @@ impl Spec {
             dcs: json!({ "synchronous_mode": true, "primary_start_timeout": 0 }),
             local: json!({}),
             trust: false,
+            cgroups: false,
             password: format!("{:016x}", rand::random::<u64>()),
         }
     }
@@ -100,6 +103,9 @@ impl Cluster {
         for i in 0..cluster.nodes.len() {
             let text = files::patroni_yml(&cluster.spec, &cluster.nodes[i], &cluster.etcd);
             cluster.nodes[i].configure(&text)?;
+            if cluster.spec.cgroups {
+                cluster.nodes[i].confine()?;
+            }
         }
         Ok(cluster)
     }

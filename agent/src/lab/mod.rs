@@ -5,6 +5,7 @@
 //! each is a real program of this machine, so that Patroni or HAProxy can stand in for ours. [`workload`] writes and
 //! reads through them and knows afterwards what was promised, [`wait`] waits with a bound and says what it waited for.
 
+pub mod cgroup;
 pub mod cluster;
 pub mod demo;
 pub mod etcd;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
+use super::cgroup::Cgroup;
 use super::place::Lab;
 use super::process::{self, Proc};
 use super::rest;
@@ -25,6 +26,7 @@ pub struct Node {
     local: Value,
     config: PathBuf,
     proc: Option<Proc>,
+    cgroup: Option<Cgroup>,
 }
 
 /// The data directory's name below the node's.
@@ -35,7 +37,9 @@ impl Node {
         let dir = lab.make_dir(name)?;
         let (rest_port, port) = (lab.port()?, lab.port()?);
         let config = PathBuf::new();
-        Ok(Self { name: name.to_owned(), lab: lab.clone(), dir, program, rest_port, port, local, config, proc: None })
+        let name = name.to_owned();
+        let (proc, cgroup) = (None, None);
+        Ok(Self { name, lab: lab.clone(), dir, program, rest_port, port, local, config, proc, cgroup })
     }
 
     /// The member's name.
@@ -86,6 +90,17 @@ impl Node {
         Ok(())
     }
 
+    /// From the next start on it runs in a cgroup of its own.
+    pub(super) fn confine(&mut self) -> Result<()> {
+        self.cgroup = Some(self.lab.cgroup(&format!("{}-{}", self.name, self.rest_port))?);
+        Ok(())
+    }
+
+    /// Its cgroup, where it has one.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
     /// Replaces the program that will be started next time.
     pub fn replace_program(&mut self, program: Program) {
         self.program = program;
@@ -97,7 +112,10 @@ impl Node {
     /// It runs already, or does not start.
     pub fn start(&mut self) -> Result<()> {
         ensure!(!self.is_running(), "{} runs already", self.name);
-        let mut command = self.lab.command(&self.program, &self.dir)?;
+        let mut command = match &self.cgroup {
+            Some(cgroup) => self.lab.command_in(cgroup, &self.program, &self.dir)?,
+            None => self.lab.command(&self.program, &self.dir)?,
+        };
         command.arg(&self.config);
         self.proc = Some(self.lab.spawn(&self.name, command)?);
         Ok(())

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use anyhow::{Context, Result, bail};
 use rand::Rng;
 
+use super::cgroup::Cgroup;
 use super::process::{self, Proc};
 use super::tools::{Program, Tools};
 
@@ -132,6 +133,36 @@ impl Lab {
         if let Some(user) = &self.0.user {
             command.uid(user.uid).gid(user.gid);
         }
+        Ok(command)
+    }
+
+    /// A cgroup that belongs to the lab's user.
+    ///
+    /// # Errors
+    /// It can't be made: the caller is not root, or there is no cgroup v2.
+    pub fn cgroup(&self, name: &str) -> Result<Cgroup> {
+        let user = self.0.user.as_ref().context("cgroups of nodes need root")?;
+        Cgroup::new(name, (user.uid, user.gid))
+    }
+
+    /// [`Lab::command`] in a cgroup, with the capabilities that the egress fence needs and no others.
+    ///
+    /// # Errors
+    /// As [`Lab::command`]; the caller is not root.
+    pub fn command_in(&self, cgroup: &Cgroup, program: &Program, cwd: &Path) -> Result<Command> {
+        let user = self.0.user.as_ref().context("cgroups of nodes need root")?;
+        let plain = self.command(program, cwd)?;
+        let mut command = Command::new("setpriv");
+        command.arg(format!("--reuid={}", user.uid)).arg(format!("--regid={}", user.gid)).arg("--clear-groups");
+        command.args(["--inh-caps=+bpf,+net_admin", "--ambient-caps=+bpf,+net_admin", "--"]);
+        command.arg(plain.get_program()).args(plain.get_args()).current_dir(cwd);
+        for (key, value) in plain.get_envs() {
+            match value {
+                Some(value) => command.env(key, value),
+                None => command.env_remove(key),
+            };
+        }
+        cgroup.enter(&mut command)?;
         Ok(command)
     }
 

@@ -21,6 +21,7 @@ use super::query::{self, Connection, Session, Sessions};
 use super::settings::{self, Managed};
 use super::start::check_version;
 use super::{Divergence, PgError, PgStatus, Postgres, StartAs, StopMode, Upstream, program};
+use crate::guard::Egress;
 
 /// One PostgreSQL server on this host. Clones are handles to the same one.
 #[derive(Clone)]
@@ -89,6 +90,11 @@ impl Instance {
         let instance = Self { inner: Arc::new(inner) };
         instance.process().find();
         Ok(instance)
+    }
+
+    /// From now on the server is started behind this fence.
+    pub fn fence_egress(&self, egress: Arc<Egress>) {
+        self.process().fence_egress(egress);
     }
 
     /// Whether any process of the server is there, be it one that a postmaster left behind.

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use trunkline_common::{Clock, Instant, SystemClock};
 
 use super::pidfile::PidFile;
 use super::{PgError, program};
+use crate::guard::Egress;
 
 /// How long an immediate shutdown by SIGQUIT may take before SIGKILL, at most. It usually takes 10–20 ms.
 const QUIT_GRACE: Duration = Duration::from_millis(500);
@@ -39,6 +40,7 @@ pub struct Supervisor {
     data_dir: PathBuf,
     exits: watch::Sender<u64>,
     current: Mutex<Option<Arc<Postmaster>>>,
+    egress: OnceLock<Arc<Egress>>,
 }
 
 /// A postmaster that was alive when we looked.
@@ -51,7 +53,22 @@ pub struct Postmaster {
 impl Supervisor {
     /// For the postmaster of `data_dir`, whoever started it.
     pub fn new(data_dir: &Path) -> Self {
-        Self { data_dir: data_dir.to_owned(), exits: watch::Sender::new(0), current: Mutex::new(None) }
+        let (exits, current, egress) = (watch::Sender::new(0), Mutex::new(None), OnceLock::new());
+        Self { data_dir: data_dir.to_owned(), exits, current, egress }
+    }
+
+    /// From now on postmasters are started behind this fence; one that is there already is taken in where that can be.
+    pub fn fence_egress(&self, egress: Arc<Egress>) {
+        let running = self.find();
+        if self.egress.set(egress).is_ok() {
+            self.adopt(running.map(|postmaster| postmaster.pid), false);
+        }
+    }
+
+    fn adopt(&self, postmaster: Option<Pid>, started: bool) {
+        if let (Some(egress), Some(pid)) = (self.egress.get(), postmaster) {
+            egress.adopt(pid, started);
+        }
     }
 
     /// Counts ends.
@@ -75,6 +92,7 @@ impl Supervisor {
         }
         tracing::info!(pid = file.pid, "found a running postmaster");
         let postmaster = self.watch(pid, fd, None)?;
+        self.adopt(Some(pid), false);
         *current = Some(postmaster.clone());
         Some(postmaster)
     }
@@ -86,6 +104,9 @@ impl Supervisor {
         let name = command.get_program().to_owned();
         own_session(&mut command);
         let mut current = self.current.lock();
+        if let Some(door) = self.egress.get().and_then(|egress| egress.prepare()) {
+            enter(&mut command, door);
+        }
         let child = command.spawn().map_err(|error| program::unusable(&name, &error))?;
         let pid = Pid::from_child(&child);
         // Not reaped yet, so the number is still this process.
@@ -93,6 +114,7 @@ impl Supervisor {
             .map_err(|error| PgError::Unusable(format!("pidfd_open: {error}; Linux 5.3 or later is needed")))?;
         let postmaster = self.watch(pid, fd, Some(child));
         let postmaster = postmaster.ok_or_else(|| PgError::Failed("no thread to watch the postmaster".to_owned()))?;
+        self.adopt(Some(pid), true);
         *current = Some(postmaster.clone());
         Ok(postmaster)
     }
@@ -291,6 +313,19 @@ pub fn own_session(command: &mut Command) {
     // SAFETY: the closure runs between fork and exec and only makes one async-signal-safe system call.
     unsafe {
         command.pre_exec(|| rustix::process::setsid().map(drop).map_err(Into::into));
+    }
+}
+
+/// Into a cgroup before it is what it will be, so that all of its sockets are. Where that does not succeed it is started
+/// all the same, and found outside.
+#[allow(unsafe_code)]
+fn enter(command: &mut Command, door: OwnedFd) {
+    // SAFETY: the closure runs between fork and exec and only makes one async-signal-safe system call.
+    unsafe {
+        command.pre_exec(move || {
+            let _ = rustix::io::write(&door, b"0");
+            Ok(())
+        });
     }
 }
 

@@ -165,7 +165,11 @@ fn trunkline(out: &mut Exposition, picture: &Picture, knowledge: &Knowledge) {
     out.gauge("trunkline_next_turn_seconds", "Time until the HA loop's next turn is due, negative = late.", float(due));
     out.flag("trunkline_watchdog_failed", "Whether a required watchdog does not work.", board.watchdog_failed);
     out.head("trunkline_guard", "Whether what ends writes where the agent can't works.", "gauge");
-    out.sample("trunkline_guard", &info("part", "process"), u8::from(board.guard.process.works()));
+    for (name, part) in
+        [("process", &board.guard.process), ("egress", &board.guard.egress), ("watchdog", &board.guard.watchdog)]
+    {
+        out.sample("trunkline_guard", &info("part", name), u8::from(part.works()));
+    }
     out.head("trunkline_transitions_total", "What this node did about leadership, and why.", "counter");
     for ((kind, reason), times) in &board.transitions {
         out.sample("trunkline_transitions_total", &(info("kind", kind) + &info("reason", reason)), times);

@@ -172,7 +172,14 @@ impl Picture {
             doc.insert("watchdog_failed".into(), true.into());
         }
         let guard = &self.board.guard;
-        doc.insert("guard".into(), json!({"process": guard.process.to_string()}));
+        doc.insert(
+            "guard".into(),
+            json!({
+                "process": guard.process.to_string(),
+                "egress": guard.egress.to_string(),
+                "watchdog": guard.watchdog.to_string(),
+            }),
+        );
         Value::Object(doc)
     }
 

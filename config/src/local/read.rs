@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Bootstrap, Ctl, Local, Log, RestApi, VerifyClient};
+use super::{Bootstrap, Ctl, Guard, Local, Log, RestApi, VerifyClient, Watchdog, WatchdogMode};
 use crate::env::Env;
 use crate::report::Report;
 use crate::section::Section;
@@ -25,6 +25,7 @@ const KNOWN: &[&str] = &[
     "bootstrap",
     "postgresql",
     "watchdog",
+    "guard",
     "tags",
     "citus",
     "consul",
@@ -54,9 +55,6 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
     if !root.has("bootstrap") {
         root.notice("bootstrap", "without this section the node never initialises a new cluster");
     }
-    if let Some(watchdog) = root.section("watchdog") {
-        check_watchdog(&watchdog);
-    }
     let scope = required_name(&root, "scope", "the cluster's name", "PATRONI_SCOPE");
     let name = read_name(&root);
     let namespace = read_namespace(&root);
@@ -78,21 +76,41 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
         postgresql: postgresql?,
         bootstrap,
         tags,
-        watchdog: root.copy("watchdog"),
+        watchdog: read_watchdog(&root),
+        guard: read_guard(&root),
         log,
         raw: Value::Object(map.clone()),
     })
 }
 
-/// The kernel watchdog is not there yet: who merely likes it goes on without, who requires it must not lead.
-fn check_watchdog(watchdog: &Section<'_>) {
-    let mode = watchdog.get("mode").and_then(Value::as_str);
-    if matches!(mode, Some("automatic" | "auto")) {
-        watchdog.notice("mode", "this version has no watchdog; going on without");
+fn read_guard(root: &Section<'_>) -> Guard {
+    let Some(section) = root.section("guard") else { return Guard::default() };
+    section.unknown(&["egress"]);
+    let egress = section.choice("egress", &[("automatic", true), ("auto", true), ("off", false)]);
+    Guard { egress: egress.unwrap_or(true) }
+}
+
+fn read_watchdog(root: &Section<'_>) -> Watchdog {
+    let default = Watchdog::default();
+    let Some(section) = root.section("watchdog") else { return default };
+    section.unknown(&["mode", "device", "safety_margin", "driver"]);
+    let words = [
+        ("off", WatchdogMode::Off),
+        ("disable", WatchdogMode::Off),
+        ("disabled", WatchdogMode::Off),
+        ("false", WatchdogMode::Off),
+        ("automatic", WatchdogMode::Automatic),
+        ("auto", WatchdogMode::Automatic),
+        ("required", WatchdogMode::Required),
+        ("require", WatchdogMode::Required),
+    ];
+    if section.has("driver") {
+        section.notice("driver", "there is only the kernel's; ignored");
     }
-    if matches!(mode, Some("required" | "require")) {
-        let remedy = Some("say automatic, or keep Patroni on this node");
-        let _: Option<()> = watchdog.wrong_with("mode", "this version has no watchdog to require", remedy);
+    Watchdog {
+        mode: section.choice("mode", &words).unwrap_or(default.mode),
+        device: section.name("device").map_or(default.device, Into::into),
+        safety_margin: section.integer("safety_margin", -1..=86_400, None).unwrap_or(default.safety_margin),
     }
 }
 

@@ -750,3 +750,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn without_a_required_watchdog_nobody_leads() {
+    let why =
+        || Memory { must_not_lead: Some("/dev/watchdog: No such file or directory".to_owned()), ..Memory::default() };
+    let mut racer = world().leaderless().answers(&[("c", peer(900))]);
+    assert!(matches!(racer.decide().action, Action::Acquire(_)), "{:?}", racer.decide());
+    racer.memory = why();
+    assert_eq!(racer.decide().action, Action::Abstain);
+    let mut leader = world().leading();
+    leader.memory = why();
+    assert_eq!(leader.decide().action, Action::Demote(DemoteMode::Sick));
+    leader.pg = stopped(ControlState::InProduction, false);
+    assert_eq!(leader.decide().action, Action::Release);
+    leader.pg = standby(1000);
+    assert_eq!(leader.decide().action, Action::Release);
+    leader.view().settings.pause = true;
+    leader.pg = primary(1000);
+    assert_eq!(leader.decide().action, Action::Lead, "paused");
+}

@@ -1,6 +1,7 @@
 //! What a node and a cluster say of themselves.
 
 use super::*;
+use crate::guard::{self, Part};
 
 #[tokio::test]
 async fn a_primary_with_the_lock() {
@@ -23,6 +24,7 @@ async fn a_primary_with_the_lock() {
         "dcs_last_seen": 1935568800,
         "database_system_identifier": "7100000000000000001",
         "patroni": {"version": "4.1.4", "scope": "demo", "name": "pg-a"},
+        "guard": {"process": "off: not started", "egress": "off: not started", "watchdog": "off: not started"},
     });
     assert_eq!(document.to_string(), expected.to_string(), "fields, order and values");
     for (path, expected) in [
@@ -48,6 +50,8 @@ async fn a_primary_with_the_lock() {
 async fn a_streaming_standby() {
     let mut node_board = board("replica");
     node_board.tags.insert("az".into(), "b".into());
+    let (process, egress, watchdog) = (Part::Armed, Part::Off("why".into()), Part::Ready);
+    node_board.guard = guard::Status { process, egress, watchdog, must_not_lead: None };
     let node = Node::start(local("pg-b"), PgStatus::Running(standby()), node_board).await;
     put(&node.store, "leader", "pg-a".into()).await;
     node.catch_up().await;
@@ -59,7 +63,8 @@ async fn a_streaming_standby() {
         r#""replayed_timestamp": "2031-05-01 10:00:00.500000+02:00", "paused": false}, "timeline": 2, "#,
         r#""replication_state": "streaming", "dcs_last_seen": 1935568800, "tags": {"az": "b"}, "#,
         r#""database_system_identifier": "7100000000000000001", "#,
-        r#""patroni": {"version": "4.1.4", "scope": "demo", "name": "pg-b"}}"#,
+        r#""patroni": {"version": "4.1.4", "scope": "demo", "name": "pg-b"}, "#,
+        r#""guard": {"process": "armed", "egress": "off: why", "watchdog": "ready"}}"#,
     );
     assert_eq!(text, expected);
     let peers = HttpPeers::new(RestClient::for_agent(&local("client")).unwrap());

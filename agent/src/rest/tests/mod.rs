@@ -66,7 +66,8 @@ fn local(name: &str) -> Local {
         postgresql: Map::new(),
         bootstrap: None,
         tags: Map::new(),
-        watchdog: Map::new(),
+        watchdog: trunkline_config::local::Watchdog::default(),
+        guard: trunkline_config::local::Guard::default(),
         log: Log { json: false, level: "INFO".into(), format: String::new(), dir: None },
         raw: json!({}),
     }

@@ -1,0 +1,342 @@
+//! The kernel watchdog: resets the machine when nobody has proven the lease for too long.
+//!
+//! It is opened when there is a deadline and closed in order ("magic close") when there is none. Each renewal is one
+//! keepalive, with a timeout that ends before the lease does. A device may take its time, so a thread talks to it.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tracing::{info, warn};
+use trunkline_common::{Clock, Instant, SystemClock};
+use trunkline_config::local::{self, WatchdogMode};
+
+/// Deadlines that wait for a device that is slow; more than these are not needed.
+const QUEUE: usize = 4;
+
+/// How long an agent that ends waits for the device to be closed in order.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Linux's watchdog interface, or a model of it.
+trait Device: Send {
+    /// The machine is reset that many seconds after the last keepalive; what the device made of it.
+    fn set_timeout(&mut self, seconds: i32) -> io::Result<i32>;
+    /// Counts from now.
+    fn keepalive(&mut self) -> io::Result<()>;
+    /// Stops counting.
+    fn close(self: Box<Self>) -> io::Result<()>;
+}
+
+type Open = Box<dyn Fn() -> io::Result<Box<dyn Device>> + Send>;
+
+/// The watchdog of this machine.
+#[derive(Debug)]
+pub(super) struct Watchdog {
+    required: bool,
+    state: Arc<Mutex<State>>,
+    orders: Mutex<Option<SyncSender<Option<Instant>>>>,
+    ended: Mutex<Receiver<()>>,
+}
+
+#[derive(Debug)]
+struct State {
+    works: Result<(), String>,
+    until: Option<Instant>,
+}
+
+impl Watchdog {
+    /// By the `watchdog` section. Nothing is opened yet: that would start the clock.
+    pub fn start(settings: &local::Watchdog) -> io::Result<Self> {
+        let usable = match settings.mode {
+            WatchdogMode::Off => Err("switched off".to_owned()),
+            _ => rustix::fs::access(&settings.device, rustix::fs::Access::WRITE_OK)
+                .map_err(|error| format!("{}: {}", settings.device.display(), io::Error::from(error))),
+        };
+        let device = settings.device.clone();
+        Self::with(settings, usable, Box::new(move || open(&device)))
+    }
+
+    fn with(settings: &local::Watchdog, usable: Result<(), String>, open: Open) -> io::Result<Self> {
+        let required = settings.mode == WatchdogMode::Required;
+        if let (Err(why), true) = (&usable, required) {
+            warn!("the watchdog is required but does not work, so this node will not lead: {why}");
+        }
+        let on = settings.mode != WatchdogMode::Off && (required || usable.is_ok());
+        let state = Arc::new(Mutex::new(State { works: usable, until: None }));
+        let (orders, received) = sync_channel(QUEUE);
+        let (running, ended) = sync_channel::<()>(0);
+        if on {
+            let keeper = Keeper { open, device: None, timeout: 0, required, margin: settings.safety_margin };
+            let told = state.clone();
+            let keep = move || {
+                keeper.run(&received, &told);
+                drop(running);
+            };
+            std::thread::Builder::new().name("watchdog".to_owned()).spawn(keep)?;
+        }
+        Ok(Self { required, state, orders: Mutex::new(Some(orders)), ended: Mutex::new(ended) })
+    }
+
+    /// The lease lasts until then. Only a later end is a proof, and worth a keepalive.
+    pub fn arm(&self, until: Instant) {
+        let mut state = self.state.lock();
+        if state.until.is_some_and(|before| until <= before) {
+            return;
+        }
+        state.until = Some(until);
+        drop(state);
+        self.order(Some(until));
+    }
+
+    /// Nobody counts.
+    pub fn disarm(&self) {
+        if self.state.lock().until.take().is_some() {
+            self.order(None);
+        }
+    }
+
+    fn order(&self, until: Option<Instant>) {
+        if let Some(orders) = &*self.orders.lock() {
+            // Full: the device hangs. Gone: there is none.
+            let _ = orders.try_send(until);
+        }
+    }
+
+    /// Whether it works, or why not.
+    pub fn works(&self) -> Result<(), String> {
+        self.state.lock().works.clone()
+    }
+
+    /// Whether it counts.
+    pub fn is_armed(&self) -> bool {
+        self.state.lock().until.is_some()
+    }
+
+    /// Why this node may not lead.
+    pub fn missing(&self) -> Option<String> {
+        self.works().err().filter(|_| self.required)
+    }
+
+    /// The agent ends: what was ordered is done first.
+    pub fn end(&self) {
+        *self.orders.lock() = None;
+        let _ = self.ended.lock().recv_timeout(CLOSE_LIMIT);
+    }
+}
+
+/// What the thread has.
+struct Keeper {
+    open: Open,
+    device: Option<Box<dyn Device>>,
+    timeout: i32,
+    required: bool,
+    margin: i64,
+}
+
+impl Keeper {
+    fn run(mut self, orders: &Receiver<Option<Instant>>, told: &Mutex<State>) {
+        while let Ok(until) = orders.recv() {
+            let Some(until) = until else {
+                self.close();
+                continue;
+            };
+            let works = self.keep(until.since(SystemClock.now()));
+            let mut state = told.lock();
+            if state.works != works {
+                match &works {
+                    Ok(()) => info!("the watchdog resets this machine {} s after the last renewal", self.timeout),
+                    Err(why) => warn!("the watchdog does not work: {why}"),
+                }
+                state.works = works;
+            }
+        }
+        // Where there still is a deadline the device goes on counting, as the guard does.
+    }
+
+    /// A keepalive for a lease that lasts `left` from now.
+    fn keep(&mut self, left: Duration) -> Result<(), String> {
+        let seconds = timeout(left, self.margin);
+        if seconds < 1 {
+            let advice = "choose a longer ttl, or safety_margin -1 for half of ttl";
+            return Err(format!("safety_margin leaves no time of a lease of {left:.0?}: {advice}"));
+        }
+        let fresh = self.device.is_none();
+        let mut device = match self.device.take() {
+            Some(device) => device,
+            None => (self.open)().map_err(|error| error.to_string())?,
+        };
+        if fresh || seconds != self.timeout {
+            let set = device.set_timeout(seconds);
+            match set {
+                Ok(actual) if actual <= seconds || !self.required => {
+                    if actual > seconds {
+                        warn!("the watchdog counts {actual} s instead of {seconds}: longer than the lease");
+                    }
+                    self.timeout = seconds;
+                }
+                Ok(actual) => {
+                    let _ = device.close();
+                    return Err(format!("it counts {actual} s instead of {seconds}, which is longer than the lease"));
+                }
+                Err(error) => {
+                    let _ = device.close();
+                    return Err(format!("its timeout can't be set: {error}"));
+                }
+            }
+        }
+        let kept = device.keepalive().map_err(|error| format!("it takes no keepalive: {error}"));
+        self.device = Some(device);
+        kept
+    }
+
+    fn close(&mut self) {
+        if let Some(device) = self.device.take()
+            && let Err(error) = device.close()
+        {
+            warn!("the watchdog could not be closed in order, and may reset this machine: {error}");
+        }
+    }
+}
+
+/// Whole seconds that end `margin` seconds before the lease; -1: half of it.
+fn timeout(left: Duration, margin: i64) -> i32 {
+    let left = match u64::try_from(margin) {
+        Ok(margin) => left.saturating_sub(Duration::from_secs(margin)),
+        Err(_) => left / 2,
+    };
+    i32::try_from(left.as_secs()).unwrap_or(i32::MAX).min(65_534)
+}
+
+/// `/dev/watchdog`.
+struct Kernel(File);
+
+fn open(path: &Path) -> io::Result<Box<dyn Device>> {
+    let file = File::options().write(true).open(path);
+    let file = file.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    Ok(Box::new(Kernel(file)))
+}
+
+impl Device for Kernel {
+    #[allow(unsafe_code)]
+    fn set_timeout(&mut self, seconds: i32) -> io::Result<i32> {
+        /// `_IOWR('W', 6, int)`
+        const WDIOC_SETTIMEOUT: u32 = 0xc004_5706;
+        let mut value: libc::c_int = seconds;
+        // SAFETY: the request reads and writes one int, which outlives the call.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), WDIOC_SETTIMEOUT as _, &raw mut value) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+    }
+
+    fn keepalive(&mut self) -> io::Result<()> {
+        self.0.write_all(b"1")
+    }
+
+    fn close(mut self: Box<Self>) -> io::Result<()> {
+        self.0.write_all(b"V")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Notes what is done to it.
+    struct Fake(Arc<Mutex<Vec<String>>>, i32);
+
+    impl Device for Fake {
+        fn set_timeout(&mut self, seconds: i32) -> io::Result<i32> {
+            self.0.lock().push(format!("timeout {seconds}"));
+            Ok(seconds.max(self.1))
+        }
+
+        fn keepalive(&mut self) -> io::Result<()> {
+            self.0.lock().push("keepalive".to_owned());
+            Ok(())
+        }
+
+        fn close(self: Box<Self>) -> io::Result<()> {
+            self.0.lock().push("close".to_owned());
+            Ok(())
+        }
+    }
+
+    fn settings(mode: WatchdogMode, safety_margin: i64) -> local::Watchdog {
+        local::Watchdog { mode, device: "/dev/watchdog".into(), safety_margin }
+    }
+
+    fn fake(settings: &local::Watchdog, least: i32) -> (Watchdog, Arc<Mutex<Vec<String>>>) {
+        let done: Arc<Mutex<Vec<String>>> = Arc::default();
+        let seen = done.clone();
+        let open: Open = Box::new(move || Ok(Box::new(Fake(seen.clone(), least))));
+        (Watchdog::with(settings, Ok(()), open).expect("thread"), done)
+    }
+
+    fn lease() -> Instant {
+        SystemClock.now() + Duration::from_millis(10_900)
+    }
+
+    #[test]
+    fn renewals_are_keepalives_and_the_end_is_a_magic_close() {
+        let (watchdog, done) = fake(&settings(WatchdogMode::Automatic, 5), 1);
+        let until = lease();
+        watchdog.arm(until);
+        watchdog.arm(until);
+        watchdog.arm(until - Duration::from_secs(1));
+        watchdog.arm(until + Duration::from_millis(1));
+        assert!(watchdog.is_armed());
+        watchdog.disarm();
+        watchdog.disarm();
+        watchdog.end();
+        assert_eq!(*done.lock(), ["timeout 5", "keepalive", "keepalive", "close"]);
+        assert_eq!((watchdog.works(), watchdog.missing(), watchdog.is_armed()), (Ok(()), None, false));
+    }
+
+    #[test]
+    fn an_agent_that_ends_with_a_deadline_leaves_it_counting() {
+        let (watchdog, done) = fake(&settings(WatchdogMode::Automatic, -1), 1);
+        watchdog.arm(lease());
+        watchdog.end();
+        assert_eq!(*done.lock(), ["timeout 5", "keepalive"]);
+    }
+
+    #[test]
+    fn one_that_counts_too_long_is_good_enough_unless_it_is_required() {
+        for (mode, missing) in [(WatchdogMode::Automatic, false), (WatchdogMode::Required, true)] {
+            let (watchdog, done) = fake(&settings(mode, 5), 60);
+            watchdog.arm(lease());
+            watchdog.end();
+            assert_eq!(watchdog.missing().is_some(), missing);
+            assert_eq!(done.lock().last().map(String::as_str), Some(if missing { "close" } else { "keepalive" }));
+        }
+    }
+
+    #[test]
+    fn what_is_no_watchdog_says_so() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        let settings = local::Watchdog { device: file.path().into(), ..settings(WatchdogMode::Required, 5) };
+        let watchdog = Watchdog::start(&settings).expect("thread");
+        assert_eq!(watchdog.missing(), None, "it is there and can be written to");
+        watchdog.arm(lease());
+        watchdog.end();
+        let why = watchdog.missing().expect("refused");
+        assert!(why.contains("timeout can't be set"), "{why}");
+
+        let absent = local::Watchdog { device: "/dev/nothing".into(), ..settings };
+        assert!(Watchdog::start(&absent).expect("thread").missing().is_some());
+        let automatic = local::Watchdog { mode: WatchdogMode::Automatic, ..absent };
+        let watchdog = Watchdog::start(&automatic).expect("no thread");
+        assert!(watchdog.missing().is_none() && watchdog.works().is_err());
+    }
+
+    #[test]
+    fn the_timeout_ends_before_the_lease() {
+        let times = |left, margin| timeout(Duration::from_millis(left), margin);
+        assert_eq!((times(29_990, 5), times(29_990, -1), times(4_990, -1)), (24, 14, 2));
+        assert_eq!((times(4_990, 5), times(0, -1)), (0, 0));
+    }
+}
