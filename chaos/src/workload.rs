@@ -327,7 +327,8 @@ impl Client {
             None => {
                 self.session += 1;
                 let failed = |error: anyhow::Error| Failure { outcome: Outcome::Failed, error: format!("{error:#}") };
-                let connection = connect(self.address).await.map_err(failed)?;
+                let watchful = matches!(self.port, Port::Direct(_));
+                let connection = connect(self.address, watchful).await.map_err(failed)?;
                 if self.local {
                     rows(&connection, "SET synchronous_commit = local").await?;
                 }
@@ -408,9 +409,15 @@ fn texts(messages: &[SimpleQueryMessage]) -> Vec<Vec<String>> {
     messages.iter().filter_map(row).collect()
 }
 
-/// Connects as the superuser.
-async fn connect(address: SocketAddrV4) -> Result<tokio_postgres::Client> {
+/// Connects as the superuser. A `watchful` client notices in seconds that a host has lost its power, to see at once what
+/// it does when it is back; a frozen one is waited for, its kernel answers.
+async fn connect(address: SocketAddrV4, watchful: bool) -> Result<tokio_postgres::Client> {
     let mut config = Config::new();
+    if watchful {
+        let second = Duration::from_secs(1);
+        config.connect_timeout(2 * second).tcp_user_timeout(4 * second);
+        config.keepalives_idle(second).keepalives_interval(second).keepalives_retries(3);
+    }
     config.host(address.ip().to_string()).port(address.port()).user("postgres").dbname("postgres");
     let (client, connection) = config.connect(NoTls).await?;
     // Ends with the client. What it has to say, the client's next call says too.
@@ -423,7 +430,7 @@ async fn connect(address: SocketAddrV4) -> Result<tokio_postgres::Client> {
 /// # Errors
 /// They fail or take longer than `limit`.
 pub async fn query(address: SocketAddrV4, sql: &str, limit: Duration) -> Result<Vec<Vec<String>>> {
-    let asked = async { Ok::<_, anyhow::Error>(texts(&connect(address).await?.simple_query(sql).await?)) };
+    let asked = async { Ok::<_, anyhow::Error>(texts(&connect(address, false).await?.simple_query(sql).await?)) };
     tokio::time::timeout(limit, asked).await.with_context(|| format!("{address} does not answer within {limit:?}"))?
 }
 
