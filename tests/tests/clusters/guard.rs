@@ -93,12 +93,15 @@ async fn a_primary_whose_agent_hangs_is_ended_by_its_guard() -> Result<()> {
     ends_before_the_next("guard-hang", |node| signal(node, Signal::STOP), mend).await
 }
 
-/// With and without synchronous replication, several times, each within the lease and past the one that the dead agent had.
+/// With and without synchronous replication, and behind an egress fence where that can be; several times, each within the
+/// lease and past the one that the dead agent had.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_that_is_started_again_within_its_lease_costs_no_write() -> Result<()> {
-    for synchronous in [true, false] {
+    let fenced = fences_can_be_tested().is_ok();
+    for (synchronous, fenced) in [(true, false), (false, fenced)] {
         let mut spec = Spec::new(2, &Program::agent()?);
         spec.dcs = json!({ "synchronous_mode": synchronous, "primary_start_timeout": 0 });
+        spec.cgroups = fenced;
         let mut scene = Scene::with("restart", 1, spec).await?;
         let load = scene.load().await?;
         let leader = scene.cluster.settled(LIMIT).await?;
@@ -112,12 +115,14 @@ async fn an_agent_that_is_started_again_within_its_lease_costs_no_write() -> Res
             ensure!(scene.cluster.nodes[leader].postmaster()? == postmaster, "PostgreSQL was restarted");
             ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
             guard_of(&scene.cluster.nodes[leader])?;
+            let guard = scene.cluster.nodes[leader].status().await?["guard"].clone();
+            ensure!(guard["process"] == "armed" && (!fenced || guard["egress"] == "armed"), "{guard}");
         }
         load.writers.progress(100, LIMIT).await?;
         let after = load.writers.record();
         let failed = after.failures - before.failures;
         let (rows, longest) = (after.writes.len() - before.writes.len(), after.outage(began));
-        println!("synchronous {synchronous}: {rows} rows, {failed} failed, longest pause {longest:?}");
+        println!("synchronous {synchronous}, fenced {fenced}: {rows} rows, {failed} failed, longest pause {longest:?}");
         ensure!(failed == 0, "{failed} statements failed, the last with {:?}", after.last_error);
         scene.finish(load).await?;
     }
