@@ -15,6 +15,8 @@ use super::{PgError, Upstream, conninfo};
 pub enum DataDir {
     /// Not there, or nothing in it.
     Empty,
+    /// A base backup that was cut off: it can never be started, and nothing is lost with it.
+    Unfinished,
     /// There, and ours.
     Present,
     /// There, but PostgreSQL would refuse it: whose it is or its mode.
@@ -32,7 +34,6 @@ pub fn look(data_dir: &Path) -> DataDir {
         Ok(entries) => entries,
         Err(error) => return DataDir::Refused(format!("{}: {error}", data_dir.display())),
     };
-    let counts = |name: &str| !name.starts_with('.') && name != "lost+found";
     if !entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())) {
         return DataDir::Empty;
     }
@@ -43,7 +44,21 @@ pub fn look(data_dir: &Path) -> DataDir {
             data_dir.display()
         ));
     }
-    DataDir::Present
+    if is_unfinished_copy(data_dir) { DataDir::Unfinished } else { DataDir::Present }
+}
+
+/// pg_basebackup sends `backup_label` first and `global/pg_control` last; before the first of them there is only the WAL
+/// that it streams beside.
+fn is_unfinished_copy(data_dir: &Path) -> bool {
+    let only_wal = || {
+        let entries = fs::read_dir(data_dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.file_name()).all(|name| name == "pg_wal" || !counts(&name.to_string_lossy()))
+    };
+    !data_dir.join("global/pg_control").exists() && (data_dir.join("backup_label").exists() || only_wal())
+}
+
+fn counts(name: &str) -> bool {
+    !name.starts_with('.') && name != "lost+found"
 }
 
 /// Writes `postgresql.conf`, `pg_hba.conf`, `pg_ident.conf` and cleans `postgresql.auto.conf`; true if any of them changed.
@@ -291,6 +306,22 @@ mod tests {
         assert_eq!(look(dir.path()), DataDir::Present);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).expect("mode");
         assert!(matches!(look(dir.path()), DataDir::Refused(why) if why.contains("0755")));
+    }
+
+    #[test]
+    fn a_copy_that_was_cut_off_is_known() {
+        let dir = private_dir();
+        fs::create_dir(dir.path().join("pg_wal")).expect("dir");
+        assert_eq!(look(dir.path()), DataDir::Unfinished);
+        fs::write(dir.path().join("backup_label"), "START WAL LOCATION: 0/2000028\n").expect("file");
+        fs::write(dir.path().join("PG_VERSION"), "15").expect("file");
+        assert_eq!(look(dir.path()), DataDir::Unfinished);
+        fs::create_dir(dir.path().join("global")).expect("dir");
+        fs::write(dir.path().join("global/pg_control"), "").expect("file");
+        assert_eq!(look(dir.path()), DataDir::Present, "the copy is complete");
+        fs::remove_file(dir.path().join("backup_label")).expect("file");
+        fs::remove_file(dir.path().join("global/pg_control")).expect("file");
+        assert_eq!(look(dir.path()), DataDir::Present, "this was not a copy: for a person to look at");
     }
 
     #[test]

@@ -158,7 +158,7 @@ impl Instance {
         match files::look(&config.data_dir) {
             DataDir::Present => files::write(&config, &managed, self.version()),
             // Kept for the data directory to come.
-            DataDir::Empty => Ok(false),
+            DataDir::Empty | DataDir::Unfinished => Ok(false),
             DataDir::Refused(why) => Err(PgError::Unusable(why)),
         }
     }

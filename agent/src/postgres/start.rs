@@ -118,6 +118,10 @@ impl Instance {
         match files::look(&config.data_dir) {
             DataDir::Present => {}
             DataDir::Empty => return Err(PgError::Unusable(format!("{} is empty", config.data_dir.display()))),
+            DataDir::Unfinished => {
+                let why = format!("{} holds a copy that was cut off", config.data_dir.display());
+                return Err(PgError::Unusable(why));
+            }
             DataDir::Refused(why) => return Err(PgError::Unusable(why)),
         }
         check_version(config, self.version())?;
