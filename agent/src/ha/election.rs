@@ -63,14 +63,12 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
             sync_names(view)
         ));
     }
+    if is_left_behind(running.timeline, view) {
+        let (own, known) = (running.timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
+        return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
+    }
     if s.is_primary() {
-        let known = view.timeline().unwrap_or_default();
-        let own = running.timeline.unwrap_or_default();
-        return if own < known {
-            Verdict::Yield(format!("this primary is on timeline {own}, the cluster is on {known}"))
-        } else {
-            Verdict::Race("this node already runs as primary".to_owned())
-        };
+        return Verdict::Race("this node already runs as primary".to_owned());
     }
     if let Some(request) = &view.failover {
         return requested(s, view, request.candidate.as_ref(), request.leader.as_ref(), synchronous);
@@ -104,13 +102,15 @@ fn requested(
         if view.settings.pause {
             return Verdict::Yield(format!("paused, and {candidate} is the requested candidate"));
         }
-        if let Some(api_url) = view.members.get(candidate).and_then(|member| member.api_url.clone()) {
+        // A candidate outside the synchronous set won't race, so nobody must wait for it.
+        let may = !synchronous || view.sync.includes(candidate);
+        if let Some(api_url) = view.members.get(candidate).filter(|_| may).and_then(|member| member.api_url.clone()) {
             let Some(peers) = s.peers else {
                 let mut ask = electorate(s, view, synchronous);
                 ask.insert(candidate.clone(), api_url);
                 return Verdict::Ask(ask);
             };
-            if answer(peers, candidate).is_some_and(promotable) {
+            if answer(peers, candidate).is_some_and(|peer| can_lead(peer, view)) {
                 return Verdict::Yield(format!("{candidate} is the requested candidate"));
             }
         }
@@ -125,7 +125,7 @@ fn requested(
             let ask = electorate(s, view, synchronous);
             return if ask.is_empty() { Verdict::Race("nobody else could lead".to_owned()) } else { Verdict::Ask(ask) };
         };
-        return match peers.iter().find(|(_, status)| status.as_ref().is_some_and(promotable)) {
+        return match peers.iter().find(|(_, status)| status.as_ref().is_some_and(|peer| can_lead(peer, view))) {
             Some((name, _)) => Verdict::Yield(format!("was asked to step down, and {name} can lead")),
             None => Verdict::Race("was asked to step down, but nobody else can lead".to_owned()),
         };
@@ -135,13 +135,6 @@ fn requested(
 
 /// Whether no other member that counts is a better choice (ha-loop §8.2, common check).
 fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl Fn(&MemberName) -> bool) -> Verdict {
-    if view.settings.check_timeline {
-        let known = view.timeline().unwrap_or_default();
-        let own = s.running().and_then(|running| running.timeline).unwrap_or_default();
-        if own == TimelineId(0) || own < known {
-            return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
-        }
-    }
     let electorate = electorate(s, view, synchronous);
     let Some(peers) = s.peers else {
         if !electorate.is_empty() {
@@ -160,7 +153,7 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
         if !peer.in_recovery {
             return Verdict::Yield(format!("{name} still runs as primary"));
         }
-        if !promotable(peer) {
+        if !can_lead(peer, view) {
             continue;
         }
         let former_leader = synchronous && view.sync.leader.as_ref() == Some(name);
@@ -245,8 +238,7 @@ pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName
             continue;
         };
         let lag = peer.lsn.lag_behind(end);
-        let behind =
-            view.settings.check_timeline && peer.timeline.unwrap_or_default() < view.timeline().unwrap_or_default();
+        let behind = is_left_behind(peer.timeline, view);
         if !promotable(peer) {
             why.push(format!("{name} may not be promoted"));
         } else if lag > view.settings.maximum_lag_on_failover {
@@ -276,6 +268,19 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
 
 fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatus> {
     peers.get(name)?.as_ref()
+}
+
+/// Whether a node on `timeline` has missed a promotion that the cluster knows of. Also without `check_timeline`, where
+/// Patroni promotes such a node: PostgreSQL would give its new timeline a number that is taken, and nobody could tell the
+/// two histories apart any more.
+fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
+    let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
+    timeline.unwrap_or_default() < known.unwrap_or_default()
+}
+
+/// Whether a member that answered so may take the leader key.
+fn can_lead(peer: &PeerStatus, view: &ClusterView) -> bool {
+    promotable(peer) && !is_left_behind(peer.timeline, view)
 }
 
 fn promotable(peer: &PeerStatus) -> bool {

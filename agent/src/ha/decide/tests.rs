@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::json;
-use trunkline_common::cluster::{FailoverRequest, LeaderKey, Member, SyncState};
+use trunkline_common::cluster::{FailoverRequest, HistoryLine, LeaderKey, Member, SyncState};
 use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
 
 use super::*;
@@ -82,6 +82,7 @@ fn running(role: PgRole, lsn: u64) -> PgStatus {
         role,
         system_id: SYSTEM,
         timeline: Some(TimelineId(1)),
+        checkpoint_timeline: None,
         lsn: Lsn(lsn),
         receive_lsn: None,
         replay_lsn: None,
@@ -132,6 +133,7 @@ impl World {
             holds_key: !self.by_word && self.leader_until.is_some_and(|until| NOW < until),
             promised_until: self.leader_until.filter(|_| self.by_word),
             has_lease: self.has_lease,
+            ttl: self.view.as_ref().map_or(Duration::from_secs(5), |view| view.settings.ttl),
             dcs_away: self.dcs_away,
             pg: &self.pg,
             memory: &self.memory,
@@ -246,6 +248,40 @@ fn another_running_primary_stops_the_race() {
     let mut old = peer(0).unwrap();
     old.in_recovery = false;
     assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Abstain);
+}
+
+#[test]
+fn nobody_waits_for_a_candidate_that_may_not_race() {
+    let asked = |candidate: &str| {
+        let world = world().leaderless().synchronous("a", &["b"]).requested(Some("a"), Some(candidate));
+        world.answers(&[("c", peer(1000))]).decide()
+    };
+    let outside = asked("c");
+    assert!(matches!(outside.action, Action::Acquire(_)), "{outside:?}");
+}
+
+#[test]
+fn who_missed_a_promotion_neither_races_nor_counts() {
+    let second = |mut world: World| {
+        let line = HistoryLine {
+            timeline: TimelineId(1),
+            switchpoint: Lsn(900),
+            reason: String::new(),
+            promoted_at: None,
+            new_leader: None,
+        };
+        (world.view().history, world.view().has_history) = (vec![line], true);
+        world
+    };
+    let behind = second(world().leaderless()).decide();
+    assert_eq!(behind.action, Action::Abstain);
+    assert!(behind.reason.contains("timeline 1, the cluster is on 2"), "{}", behind.reason);
+
+    let mut ahead = second(world().leaderless());
+    let PgStatus::Running(running) = &mut ahead.pg else { panic!() };
+    (running.timeline, running.lsn) = (Some(TimelineId(2)), Lsn(1000));
+    let decision = ahead.answers(&[("c", peer(5000))]).decide();
+    assert!(matches!(decision.action, Action::Acquire(_)), "{decision:?}");
 }
 
 #[test]
