@@ -13,7 +13,7 @@ use trunkline_agent::guard::{self, Guard, HostGuard};
 use trunkline_agent::ha::{Exit, Ha, Parts};
 use trunkline_agent::node::{Board, Command};
 use trunkline_agent::peer::{HttpPeers, RestClient};
-use trunkline_agent::postgres::{Instance, PgStatus, Postgres};
+use trunkline_agent::postgres::{Instance, Postgres};
 use trunkline_agent::rest::{Api, Server};
 use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
@@ -166,7 +166,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         anyhow::bail!("Can't start; there is already a node named '{name}' running ({taken})");
     }
 
-    let (board, board_seen) = watch::channel(first_board(&clock));
+    let (board, board_seen) = watch::channel(Board::starting(clock.now()));
     let (commands, commands_received) = mpsc::channel(COMMANDS);
     let api = Api::new(
         &local,
@@ -284,27 +284,5 @@ async fn apply_retry_timeout<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::R
 async fn tell_systemd(mut board: watch::Receiver<Board>) {
     if board.changed().await.is_ok() {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    }
-}
-
-fn first_board(clock: &SystemClock) -> Board {
-    Board {
-        state: "starting".to_owned(),
-        role: "replica".to_owned(),
-        postgres: PgStatus::NoData,
-        leader_until: None,
-        pause: false,
-        task: None,
-        tags: serde_json::Map::new(),
-        scheduled_restart: None,
-        reason: "starting".to_owned(),
-        decision: "wait",
-        next_run: clock.now() + Duration::from_secs(30),
-        dcs_last_seen: 0,
-        watchdog_failed: false,
-        transitions: std::collections::BTreeMap::new(),
-        decisions: Arc::default(),
-        failsafe_active: false,
-        guard: guard::Status::default(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
@@ -53,6 +54,31 @@ pub struct Board {
     pub failsafe_active: bool,
     /// What ends writes where this process can't.
     pub guard: guard::Status,
+}
+
+impl Board {
+    /// Before the first turn of the loop.
+    pub fn starting(now: Instant) -> Self {
+        Self {
+            state: "starting".to_owned(),
+            role: "replica".to_owned(),
+            postgres: PgStatus::NoData,
+            leader_until: None,
+            pause: false,
+            task: None,
+            tags: Map::new(),
+            scheduled_restart: None,
+            reason: "starting".to_owned(),
+            decision: "wait",
+            next_run: now + Duration::from_secs(30),
+            dcs_last_seen: 0,
+            watchdog_failed: false,
+            transitions: BTreeMap::new(),
+            decisions: Arc::default(),
+            failsafe_active: false,
+            guard: guard::Status::default(),
+        }
+    }
 }
 
 /// A decision that differs from the one before it, with its reason and the numbers compared: `GET /decisions`.

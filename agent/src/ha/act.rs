@@ -155,7 +155,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let asked_at = self.parts.clock.now();
         let left = self.lease.session().leader_until().map_or(Duration::ZERO, |until| until.since(asked_at));
         let patience =
-            left.saturating_sub(step_down_margin(ttl)).clamp(Duration::from_millis(300), Duration::from_secs(2));
+            left.saturating_sub(step_down_margin(self.ttl())).clamp(Duration::from_millis(300), Duration::from_secs(2));
         let slots = match &self.pg {
             PgStatus::Running(running) => {
                 running.slots.iter().map(|(name, lsn)| (name.clone(), lsn.0.into())).collect()

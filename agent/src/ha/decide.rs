@@ -194,11 +194,11 @@ fn foreign_data(s: &Situation, view: &ClusterView) -> Option<Decision> {
 fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
     let settings = &view.settings;
     let left = s.leader_until.map_or(Duration::ZERO, |until| until.since(s.now));
-    if !s.is_primary() || settings.pause || left >= failsafe_margin(settings.ttl, s.dcs_away) {
+    if !s.is_primary() || settings.pause || left >= failsafe_margin(s.ttl, s.dcs_away) {
         return None;
     }
     let refused = s.memory.failsafe_refused.as_ref();
-    if left < step_down_margin(settings.ttl) {
+    if left < step_down_margin(s.ttl) {
         let word = match (settings.failsafe_mode, refused) {
             (false, _) => String::new(),
             (true, Some((_, who))) => format!("; failsafe mode: {who}"),

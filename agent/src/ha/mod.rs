@@ -196,7 +196,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             let wake = self.wake_at();
             tokio::select! {
                 biased;
-                _ = shutdown.wait_for(|stop| *stop) => {
+                () = said(&mut shutdown) => {
                     // The lease has to live until the key is handed over.
                     let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
                     tokio::select! {
@@ -300,6 +300,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 promised_until: session.failsafe,
                 holds_key: session.key_until().is_some_and(|until| self.parts.clock.now() < until),
                 has_lease: session.lease.is_some(),
+                ttl: self.ttl(),
                 dcs_away: session.trouble.is_some(),
                 pg: &self.pg,
                 memory: &self.memory,
@@ -394,7 +395,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             (_, TaskEnd::Promoted(timeline)) => {
                 info!("promoted, on timeline {timeline}");
-                self.memory.checkpoint_pending = Some(timeline);
                 self.memory.divergence = DivergenceState::NotAsked;
                 self.memory.sync_since.clear();
                 self.published.upkept = None;
@@ -447,7 +447,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             wake = wake.min(now + LOOK_AGAIN);
         }
         if let Some(until) = self.lease.session().leader_until() {
-            let ttl = self.settings().ttl;
+            let ttl = self.ttl();
             let mut due = until - decide::step_down_margin(ttl);
             if self.settings().failsafe_mode {
                 let refused = self.memory.failsafe_refused.as_ref().map(|(at, _)| *at + decide::FAILSAFE_PAUSE);
@@ -472,6 +472,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             wake = wake.min(now + left);
         }
         wake
+    }
+
+    /// See [`Situation::ttl`].
+    fn ttl(&self) -> Duration {
+        let setting = self.settings.ttl;
+        self.lease.session().lease.map_or(setting, |lease| lease.ttl.min(setting))
     }
 
     fn settings(&self) -> &Settings {
@@ -506,6 +512,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
         self.task = Some(Running { kind, handle: Task::spawn(&self.parts.clock, work) });
     }
+}
+
+/// Returns when it has been said to stop, or nobody is left who could say it.
+async fn said(shutdown: &mut watch::Receiver<bool>) {
+    let _ = shutdown.wait_for(|stop| *stop).await;
 }
 
 /// Waits for the end of the task; for ever without one.

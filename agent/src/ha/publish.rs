@@ -68,12 +68,12 @@ pub fn member(
         role: role_text(pg, memory).to_owned(),
         version: Some(PATRONI_VERSION.to_owned()),
         tags: tags::published(&me.tags),
-        checkpoint_after_promote: memory.checkpoint_pending.is_some().then_some(false),
         pause: view.is_some_and(|view| view.settings.pause),
         ..Member::default()
     };
     if let PgStatus::Running(running) = pg {
         let standby = running.role == PgRole::Standby;
+        member.checkpoint_after_promote = running.awaits_checkpoint().then_some(false);
         member.xlog_location = Some(running.lsn);
         member.replay_lsn = running.replay_lsn.filter(|lsn| standby && lsn.is_valid());
         member.receive_lsn = running.receive_lsn.filter(|lsn| standby && lsn.is_valid());

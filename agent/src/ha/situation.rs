@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use trunkline_common::cluster::LeaderKey;
-use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
+use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId};
 use trunkline_config::tags;
 
 use crate::peer::PeerStatus;
@@ -34,6 +34,8 @@ pub struct Situation<'a> {
     pub promised_until: Option<Instant>,
     /// Whether this process has a lease at all.
     pub has_lease: bool,
+    /// How long a lease lasts: the setting, or what ours was granted with while that is shorter (the setting has just grown).
+    pub ttl: Duration,
     /// The DCS does not answer at the moment.
     pub dcs_away: bool,
     /// PostgreSQL as observed.
@@ -98,8 +100,6 @@ pub struct Memory {
     pub abstain_until: Option<Instant>,
     /// Why this node may not lead: a watchdog that is required does not work.
     pub must_not_lead: Option<String>,
-    /// The timeline that this node was promoted to and that has not had a checkpoint yet.
-    pub checkpoint_pending: Option<TimelineId>,
     /// Position of the primary when each name of `synchronous_standby_names` came into force there.
     pub sync_since: BTreeMap<String, Lsn>,
     /// When the loop began: how long it may look for the key of a primary that it found running.

@@ -120,7 +120,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                     warn!("cleaning up after the failed bootstrap: {error}");
                 }
                 if let Err(error) = self.store.cancel_bootstrap(lease.id).await {
-                    warn!("the initialize key could not be given back: {error}");
+                    warn!("the initialize key could not be given back, it ends with its lease: {error}");
+                    self.lease.abandon(lease.id);
                 }
                 TaskEnd::Failed { why, damaged: false }
             }
@@ -131,6 +132,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         let pg = |error: PgError| error.to_string();
         let dcs = |error: DcsError| error.to_string();
         self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
+        // initdb takes its time, and this host may have stood still meanwhile.
+        let now = self.clock.now();
+        if self.lease.session().lease.is_none_or(|held| held.id != lease.id || held.until <= now) {
+            return Err("the right to bootstrap ended with its lease".to_owned());
+        }
         self.postgres.start(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
         self.postgres.create_users(plan.post_bootstrap.clone()).await.map_err(pg)?;
         let status = self.postgres.observe(Duration::from_secs(5)).await;

@@ -39,7 +39,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// What a node does that has nothing to do.
     pub(super) async fn idle_upkeep(&mut self) {
         self.settle_divergence();
-        self.memory.checkpoint_pending = None;
         if matches!(self.pg, PgStatus::Running(_)) && !self.pg_is_primary() {
             self.upkeep_slots().await;
         }
@@ -73,26 +72,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
-    /// pg_rewind needs a checkpoint on the new timeline (ha-loop §11.3). It may take long, so it runs beside everything.
+    /// pg_rewind needs a checkpoint on the new timeline (ha-loop §11.3). It may take long, so it runs beside everything;
+    /// one that fails is tried again, also by an agent that finds a primary in need of one.
     fn checkpoint_after_promotion(&mut self) {
-        if self.memory.checkpoint_pending.is_none() {
+        let PgStatus::Running(running) = &self.pg else { return };
+        if !running.awaits_checkpoint() || self.checkpoint.as_ref().is_some_and(|running| !running.is_finished()) {
             return;
         }
-        match &self.checkpoint {
-            Some(running) if !running.is_finished() => {}
-            Some(_) => {
-                self.checkpoint = None;
-                self.memory.checkpoint_pending = None;
+        let postgres = self.parts.postgres.clone();
+        self.checkpoint = Some(Task::spawn(&self.parts.clock, async move {
+            if let Err(error) = postgres.checkpoint(Duration::from_secs(3600)).await {
+                warn!("the checkpoint after the promotion failed: {error}");
             }
-            None => {
-                let postgres = self.parts.postgres.clone();
-                self.checkpoint = Some(Task::spawn(&self.parts.clock, async move {
-                    if let Err(error) = postgres.checkpoint(std::time::Duration::from_secs(3600)).await {
-                        warn!("the checkpoint after the promotion failed: {error}");
-                    }
-                }));
-            }
-        }
+        }));
     }
 
     async fn upkeep_slots(&mut self) {

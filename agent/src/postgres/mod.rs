@@ -54,7 +54,7 @@ use trunkline_config::PostgresConfig;
 #[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq)]
 pub enum PgStatus {
-    /// No data directory, or an empty one.
+    /// No data directory, or an empty one, or a copy that was cut off.
     NoData,
     /// There is something in the data directory, but it can't be read as a cluster (no pg_control, wrong permissions).
     Broken(String),
@@ -116,6 +116,8 @@ pub struct Running {
     pub system_id: SystemId,
     /// Of the WAL that it writes or receives; `None` where a standby has received nothing yet.
     pub timeline: Option<TimelineId>,
+    /// Of its last checkpoint; `None` where that is not known.
+    pub checkpoint_timeline: Option<TimelineId>,
     /// Primary: flushed position. Standby: max(received, replayed).
     pub lsn: Lsn,
     /// Standby: last received (written) position.
@@ -144,6 +146,13 @@ pub struct Running {
     pub pending_restart: BTreeMap<String, Value>,
     /// Replication slots: name → `restart_lsn` (physical) or `confirmed_flush_lsn` (logical).
     pub slots: BTreeMap<String, Lsn>,
+}
+
+impl Running {
+    /// A primary that has had no checkpoint since its promotion is no source for pg_rewind yet.
+    pub fn awaits_checkpoint(&self) -> bool {
+        self.role == PgRole::Primary && self.checkpoint_timeline.is_some_and(|at| Some(at) < self.timeline)
+    }
 }
 
 /// Whether the server takes writes.

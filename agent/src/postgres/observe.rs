@@ -50,7 +50,7 @@ impl Instance {
     pub(super) fn at_rest(&self) -> PgStatus {
         let config = self.config_now();
         match files::look(&config.data_dir) {
-            DataDir::Empty => return PgStatus::NoData,
+            DataDir::Empty | DataDir::Unfinished => return PgStatus::NoData,
             DataDir::Refused(why) => return PgStatus::Broken(why),
             DataDir::Present => {}
         }
@@ -73,6 +73,7 @@ impl Instance {
     /// Adds what the query can't see.
     fn complete(&self, mut running: Running, postmaster: &Postmaster, control: &ControlFile) -> Running {
         running.pending_restart = self.inner.pending_restart.lock().clone();
+        running.checkpoint_timeline = Some(control.timeline);
         if running.role == PgRole::Standby {
             let mut received = self.inner.received.lock();
             let earlier = received.filter(|(pid, _)| *pid == postmaster.pid()).map(|(_, timeline)| timeline);

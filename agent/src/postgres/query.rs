@@ -280,6 +280,7 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         role: if standby { PgRole::Standby } else { PgRole::Primary },
         system_id,
         timeline,
+        checkpoint_timeline: None,
         lsn: if standby { receive_lsn.max(replay_lsn).unwrap_or(Lsn::INVALID) } else { lsn(1)? },
         receive_lsn,
         replay_lsn,

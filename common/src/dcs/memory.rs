@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use futures::Stream;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::{Change, Compare, Dcs, DcsError, Events, KeyValue, Lease, Op, Snapshot, Txn, TxnResult, WatchEvent};
 use crate::{Clock, Instant, LeaseId, Revision};
@@ -40,12 +40,14 @@ pub struct MemoryDcs<C> {
 /// What is wrong between one client and the store. All of it can change at any time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Faults {
-    /// Requests take this long to get there …
+    /// Requests take this long to get there. They arrive whether or not the caller still waits for the answer.
     pub request_delay: Duration,
-    /// … and answers this long to come back. What was asked for has happened by then.
+    /// Answers take this long to come back. What was asked for has happened by then.
     pub answer_delay: Duration,
     /// Nothing gets through in either direction, and nobody says so: calls time out, watches fall silent.
     pub cut: bool,
+    /// Only the way back is cut: calls take effect and time out, watches fall silent.
+    pub deaf: bool,
     /// The store refuses connections: calls fail at once, watches break.
     pub refused: bool,
     /// The answers of this many more calls get lost after the calls have taken effect.
@@ -62,6 +64,7 @@ impl Default for Faults {
             request_delay: Duration::ZERO,
             answer_delay: Duration::ZERO,
             cut: false,
+            deaf: false,
             refused: false,
             lost_answers: 0,
             watch_delay: Duration::ZERO,
@@ -165,35 +168,47 @@ impl<C: Clock> MemoryDcs<C> {
     }
 
     /// One call through this client's faults. `work` happens at one instant or not at all.
-    async fn call<T>(&self, work: impl FnOnce(&mut Data, Instant) -> Result<T, DcsError>) -> Result<T, DcsError> {
+    async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Data, Instant) -> Result<T, DcsError> + Send + 'static,
+    ) -> Result<T, DcsError> {
         let clock = &self.store.clock;
-        let sent = clock.now();
         let faults = self.link.faults.lock().clone();
-        let timeout = Err(DcsError::Timeout(faults.deadline));
-        let late = |delay: Duration| delay >= faults.deadline;
         if faults.refused {
             return Err(DcsError::Unavailable("connection refused".to_owned()));
         }
-        if !faults.cut && !faults.request_delay.is_zero() {
-            clock.sleep(faults.request_delay.min(faults.deadline)).await;
-        }
-        if self.link.is_cut() || late(faults.request_delay) {
-            clock.sleep_until(sent + faults.deadline).await;
-            return timeout;
-        }
-        let result = self.store.change(|data| work(data, clock.now()));
-        if self.link.loses_an_answer() || late(faults.request_delay + faults.answer_delay) {
-            clock.sleep_until(sent + faults.deadline).await;
-            return timeout;
-        }
-        if !faults.answer_delay.is_zero() {
+        let answered = async {
+            let result = match faults.request_delay.is_zero() {
+                true => self.link.reaches().then(|| self.store.change(|data| work(data, clock.now()))),
+                false => self.post(faults.request_delay, work).await,
+            };
+            let lost = result.is_none() || self.link.loses_an_answer();
             clock.sleep(faults.answer_delay).await;
-            if self.link.is_cut() {
-                clock.sleep_until(sent + faults.deadline).await;
-                return timeout;
+            match result.filter(|_| !lost && self.link.answers()) {
+                Some(result) => result,
+                None => std::future::pending().await,
             }
-        }
-        result
+        };
+        clock.within(faults.deadline, answered).await.unwrap_or(Err(DcsError::Timeout(faults.deadline)))
+    }
+
+    /// A request on its way: it arrives also if its sender gives up or dies meanwhile. `None`: it got lost.
+    async fn post<T: Send + 'static>(
+        &self,
+        delay: Duration,
+        work: impl FnOnce(&mut Data, Instant) -> Result<T, DcsError> + Send + 'static,
+    ) -> Option<Result<T, DcsError>> {
+        let (answer, answered) = oneshot::channel();
+        let (store, link) = (self.store.clone(), self.link.clone());
+        self.store.clock.spawn(async move {
+            store.clock.sleep(delay).await;
+            if link.reaches() {
+                let result = store.change(|data| work(data, store.clock.now()));
+                // The sender may have given up.
+                let _ = answer.send(result);
+            }
+        });
+        answered.await.ok()
     }
 }
 
@@ -201,11 +216,12 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
     type Watch = Events;
 
     async fn read(&self, prefix: &str) -> Result<Snapshot, DcsError> {
-        self.call(|data, _| Ok(data.snapshot(prefix))).await
+        let prefix = prefix.to_owned();
+        self.call(move |data, _| Ok(data.snapshot(&prefix))).await
     }
 
     async fn watch(&self, prefix: &str, from: Revision) -> Result<Self::Watch, DcsError> {
-        let revision = self.call(|data, _| data.check_history(from.0).map(|()| data.revision)).await?;
+        let revision = self.call(move |data, _| data.check_history(from.0).map(|()| data.revision)).await?;
         let watcher = Watcher {
             store: self.store.clone(),
             link: self.link.clone(),
@@ -220,23 +236,23 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnResult, DcsError> {
-        self.call(|data, _| data.txn(&txn)).await
+        self.call(move |data, _| data.txn(&txn)).await
     }
 
     async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
         let sent = self.clock.now();
-        let (id, ttl) = self.call(|data, now| Ok(data.grant(ttl, now))).await?;
+        let (id, ttl) = self.call(move |data, now| Ok(data.grant(ttl, now))).await?;
         Ok(Lease { id, ttl, until: sent + ttl })
     }
 
     async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
         let sent = self.clock.now();
-        let ttl = self.call(|data, now| data.renew(lease, now)).await?;
+        let ttl = self.call(move |data, now| data.renew(lease, now)).await?;
         Ok(Lease { id: lease, ttl, until: sent + ttl })
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {
-        self.call(|data, _| {
+        self.call(move |data, _| {
             data.end_leases(&BTreeSet::from([lease]));
             Ok(())
         })
@@ -249,8 +265,15 @@ impl Link {
         Self { faults: Mutex::new(Faults::default()), broken: watch::Sender::new(0) }
     }
 
-    fn is_cut(&self) -> bool {
-        self.faults.lock().cut
+    /// Whether a request gets there.
+    fn reaches(&self) -> bool {
+        !self.faults.lock().cut
+    }
+
+    /// Whether an answer comes back.
+    fn answers(&self) -> bool {
+        let faults = self.faults.lock();
+        !faults.cut && !faults.deaf
     }
 
     fn loses_an_answer(&self) -> bool {
@@ -456,7 +479,7 @@ impl<C: Clock> Watcher<C> {
                 return Err(DcsError::WatchLost("connection refused".to_owned()));
             }
             let now = clock.now();
-            if faults.cut {
+            if faults.cut || faults.deaf {
                 let silent_until = self.heard + PROBE + faults.deadline;
                 if now >= silent_until {
                     return Err(DcsError::WatchLost(format!("silent for {:?}", now.since(self.heard))));

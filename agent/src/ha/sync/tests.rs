@@ -42,6 +42,7 @@ fn primary(names: &str, replication: Vec<WalSender>) -> Running {
         role: PgRole::Primary,
         system_id: SystemId(1),
         timeline: Some(TimelineId(1)),
+        checkpoint_timeline: None,
         lsn: Lsn(1000),
         receive_lsn: None,
         replay_lsn: None,

@@ -78,6 +78,7 @@ fn standby() -> Running {
         role: PgRole::Standby,
         system_id: SystemId(7_100_000_000_000_000_001),
         timeline: Some(TimelineId(2)),
+        checkpoint_timeline: None,
         lsn: Lsn(0x300_0148),
         receive_lsn: Some(Lsn(0x300_0148)),
         replay_lsn: Some(Lsn(0x300_0100)),
