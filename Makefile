@@ -1,7 +1,7 @@
 # Everything a person or a CI runs. `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test chaos bench-failover compose-check fmt lint clean
+.PHONY: help setup build demo demo-check test sim sim-mutants chaos bench-failover compose-check fmt lint clean
 
 # rustup puts cargo where a login shell finds it; make may run outside of one.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
@@ -33,6 +33,16 @@ demo-check: ## the demo without a person: kill, switch over, kill a node; measur
 
 test: ## format, clippy, unit and property tests, then real clusters (up to 30 minutes on two cores)
 	@tools/test $(ARGS)
+
+sim: PROFILE = sim
+sim: ## SEEDS=10000 simulated worlds around the HA loop (FROM=first, ARGS="--seed 42" replays one with a trace)
+	@tools/setup build
+	cargo build --locked --profile $(PROFILE) --package trunkline-sim
+	@$(BIN)/sim $(if $(ARGS),,--seeds $(or $(SEEDS),10000) --from $(or $(FROM),1)) $(ARGS)
+
+sim-mutants: ## break the HA loop on purpose, in one way after the other; says how many seeds notice each
+	@tools/setup build
+	@SEEDS=$(or $(SEEDS),10000) tools/sim-mutants $(ARGS)
 
 chaos: ## MINUTES=5 of random faults on a cluster in network namespaces, then a checker decides (SEED=s, ARGS=…; root)
 	@tools/setup chaos

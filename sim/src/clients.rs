@@ -1,0 +1,177 @@
+//! Routers and clients: whoever writes, through the real route table and past it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use trunkline_common::Clock;
+use trunkline_common::dcs::follow::{Follower, Knowledge};
+use trunkline_common::dcs::paths::Paths;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_router::table::RouteTable;
+
+use crate::executor::{ProcessId, SimClock};
+use crate::scenario::End;
+use crate::server::{self, Written};
+use crate::stage::{Stage, host_of};
+
+/// As long without a word of the DCS, and only proven leaders get new sessions.
+const STALE_AFTER: Duration = Duration::from_secs(3);
+
+/// How long a client waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A router that runs: where sessions may go.
+pub struct Router {
+    /// Its process.
+    pub process: ProcessId,
+    tables: watch::Receiver<Arc<RouteTable>>,
+}
+
+/// What the clients of a world have seen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Writes that a client was told are done.
+    pub done: u64,
+    /// When the last of them was.
+    pub last: Duration,
+    /// The longest time without one, once there had been one.
+    pub longest: Duration,
+}
+
+impl Seen {
+    fn note(&mut self, now: Duration) {
+        if self.done > 0 {
+            self.longest = self.longest.max(now.saturating_sub(self.last));
+        }
+        self.done += 1;
+        self.last = now;
+    }
+}
+
+impl Router {
+    /// Starts one.
+    pub fn start(
+        stage: &Stage,
+        clock: SimClock,
+        process: ProcessId,
+        link: trunkline_common::dcs::memory::MemoryDcs<SimClock>,
+    ) -> Self {
+        let store = ClusterStore::new(link, Paths::new("service", "sim"));
+        let knowledge = Follower::spawn(store, clock.clone());
+        let (publish, tables) = watch::channel(Arc::new(RouteTable::unknown()));
+        let routing = stage.clone();
+        clock.clone().spawn(async move {
+            route(routing, clock, knowledge, publish).await;
+        });
+        Self { process, tables }
+    }
+
+    /// A client that writes through this router, again and again.
+    pub fn client(&self, stage: &Stage, router: usize, seen: Arc<Mutex<Seen>>) {
+        let (stage, mut tables) = (stage.clone(), self.tables.clone());
+        stage.executor().clone().spawn(self.process, async move {
+            loop {
+                // Held until there is a leader.
+                let Ok(table) = tables.wait_for(|table| table.leader.is_some()).await.map(|table| table.clone()) else {
+                    return;
+                };
+                let Some(leader) = &table.leader else { continue };
+                if let Some(host) = host_of(&leader.host) {
+                    let reign = table.reign.clone();
+                    // One session: it ends with the leadership under which it was opened.
+                    let mut ends = tables.clone();
+                    tokio::select! {
+                        biased;
+                        _ = ends.wait_for(|table| table.reign != reign) => {}
+                        () = session(&stage, End::Router(router), host, &seen) => {}
+                    }
+                }
+                stage.micros(5_000..50_000).await;
+            }
+        });
+    }
+}
+
+/// The router's own task: a table for every change of knowledge.
+async fn route(
+    stage: Stage,
+    clock: SimClock,
+    mut knowledge: watch::Receiver<Knowledge>,
+    publish: watch::Sender<Arc<RouteTable>>,
+) {
+    let _ = stage;
+    loop {
+        let known = knowledge.borrow_and_update().clone();
+        let now = clock.now();
+        let stale_at = known.confirmed_at.map(|confirmed| confirmed + STALE_AFTER);
+        let confirmed = stale_at.is_some_and(|stale| now < stale);
+        if let Some(view) = &known.view {
+            let table = RouteTable::from_view(view);
+            let table = if confirmed { table } else { table.unconfirmed(false) };
+            publish.send_if_modified(|old| {
+                let changed = **old != table;
+                if changed {
+                    *old = Arc::new(table);
+                }
+                changed
+            });
+        }
+        let wake = stale_at.filter(|_| confirmed).unwrap_or(now + Duration::from_secs(1));
+        tokio::select! {
+            biased;
+            changed = knowledge.changed() => if changed.is_err() { return },
+            () = clock.sleep_until(wake) => {}
+        }
+    }
+}
+
+/// A client's session with one server: writes until something goes wrong.
+async fn session(stage: &Stage, from: End, host: usize, seen: &Mutex<Seen>) {
+    let to = End::Postgres(host);
+    stage.micros(200..2_000).await;
+    if !stage.talks(from, to) {
+        stage.executor().sleep(Duration::from_millis(500)).await;
+        return;
+    }
+    let Some(number) = stage.server(host, |server| server.running().map(|postmaster| postmaster.number)) else {
+        return;
+    };
+    loop {
+        let id = stage.number();
+        stage.micros(100..500).await;
+        if !stage.network(|network| network.open(from, to)) {
+            stage.executor().sleep(PATIENCE).await;
+            return;
+        }
+        let written = tokio::select! {
+            biased;
+            written = server::write(stage, host, number, id) => written,
+            () = stage.executor().sleep(PATIENCE) => Written::Unknown,
+        };
+        if written != Written::Done {
+            return;
+        }
+        if !stage.network(|network| network.open(to, from)) {
+            return;
+        }
+        seen.lock().note(stage.executor().now());
+        stage.micros(20_000..120_000).await;
+    }
+}
+
+/// A client that knows nothing of routers and tries one server, again and again.
+pub fn direct(stage: &Stage, process: ProcessId, host: usize) {
+    let writing = stage.clone();
+    stage.executor().spawn(process, async move {
+        let seen = Mutex::default();
+        loop {
+            let primary = writing.server(host, |server| server.is_primary());
+            if primary {
+                session(&writing, End::Router(usize::MAX), host, &seen).await;
+            }
+            writing.micros(20_000..200_000).await;
+        }
+    });
+}

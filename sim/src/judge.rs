@@ -1,0 +1,127 @@
+//! What must never happen, checked at the moment at which it would.
+//!
+//! The judge stands outside of the world: it sees every server's WAL and the store past all faults.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::wal::{Kind, Wal};
+
+/// One uninterrupted time in which a server takes writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Reign(pub u64);
+
+/// A write that a client was told is safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Acked {
+    /// When the answer left the server.
+    pub at: Duration,
+    /// Where.
+    pub host: usize,
+    /// Under which reign.
+    pub reign: Reign,
+}
+
+/// The judge of one world.
+#[derive(Debug, Default)]
+pub struct Judge {
+    /// What must not have happened.
+    pub violations: Vec<String>,
+    /// Every acknowledged write.
+    pub acked: BTreeMap<u64, Acked>,
+    /// How many times somebody began to take writes.
+    pub reigns: u64,
+    /// The newest reign under which a write was acknowledged, and on which host.
+    newest: Option<(Reign, usize)>,
+    /// Acknowledged writes must survive every failover.
+    pub keeps_all: bool,
+    /// The largest timeline that the store has shown.
+    timeline: u32,
+}
+
+/// After that many the world is not looked at any further.
+const ENOUGH: usize = 5;
+
+impl Judge {
+    /// Something that must never happen has happened.
+    pub fn violation(&mut self, now: Duration, what: impl Into<String>) {
+        let what = format!("{:.4}: {}", now.as_secs_f64(), what.into());
+        tracing::error!("VIOLATION {what}");
+        if self.violations.len() < ENOUGH {
+            self.violations.push(what);
+        }
+    }
+
+    /// A server begins to take writes. `holder` is what the leader key says at this moment.
+    pub fn begins(&mut self, now: Duration, host: usize, name: &str, wal: &Wal, holder: Option<&str>) -> Reign {
+        if holder != Some(name) {
+            let holder = holder.unwrap_or("nobody");
+            self.violation(now, format!("{name} takes writes while the leader key is held by {holder}"));
+        }
+        if self.keeps_all {
+            self.check_kept(now, name, wal);
+        }
+        self.reigns += 1;
+        tracing::info!("JUDGE {name} (host {host}) takes writes, reign {}, WAL {}", self.reigns, wal.end());
+        Reign(self.reigns)
+    }
+
+    /// The answer to a client's write leaves a server.
+    pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign) {
+        if let Some((newest, other)) = self.newest
+            && newest > reign
+        {
+            self.violation(
+                now,
+                format!(
+                    "host {host} (reign {}) acknowledges a write after host {other} (reign {}) has taken writes",
+                    reign.0, newest.0
+                ),
+            );
+        }
+        self.newest = self.newest.max(Some((reign, host)));
+        self.acked.insert(id, Acked { at: now, host, reign });
+    }
+
+    /// The timeline that the store shows.
+    pub fn timeline(&mut self, now: Duration, timeline: u32) {
+        if timeline < self.timeline {
+            self.violation(now, format!("the timeline in the store went from {} to {timeline}", self.timeline));
+        }
+        self.timeline = self.timeline.max(timeline);
+    }
+
+    /// Every acknowledged write is in this WAL.
+    pub fn check_kept(&mut self, now: Duration, name: &str, wal: &Wal) {
+        let mut there: Vec<u64> = wal
+            .records()
+            .iter()
+            .filter_map(|record| match record.kind {
+                Kind::Write(id) => Some(id),
+                _ => None,
+            })
+            .collect();
+        there.sort_unstable();
+        let lost: Vec<(u64, Acked)> = self
+            .acked
+            .iter()
+            .filter(|(id, _)| there.binary_search(id).is_err())
+            .map(|(id, acked)| (*id, *acked))
+            .collect();
+        if let Some((id, acked)) = lost.first() {
+            self.violation(
+                now,
+                format!(
+                    "{name} leads without {} acknowledged writes, the first of them {id}, acknowledged at {:.4} by host {}",
+                    lost.len(),
+                    acked.at.as_secs_f64(),
+                    acked.host
+                ),
+            );
+            // Said once.
+            for (id, _) in lost {
+                self.acked.remove(&id);
+            }
+        }
+    }
+}

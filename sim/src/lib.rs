@@ -1,0 +1,29 @@
+//! The HA loop that ships, in a simulated world.
+//!
+//! Nothing of the agent is modelled: `trunkline_agent::ha` runs as it is, with its keeper, its follower of the DCS, its
+//! decisions. What is modelled is everything around it, behind the traits that the agent itself is written against:
+//!
+//! | part of the world | here | instead of |
+//! | --- | --- | --- |
+//! | time and tasks | [`executor`] | tokio and the host's clocks |
+//! | the DCS | `trunkline_common::dcs::memory` | etcd |
+//! | PostgreSQL | [`wal`], [`server`], [`postgres`] | PostgreSQL |
+//! | the guard | [`guard`] | a process of its own and its egress fence |
+//! | the other members' REST APIs | [`peers`] | HTTP |
+//! | routers and clients | [`clients`], with the real route table | sockets |
+//!
+//! [`scenario`] says what goes wrong, [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
+
+pub mod clients;
+pub mod executor;
+pub mod guard;
+pub mod judge;
+pub mod peers;
+pub mod postgres;
+pub mod scenario;
+pub mod server;
+pub mod shrink;
+pub mod stage;
+pub mod trace;
+pub mod wal;
+pub mod world;

@@ -1,0 +1,485 @@
+//! [`Postgres`] on a modelled server: what the agent of a host may ask of it, and how long that takes.
+//!
+//! It keeps the promises of the trait and no others. What the agent starts goes on when the agent dies, where that is so in
+//! reality (a promotion, a start, a shutdown), and stops half-way where it is not (a copy, a rewind).
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rand::Rng;
+use tokio::sync::{oneshot, watch};
+use trunkline_agent::postgres::{
+    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, StartAs, StopMode, Upstream,
+    WalSender,
+};
+use trunkline_common::{Clock, History, Lsn, SystemId, TimelineId};
+use trunkline_config::PostgresConfig;
+
+use crate::executor::{ProcessId, SimClock};
+use crate::scenario::End;
+use crate::server::{self, Data, Names, Phase, Server};
+use crate::stage::{Stage, host_of};
+use crate::wal::{Kind, Record, Wal, position};
+
+/// The server of one host as its agent sees it.
+#[derive(Clone)]
+pub struct ModelPostgres {
+    stage: Stage,
+    host: usize,
+    clock: SimClock,
+    config: PostgresConfig,
+}
+
+impl ModelPostgres {
+    /// The server of `host`, asked by an agent that lives by `clock`.
+    pub fn new(stage: &Stage, host: usize, clock: SimClock, config: PostgresConfig) -> Self {
+        Self { stage: stage.clone(), host, clock, config }
+    }
+
+    fn server<T>(&self, look: impl FnOnce(&mut Server) -> T) -> T {
+        self.stage.server(self.host, look)
+    }
+
+    /// The postmaster's number and process.
+    fn postmaster(&self) -> Option<(u64, ProcessId)> {
+        self.server(|server| server.postmaster.as_ref().map(|p| (p.number, p.process)))
+    }
+
+    fn frozen(&self) -> bool {
+        self.postmaster().is_some_and(|(_, process)| self.stage.executor().is_frozen(process))
+    }
+
+    /// Waits until `ready` says something, or for `limit`.
+    async fn wait<T: Send>(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut ready: impl FnMut(&mut Server) -> Option<T> + Send,
+    ) -> Result<T, PgError> {
+        let mut changed = self.server(|server| server.changed.subscribe());
+        let waiting = async {
+            loop {
+                changed.mark_unchanged();
+                if let Some(ready) = self.server(&mut ready) {
+                    return ready;
+                }
+                if changed.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let timeout = PgError::Timeout { what: what.to_owned(), limit };
+        self.clock.within(limit, waiting).await.ok_or(timeout)
+    }
+
+    fn check_disk(&self) -> Result<(), PgError> {
+        match self.server(|server| server.disk_full) {
+            true => Err(PgError::Failed("no space left on device".to_owned())),
+            false => Ok(()),
+        }
+    }
+
+    /// A time that something takes which writes much.
+    async fn work(&self, usual: std::ops::Range<u64>) {
+        let slow = self.server(|server| server.disk_slow);
+        let factor = if slow { 10 } else { 1 };
+        let millis = self.stage.executor().random(|rng| rng.random_range(usual)) * factor;
+        self.clock.sleep(Duration::from_millis(millis)).await;
+    }
+
+    /// What is in another server, if it answers.
+    fn source(&self, upstream: &Upstream) -> Option<Source> {
+        let from = host_of(&upstream.host)?;
+        if !self.stage.talks(End::Postgres(self.host), End::Postgres(from)) {
+            return None;
+        }
+        self.stage.server(from, |server| {
+            let postmaster = server.running().filter(|p| !self.stage.executor().is_frozen(p.process))?;
+            let data = server.data.as_ref()?;
+            Some(Source {
+                primary: postmaster.role == PgRole::Primary,
+                checkpointed: data.checkpoint_timeline == data.wal.timeline(),
+                system: data.system,
+                wal: data.wal.clone(),
+            })
+        })
+    }
+
+    /// The last copy of the data must never go.
+    fn judge_removal(&self, why: &str) {
+        let others = self.stage.servers(|servers| {
+            let whole = |server: &&mut Server| server.data.as_ref().is_some_and(|data| data.damage.is_none());
+            servers.iter_mut().filter(|server| server.host != self.host).filter(whole).count()
+        });
+        if others == 0 && self.server(|server| server.data.is_some()) {
+            let host = self.host;
+            self.stage.judge(|judge, now| judge.violation(now, format!("n{host} removes the last copy: {why}")));
+        }
+    }
+}
+
+const HALF_A_COPY: &str = "half a copy";
+
+/// pg_rewind was cut off: only a copy can take its place.
+pub const HALF_REWOUND: &str = "half rewound";
+
+struct Source {
+    primary: bool,
+    checkpointed: bool,
+    system: SystemId,
+    wal: Wal,
+}
+
+impl Postgres for ModelPostgres {
+    async fn observe(&self, deadline: Duration) -> PgStatus {
+        if self.frozen() && self.server(|server| server.running().is_some()) {
+            self.clock.sleep(deadline).await;
+            return PgStatus::Unresponsive;
+        }
+        self.stage.micros(100..1_500).await;
+        self.server(|server| status(server))
+    }
+
+    fn exits(&self) -> watch::Receiver<u64> {
+        self.server(|server| server.exits.subscribe())
+    }
+
+    async fn configure(&self, _: PostgresConfig) -> Result<(), PgError> {
+        Ok(())
+    }
+
+    fn config(&self) -> PostgresConfig {
+        self.config.clone()
+    }
+
+    async fn initdb(&self, _: Vec<String>, _: Vec<String>) -> Result<(), PgError> {
+        self.check_disk()?;
+        self.work(300..1_000).await;
+        let system = SystemId(7_000_000_000_000_000_000 + self.stage.number());
+        let mut wal = Wal::default();
+        wal.push(Record { timeline: TimelineId(1), kind: Kind::Shutdown, number: self.stage.number() });
+        self.server(|server| {
+            server.data = Some(Data {
+                system,
+                checkpoint: position(0),
+                checkpoint_timeline: TimelineId(1),
+                state: ControlState::ShutDown,
+                wal,
+                standby: false,
+                damage: None,
+                names: String::new(),
+                upstream: None,
+            });
+            server.touch();
+        });
+        Ok(())
+    }
+
+    async fn create_users(&self, _: Option<String>) -> Result<(), PgError> {
+        self.work(10..100).await;
+        match self.server(|server| server.is_primary()) {
+            true => Ok(()),
+            false => Err(PgError::Failed("the server is not running".to_owned())),
+        }
+    }
+
+    async fn clone_from(&self, source: Upstream) -> Result<(), PgError> {
+        self.judge_removal("a copy from elsewhere takes its place");
+        self.server(|server| server.data = None);
+        self.check_disk()?;
+        let unreachable = || PgError::Failed(format!("{} can't be reached", source.name));
+        let begun = self.source(&source).ok_or_else(unreachable)?;
+        let copy = Data {
+            system: begun.system,
+            checkpoint: begun.wal.end(),
+            checkpoint_timeline: begun.wal.timeline(),
+            state: ControlState::InArchiveRecovery,
+            wal: begun.wal,
+            standby: true,
+            damage: Some(HALF_A_COPY),
+            names: String::new(),
+            upstream: None,
+        };
+        self.server(|server| server.data = Some(copy));
+        self.work(300..2_000).await;
+        let done = self.source(&source).ok_or_else(unreachable)?;
+        self.check_disk()?;
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.damage = None;
+                data.wal = done.wal;
+            }
+            server.touch();
+        });
+        Ok(())
+    }
+
+    async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
+        if self.half_rewound() {
+            return Err(PgError::Unusable(HALF_REWOUND.to_owned()));
+        }
+        if self.postmaster().is_none() {
+            self.check_disk()?;
+            let there = self.server(|server| {
+                let Some(data) = &mut server.data else { return false };
+                data.standby = role != StartAs::Primary;
+                data.upstream = match &role {
+                    StartAs::Standby(upstream) => upstream.clone(),
+                    StartAs::Primary => None,
+                };
+                true
+            });
+            if !there {
+                return Err(PgError::Failed("there is no data directory".to_owned()));
+            }
+            self.stage.micros(1_000..10_000).await;
+            if self.postmaster().is_none() {
+                server::spawn(&self.stage, self.host);
+            }
+        }
+        let Some((number, _)) = self.postmaster() else {
+            return Err(PgError::Failed("PostgreSQL ended right away".to_owned()));
+        };
+        let up = self.wait("starting PostgreSQL", limit, move |server| match server.postmaster(number) {
+            None => Some(Err(PgError::Failed("PostgreSQL ended while it started".to_owned()))),
+            Some(postmaster) if postmaster.phase == Phase::Starting => None,
+            Some(_) => Some(Ok(())),
+        });
+        up.await?
+    }
+
+    async fn stop(
+        &self,
+        mode: StopMode,
+        limit: Duration,
+        shut_down: Option<oneshot::Sender<Lsn>>,
+    ) -> Result<(), PgError> {
+        let Some((number, process)) = self.postmaster() else { return Ok(()) };
+        if mode == StopMode::Immediate {
+            self.stage.micros(1_000..8_000).await;
+            if self.postmaster().is_some_and(|(now, _)| now == number) {
+                server::kill(&self.stage, self.host);
+            }
+            return Ok(());
+        }
+        server::shut_down(&self.stage, self.host, number, process, shut_down);
+        self.wait("stopping PostgreSQL", limit, move |server| server.postmaster(number).is_none().then_some(())).await
+    }
+
+    async fn fence(&self, _: Duration) -> Result<(), PgError> {
+        self.stage.micros(500..8_000).await;
+        server::kill(&self.stage, self.host);
+        Ok(())
+    }
+
+    async fn promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
+        let running =
+            self.server(|server| server.running().filter(|p| p.role == PgRole::Standby).map(|p| (p.number, p.process)));
+        let Some((number, process)) = running else {
+            return Err(PgError::Failed("promotion needs a running standby".to_owned()));
+        };
+        let (done, promoted) = oneshot::channel();
+        server::promote(&self.stage, self.host, number, process, done);
+        let timeout = PgError::Timeout { what: "promotion".to_owned(), limit };
+        let ended = |_| PgError::Failed("PostgreSQL ended while it was promoted".to_owned());
+        self.clock.within(limit, promoted).await.ok_or(timeout)?.map_err(ended)
+    }
+
+    async fn follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {
+        self.check_disk()?;
+        self.stage.micros(500..3_000).await;
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.upstream = upstream;
+            }
+            server.touch();
+        });
+        Ok(())
+    }
+
+    async fn diverged(&self, upstream: Upstream) -> Divergence {
+        self.stage.micros(1_000..10_000).await;
+        let Some(source) = self.source(&upstream) else {
+            return Divergence::Unknown(format!("{} can't be reached", upstream.name));
+        };
+        if !source.primary {
+            return Divergence::Unknown(format!("{} is in recovery", upstream.name));
+        }
+        let Some(own) = self.server(|server| server.data.as_ref().map(|data| data.wal.clone())) else {
+            return Divergence::Unknown("there is no data directory".to_owned());
+        };
+        if own.is_prefix_of(&source.wal) {
+            return Divergence::None;
+        }
+        if !source.checkpointed {
+            return Divergence::Unknown(format!("{} has no checkpoint on its timeline yet", upstream.name));
+        }
+        Divergence::Rewind(format!("{} here, {} at {}", own.end(), source.wal.end(), upstream.name))
+    }
+
+    async fn rewind(&self, upstream: Upstream) -> Result<(), PgError> {
+        self.check_disk()?;
+        let unreachable = || PgError::Failed(format!("{} can't be reached", upstream.name));
+        let begun = self.source(&upstream).ok_or_else(unreachable)?;
+        if !begun.primary || !begun.checkpointed {
+            return Err(PgError::Failed(format!("{} is no source for pg_rewind yet", upstream.name)));
+        }
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.damage = Some(HALF_REWOUND);
+            }
+        });
+        self.work(100..1_500).await;
+        let done = self.source(&upstream).ok_or_else(unreachable)?;
+        self.check_disk()?;
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.damage = None;
+                data.checkpoint = done.wal.end();
+                data.checkpoint_timeline = done.wal.timeline();
+                data.wal = done.wal;
+                data.state = ControlState::InArchiveRecovery;
+                data.standby = true;
+            }
+            server.touch();
+        });
+        Ok(())
+    }
+
+    fn half_rewound(&self) -> bool {
+        self.server(|server| server.data.as_ref().is_some_and(|data| data.damage == Some(HALF_REWOUND)))
+    }
+
+    async fn remove_data(&self) -> Result<(), PgError> {
+        self.judge_removal("asked to");
+        self.work(10..100).await;
+        self.server(|server| server.data = None);
+        Ok(())
+    }
+
+    async fn move_data_aside(&self) -> Result<(), PgError> {
+        self.work(1..5).await;
+        self.server(|server| server.data = None);
+        Ok(())
+    }
+
+    async fn checkpoint(&self, limit: Duration) -> Result<(), PgError> {
+        let Some((number, _)) = self.postmaster() else {
+            return Err(PgError::Failed("the server is not running".to_owned()));
+        };
+        if self.frozen() {
+            self.clock.sleep(limit).await;
+            return Err(PgError::Timeout { what: "CHECKPOINT".to_owned(), limit });
+        }
+        self.work(2..60).await;
+        self.check_disk()?;
+        self.server(|server| {
+            let same = server.postmaster(number).is_some();
+            if let (true, Some(data)) = (same, &mut server.data) {
+                data.checkpoint = data.wal.end();
+                data.checkpoint_timeline = data.wal.timeline();
+            }
+        });
+        Ok(())
+    }
+
+    async fn set_synchronous_standby_names(&self, names: String) -> Result<(), PgError> {
+        self.check_disk()?;
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.names = names;
+            }
+        });
+        let Some((number, process)) = self.postmaster() else { return Ok(()) };
+        let (done, taken_up) = oneshot::channel();
+        server::reload_names(&self.stage, self.host, number, process, done);
+        if self.server(|server| server.running().is_none()) {
+            return Ok(());
+        }
+        let limit = Duration::from_secs(5);
+        let timeout = PgError::Timeout { what: "synchronous_standby_names".to_owned(), limit };
+        let ended = |_| PgError::Failed("the server ended".to_owned());
+        self.clock.within(limit, taken_up).await.ok_or(timeout)?.map_err(ended)
+    }
+
+    async fn set_slots(&self, _: BTreeMap<String, Option<Lsn>>) -> Result<(), PgError> {
+        Ok(())
+    }
+
+    async fn history(&self, timeline: TimelineId) -> Option<(History, String)> {
+        let wal = self.server(|server| server.data.as_ref().map(|data| data.wal.clone()))?;
+        (wal.timeline() == timeline).then(|| (wal.history(), "2030-01-01T00:00:00+00:00".to_owned()))
+    }
+
+    fn callback(&self, _: &'static str, _: &str) {}
+}
+
+fn status(server: &Server) -> PgStatus {
+    let Some(data) = &server.data else { return PgStatus::NoData };
+    let Some(postmaster) = &server.postmaster else {
+        if data.damage == Some(HALF_A_COPY) {
+            return PgStatus::NoData;
+        }
+        return PgStatus::Stopped(ControlData {
+            system_id: data.system,
+            state: data.state,
+            timeline: data.checkpoint_timeline,
+            checkpoint: data.checkpoint,
+            standby: data.standby,
+        });
+    };
+    match postmaster.phase {
+        Phase::Starting => return PgStatus::Starting,
+        Phase::Stopping => return PgStatus::Stopping,
+        Phase::Running => {}
+    }
+    let standby = postmaster.role == PgRole::Standby;
+    let end = data.wal.end();
+    let names = Names::parse(&postmaster.names_shown);
+    let chosen = names.chosen(&postmaster.senders);
+    let sender = |(name, sender): (&trunkline_common::MemberName, &server::Sender)| {
+        let listed = names.listed.iter().position(|listed| listed == name);
+        let sync_state = match listed {
+            Some(_) if chosen.contains(&name) => "sync",
+            Some(_) => "potential",
+            None => "async",
+        };
+        let at = Some(position(sender.flushed));
+        WalSender {
+            usename: "replicator".to_owned(),
+            application_name: name.0.clone(),
+            client_addr: None,
+            state: if sender.caught_up { "streaming" } else { "catchup" }.to_owned(),
+            sync_state: sync_state.to_owned(),
+            sync_priority: listed.map_or(0, |place| place as i32 + 1),
+            write_lsn: at,
+            flush_lsn: at,
+            replay_lsn: at,
+        }
+    };
+    PgStatus::Running(Running {
+        role: postmaster.role,
+        system_id: data.system,
+        timeline: Some(data.wal.timeline()),
+        checkpoint_timeline: Some(data.checkpoint_timeline),
+        lsn: end,
+        receive_lsn: standby.then_some(end),
+        replay_lsn: standby.then_some(end),
+        replay_timestamp: None,
+        replay_paused: false,
+        latest_end_lsn: None,
+        replication_state: standby
+            .then(|| if postmaster.streaming { "streaming" } else { "in archive recovery" }.to_owned()),
+        upstream: data
+            .upstream
+            .as_ref()
+            .filter(|_| standby)
+            .map(|upstream| format!("{}:{}", upstream.host, upstream.port)),
+        server_version: 150_004,
+        postmaster_start_time: format!("2030-01-01 00:00:00.{:06}+00:00", postmaster.number % 1_000_000),
+        replication: postmaster.senders.iter().map(sender).collect(),
+        synchronous_standby_names: postmaster.names_shown.clone(),
+        pending_restart: BTreeMap::new(),
+        slots: BTreeMap::new(),
+    })
+}

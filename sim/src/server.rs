@@ -1,0 +1,646 @@
+//! A modelled PostgreSQL server: a data directory, a postmaster, streaming replication and synchronous commit.
+//!
+//! What is modelled is what high availability depends on: whose WAL is a prefix of whose, which commits wait for whom,
+//! what survives which kind of end, and that everything takes time in which something else can fail.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
+use trunkline_common::{Lsn, MemberName, SystemId, TimelineId};
+
+use crate::executor::ProcessId;
+use crate::judge::Reign;
+use crate::scenario::End;
+use crate::stage::{Stage, host_of, name};
+use crate::wal::{Kind, Record, Wal};
+
+/// One host's PostgreSQL.
+pub struct Server {
+    /// Its host.
+    pub host: usize,
+    /// Its member's name.
+    pub name: MemberName,
+    /// What is on its disk; `None`: nothing.
+    pub data: Option<Data>,
+    /// What runs.
+    pub postmaster: Option<Postmaster>,
+    /// Counts the ends of postmasters.
+    pub exits: watch::Sender<u64>,
+    /// Changes with everything that somebody could wait for.
+    pub changed: watch::Sender<u64>,
+    /// Nothing can be written.
+    pub disk_full: bool,
+    /// Everything that writes much takes seconds.
+    pub disk_slow: bool,
+}
+
+/// A data directory.
+#[derive(Debug, Clone)]
+pub struct Data {
+    /// Of which cluster.
+    pub system: SystemId,
+    /// Everything flushed.
+    pub wal: Wal,
+    /// pg_control's state.
+    pub state: ControlState,
+    /// The timeline of the last checkpoint.
+    pub checkpoint_timeline: TimelineId,
+    /// The position of the last checkpoint.
+    pub checkpoint: Lsn,
+    /// `standby.signal` is there.
+    pub standby: bool,
+    /// Half a copy, or half rewound: it must never be started.
+    pub damage: Option<&'static str>,
+    /// `synchronous_standby_names` in its configuration.
+    pub names: String,
+    /// `primary_conninfo`.
+    pub upstream: Option<Upstream>,
+}
+
+/// A running server.
+#[derive(Debug, Clone)]
+pub struct Postmaster {
+    /// Its process.
+    pub process: ProcessId,
+    /// Unique in the world.
+    pub number: u64,
+    /// How far it is.
+    pub phase: Phase,
+    /// In recovery or not.
+    pub role: PgRole,
+    /// While it takes writes.
+    pub reign: Option<Reign>,
+    /// It began before anybody was told of the cluster: until then its writes are nobody's.
+    pub private: bool,
+    /// `synchronous_standby_names` as a session shows them.
+    pub names_shown: String,
+    /// … and as commits wait by them.
+    pub names: String,
+    /// Standbys that stream from it, by `application_name`.
+    pub senders: BTreeMap<MemberName, Sender>,
+    /// Its own WAL receiver streams.
+    pub streaming: bool,
+}
+
+/// How far a postmaster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It does not accept connections yet.
+    Starting,
+    /// It does.
+    Running,
+    /// It does not any more.
+    Stopping,
+}
+
+/// A WAL sender.
+#[derive(Debug, Clone)]
+pub struct Sender {
+    /// Tells this connection from an older one of the same standby.
+    pub connection: u64,
+    /// The standby's postmaster.
+    pub owner: u64,
+    /// Records that the standby has said to have flushed.
+    pub flushed: usize,
+    /// It has once been level with the primary.
+    pub caught_up: bool,
+}
+
+impl Server {
+    /// A host without data.
+    pub fn new(host: usize) -> Self {
+        Self {
+            host,
+            name: name(host),
+            data: None,
+            postmaster: None,
+            exits: watch::Sender::new(0),
+            changed: watch::Sender::new(0),
+            disk_full: false,
+            disk_slow: false,
+        }
+    }
+
+    /// Something that somebody could wait for is different.
+    pub fn touch(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// The postmaster with this number, if it still runs.
+    pub fn postmaster(&mut self, number: u64) -> Option<&mut Postmaster> {
+        self.postmaster.as_mut().filter(|postmaster| postmaster.number == number)
+    }
+
+    /// Whether it is up and takes writes.
+    pub fn is_primary(&self) -> bool {
+        self.running().is_some_and(|postmaster| postmaster.role == PgRole::Primary)
+    }
+
+    /// The postmaster, if it accepts connections.
+    pub fn running(&self) -> Option<&Postmaster> {
+        self.postmaster.as_ref().filter(|postmaster| postmaster.phase == Phase::Running)
+    }
+
+    /// Whether the commit of the record before `end` has all confirmations that it needs.
+    fn confirmed(&self, end: usize) -> bool {
+        let Some(postmaster) = &self.postmaster else { return false };
+        let names = Names::parse(&postmaster.names);
+        let waited_for = names.chosen(&postmaster.senders);
+        waited_for.len() >= names.count
+            && waited_for.iter().all(|standby| postmaster.senders.get(*standby).is_some_and(|s| s.flushed >= end))
+    }
+}
+
+/// `synchronous_standby_names`: the first so many of a list.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Names {
+    /// How many must confirm.
+    pub count: usize,
+    /// In order of preference.
+    pub listed: Vec<MemberName>,
+}
+
+impl Names {
+    /// Reads the text.
+    pub fn parse(text: &str) -> Self {
+        let (count, list) = match text.split_once('(') {
+            Some((count, rest)) => (count.trim().parse().unwrap_or(1), rest.trim_end_matches(')')),
+            None => (1, text),
+        };
+        let listed: Vec<MemberName> = list
+            .split(',')
+            .map(|name| name.trim().trim_matches('"'))
+            .filter(|name| !name.is_empty())
+            .map(MemberName::from)
+            .collect();
+        Self { count: if listed.is_empty() { 0 } else { count }, listed }
+    }
+
+    /// Those whose confirmation counts now: the first of the list that stream.
+    pub fn chosen<'n>(&'n self, senders: &BTreeMap<MemberName, Sender>) -> Vec<&'n MemberName> {
+        let streaming = |name: &&MemberName| senders.get(*name).is_some_and(|sender| sender.caught_up);
+        self.listed.iter().filter(streaming).take(self.count).collect()
+    }
+}
+
+/// Ends the postmaster of a host now, whatever it is doing. What was flushed stays. Its connections are reset at once.
+pub fn kill(stage: &Stage, host: usize) {
+    if let Some(owner) = end(stage, host) {
+        stage.servers(|servers| servers.iter_mut().for_each(|server| forget_sender(server, host, owner)));
+    }
+}
+
+/// The same in a power cut: nobody is told.
+pub fn vanish(stage: &Stage, host: usize) {
+    let Some(owner) = end(stage, host) else { return };
+    let hosts = stage.servers(|servers| servers.len());
+    for other in (0..hosts).filter(|other| *other != host) {
+        let Some(process) = stage.server(other, |server| server.postmaster.as_ref().map(|p| p.process)) else {
+            continue;
+        };
+        let waiting = stage.clone();
+        stage.executor().spawn(process, async move {
+            waiting.executor().sleep(REPLICATION_TIMEOUT).await;
+            waiting.server(other, |server| forget_sender(server, host, owner));
+        });
+    }
+}
+
+fn end(stage: &Stage, host: usize) -> Option<u64> {
+    let killed = stage.server(host, |server| {
+        let postmaster = server.postmaster.take();
+        server.touch();
+        postmaster
+    });
+    let killed = killed?;
+    stage.executor().kill(killed.process);
+    tracing::debug!("postmaster of n{host} is gone");
+    // The exit is seen (pidfd) by whoever waits for it.
+    stage.server(host, |server| server.exits.send_modify(|count| *count += 1));
+    Some(killed.number)
+}
+
+/// Starts a postmaster on what is in the data directory. It needs a moment, or many, until it accepts connections.
+pub fn spawn(stage: &Stage, host: usize) {
+    let process = stage.executor().process(format!("n{host}.pg"));
+    let number = stage.number();
+    let damaged = stage.server(host, |server| {
+        let data = server.data.as_mut()?;
+        let crashed = matches!(data.state, ControlState::InProduction | ControlState::InCrashRecovery);
+        let role = if data.standby { PgRole::Standby } else { PgRole::Primary };
+        data.state = match role {
+            PgRole::Primary if crashed => ControlState::InCrashRecovery,
+            PgRole::Primary => ControlState::Startup,
+            PgRole::Standby => ControlState::InArchiveRecovery,
+        };
+        server.postmaster = Some(Postmaster {
+            process,
+            number,
+            phase: Phase::Starting,
+            role,
+            reign: None,
+            private: false,
+            names_shown: data.names.clone(),
+            names: data.names.clone(),
+            senders: BTreeMap::new(),
+            streaming: false,
+        });
+        let damage = data.damage;
+        server.touch();
+        damage
+    });
+    if let Some(damage) = damaged {
+        stage.judge(|judge, now| judge.violation(now, format!("n{host} starts on a damaged data directory: {damage}")));
+    }
+    let starting = stage.clone();
+    stage.executor().spawn(process, async move {
+        let stage = starting;
+        let slow = stage.server(host, |server| server.disk_slow);
+        stage.micros(if slow { 1_000_000..12_000_000 } else { 20_000..150_000 }).await;
+        if is_primary_start(&stage, host, number) {
+            begin_writes(&stage, host, number);
+        }
+        stage.server(host, |server| {
+            if let Some(postmaster) = server.postmaster(number) {
+                postmaster.phase = Phase::Running;
+            }
+            server.touch();
+        });
+        receive(stage, host, number).await;
+    });
+}
+
+fn is_primary_start(stage: &Stage, host: usize, number: u64) -> bool {
+    stage.server(host, |server| server.postmaster(number).is_some_and(|p| p.role == PgRole::Primary))
+}
+
+/// Whether there is a cluster that anybody has been told of.
+fn is_initialised(stage: &Stage) -> bool {
+    stage.store().peek("/service/sim/initialize").entries.iter().any(|key| !key.value.is_empty())
+}
+
+/// From here on it takes writes.
+fn begin_writes(stage: &Stage, host: usize, number: u64) {
+    let holder = stage.holder();
+    let initialised = is_initialised(stage);
+    stage.servers(|servers| {
+        let server = &mut servers[host];
+        let Some(data) = &mut server.data else { return };
+        if data.state == ControlState::InCrashRecovery {
+            // Recovery ends with a checkpoint.
+            data.checkpoint = data.wal.end();
+            data.checkpoint_timeline = data.wal.timeline();
+        }
+        data.state = ControlState::InProduction;
+        let (wal, name) = (data.wal.clone(), server.name.0.clone());
+        let Some(postmaster) = server.postmaster(number) else { return };
+        postmaster.role = PgRole::Primary;
+        // A cluster that is being bootstrapped has no leader key yet, and no clients.
+        postmaster.private = !initialised;
+        let holder = if initialised { holder.as_deref() } else { Some(name.as_str()) };
+        postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder)));
+    });
+}
+
+/// Promotion, in the server's own time. It goes on whether or not anybody waits for it.
+pub fn promote(stage: &Stage, host: usize, number: u64, process: ProcessId, done: oneshot::Sender<TimelineId>) {
+    let stage = stage.clone();
+    stage.executor().clone().spawn(process, async move {
+        let slow = stage.server(host, |server| server.disk_slow);
+        stage.micros(if slow { 100_000..4_000_000 } else { 3_000..40_000 }).await;
+        let timeline = stage.server(host, |server| {
+            let postmaster = server.postmaster(number)?;
+            if postmaster.phase != Phase::Running || postmaster.role == PgRole::Primary {
+                return None;
+            }
+            postmaster.streaming = false;
+            let data = server.data.as_mut()?;
+            let timeline = TimelineId(data.wal.timeline().0 + 1);
+            data.wal.push(Record { timeline, kind: Kind::Promotion, number: stage.number() });
+            data.standby = false;
+            Some(timeline)
+        });
+        let Some(timeline) = timeline else { return };
+        begin_writes(&stage, host, number);
+        stage.server(host, |server| server.touch());
+        // Nobody waits any more: it is promoted all the same.
+        let _ = done.send(timeline);
+    });
+}
+
+/// A clean shutdown, in the server's own time. `shut_down` is told where the shutdown checkpoint is.
+pub fn shut_down(stage: &Stage, host: usize, number: u64, process: ProcessId, shut_down: Option<oneshot::Sender<Lsn>>) {
+    let stage = stage.clone();
+    stage.executor().clone().spawn(process, async move {
+        let primary = stage.server(host, |server| {
+            let postmaster = server.postmaster(number)?;
+            postmaster.phase = Phase::Stopping;
+            let primary = postmaster.role == PgRole::Primary;
+            server.touch();
+            Some(primary)
+        });
+        let Some(primary) = primary else { return };
+        let slow = stage.server(host, |server| server.disk_slow);
+        stage.micros(if slow { 500_000..6_000_000 } else { 5_000..40_000 }).await;
+        if primary {
+            let at = stage.server(host, |server| {
+                let data = server.data.as_mut()?;
+                let at = data.wal.end();
+                let timeline = data.wal.timeline();
+                data.wal.push(Record { timeline, kind: Kind::Shutdown, number: stage.number() });
+                data.state = ControlState::ShutDown;
+                (data.checkpoint, data.checkpoint_timeline) = (at, timeline);
+                server.touch();
+                Some(at)
+            });
+            if let (Some(sender), Some(at)) = (shut_down, at) {
+                // Nobody waits any more: fine.
+                let _ = sender.send(at);
+            }
+            wait_for_senders(&stage, host, number).await;
+        } else {
+            stage.server(host, |server| {
+                if let Some(data) = &mut server.data {
+                    data.state = ControlState::ShutDownInRecovery;
+                }
+            });
+        }
+        kill(&stage, host);
+    });
+}
+
+/// A primary that shuts down waits until every connected standby has everything.
+async fn wait_for_senders(stage: &Stage, host: usize, number: u64) {
+    let mut changed = stage.server(host, |server| server.changed.subscribe());
+    loop {
+        changed.mark_unchanged();
+        let waits = stage.server(host, |server| {
+            let end = server.data.as_ref().map_or(0, |data| data.wal.len());
+            server.postmaster(number).is_some_and(|p| p.senders.values().any(|sender| sender.flushed < end))
+        });
+        if !waits || changed.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What becomes of a client's write at a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// Acknowledged.
+    Done,
+    /// Certainly not written.
+    Refused,
+    /// The connection broke: nobody knows.
+    Unknown,
+}
+
+/// One client's write. The backend belongs to the server: it freezes and dies with it.
+pub async fn write(stage: &Stage, host: usize, number: u64, id: u64) -> Written {
+    let process = stage.server(host, |server| {
+        server.postmaster(number).filter(|p| p.phase == Phase::Running && p.role == PgRole::Primary).map(|p| p.process)
+    });
+    let Some(process) = process else { return Written::Refused };
+    let (answer, answered) = oneshot::channel();
+    let backend = stage.clone();
+    stage.executor().spawn(process, async move {
+        if let Some(written) = commit(&backend, host, number, id).await {
+            let _ = answer.send(written);
+        }
+    });
+    answered.await.unwrap_or(Written::Unknown)
+}
+
+async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Written> {
+    stage.micros(50..400).await;
+    let full = stage.server(host, |server| server.disk_full);
+    if full {
+        tracing::debug!("n{host} can't write WAL: PANIC");
+        kill(stage, host);
+        return None;
+    }
+    let mut changed = stage.server(host, |server| server.changed.subscribe());
+    let begun = stage.server(host, |server| {
+        let postmaster = server.postmaster(number).filter(|p| p.phase == Phase::Running)?;
+        let (reign, private) = (postmaster.reign?, postmaster.private);
+        let data = server.data.as_mut()?;
+        let timeline = data.wal.timeline();
+        data.wal.push(Record { timeline, kind: Kind::Write(id), number: stage.number() });
+        let end = data.wal.len();
+        server.touch();
+        Some((reign, private, end))
+    });
+    let Some((reign, private, end)) = begun else { return Some(Written::Refused) };
+    loop {
+        changed.mark_unchanged();
+        let confirmed = stage.server(host, |server| {
+            server.postmaster(number).filter(|p| p.phase == Phase::Running)?;
+            Some(server.confirmed(end))
+        })?;
+        if confirmed {
+            break;
+        }
+        changed.changed().await.ok()?;
+    }
+    if stage.guard(host).is_some_and(|guard| !guard.lets_out()) {
+        // The egress fence: no answer leaves a deposed host, whatever still runs there.
+        return None;
+    }
+    if !private || is_initialised(stage) {
+        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign));
+    }
+    Some(Written::Done)
+}
+
+/// Takes up a new `synchronous_standby_names`: sessions show it first, commits wait by it a little later.
+pub fn reload_names(stage: &Stage, host: usize, number: u64, process: ProcessId, done: oneshot::Sender<()>) {
+    let stage = stage.clone();
+    stage.executor().clone().spawn(process, async move {
+        stage.micros(100..2_000).await;
+        let names = stage.server(host, |server| {
+            let names = server.data.as_ref()?.names.clone();
+            server.postmaster(number)?.names_shown = names.clone();
+            Some(names)
+        });
+        let Some(names) = names else { return };
+        let slow = stage.server(host, |server| server.disk_slow);
+        stage.micros(if slow { 10_000..3_000_000 } else { 200..20_000 }).await;
+        stage.server(host, |server| {
+            if let Some(postmaster) = server.postmaster(number) {
+                postmaster.names = names;
+            }
+            server.touch();
+        });
+        let _ = done.send(());
+    });
+}
+
+/// The WAL receiver of a standby: connects, streams, and tries again.
+async fn receive(stage: Stage, host: usize, number: u64) {
+    let mut changed = stage.server(host, |server| server.changed.subscribe());
+    loop {
+        changed.mark_unchanged();
+        let target = stage.server(host, |server| {
+            let standby = server.postmaster(number)?.role == PgRole::Standby;
+            Some((standby, server.data.as_ref()?.upstream.clone()))
+        });
+        let Some((standby, upstream)) = target else { return };
+        if !standby {
+            return;
+        }
+        if let Some(from) = upstream.as_ref().and_then(|upstream| host_of(&upstream.host)) {
+            stream(&stage, host, number, from, upstream.clone()).await;
+        }
+        // wal_retrieve_retry_interval, which a reload cuts short.
+        let nap = stage.executor().sleep(Duration::from_secs(1));
+        tokio::select! {
+            biased;
+            _ = changed.changed() => stage.micros(1_000..20_000).await,
+            () = nap => {}
+        }
+    }
+}
+
+/// One replication connection, until it breaks.
+async fn stream(stage: &Stage, host: usize, number: u64, from: usize, upstream: Option<Upstream>) {
+    stage.micros(500..5_000).await;
+    if !stage.talks(End::Postgres(host), End::Postgres(from)) {
+        return;
+    }
+    let connection = stage.number();
+    let Some(serving) = connect(stage, host, number, from, connection) else { return };
+    set_streaming(stage, host, number, true);
+    pump(stage, host, number, from, serving, connection, upstream).await;
+    set_streaming(stage, host, number, false);
+    stage.server(from, |server| forget_sender(server, host, number));
+}
+
+/// Registers with the upstream, if what is here is a beginning of what is there.
+fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64) -> Option<u64> {
+    stage.servers(|servers| {
+        let own = servers[host].data.as_ref()?.wal.clone();
+        let standby = servers[host].name.clone();
+        let server = &mut servers[from];
+        let there = &server.data.as_ref()?.wal;
+        if !own.is_prefix_of(there) {
+            return None;
+        }
+        let caught_up = there.len() == own.len();
+        let postmaster = server.postmaster.as_mut().filter(|postmaster| postmaster.phase == Phase::Running)?;
+        if stage.executor().is_frozen(postmaster.process) {
+            return None;
+        }
+        postmaster.senders.insert(standby, Sender { connection, owner: number, flushed: own.len(), caught_up });
+        let serving = postmaster.number;
+        server.touch();
+        Some(serving)
+    })
+}
+
+fn set_streaming(stage: &Stage, host: usize, number: u64, streaming: bool) {
+    stage.server(host, |server| {
+        if let Some(postmaster) = server.postmaster(number) {
+            postmaster.streaming = streaming;
+        }
+    });
+}
+
+fn forget_sender(server: &mut Server, standby: usize, owner: u64) {
+    let standby = name(standby);
+    if let Some(postmaster) = &mut server.postmaster
+        && postmaster.senders.get(&standby).is_some_and(|sender| sender.owner == owner)
+    {
+        postmaster.senders.remove(&standby);
+        server.touch();
+    }
+}
+
+/// How long either side waits for a silent other one.
+const REPLICATION_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Moves records to the standby and confirmations back.
+async fn pump(
+    stage: &Stage,
+    host: usize,
+    number: u64,
+    from: usize,
+    serving: u64,
+    connection: u64,
+    upstream: Option<Upstream>,
+) {
+    let (here, there) = (End::Postgres(host), End::Postgres(from));
+    let (mut own_changed, mut changed) =
+        stage.servers(|servers| (servers[host].changed.subscribe(), servers[from].changed.subscribe()));
+    let mut silent_since = None;
+    loop {
+        own_changed.mark_unchanged();
+        changed.mark_unchanged();
+        let goes_on = stage.server(host, |server| {
+            let same = server.data.as_ref().is_some_and(|data| data.upstream == upstream && !server.disk_full);
+            server.postmaster(number).is_some_and(|p| p.role == PgRole::Standby) && same
+        });
+        if !goes_on {
+            return;
+        }
+        let Some(process) = stage.server(from, |server| server.postmaster(serving).map(|p| p.process)) else { return };
+        if !stage.network(|network| network.open(there, here)) || stage.executor().is_frozen(process) {
+            let now = stage.executor().now();
+            let since = *silent_since.get_or_insert(now);
+            if now - since > REPLICATION_TIMEOUT {
+                return;
+            }
+            stage.executor().sleep(Duration::from_millis(200)).await;
+            continue;
+        }
+        silent_since = None;
+        let length = stage.server(host, |server| server.data.as_ref().map_or(0, |data| data.wal.len()));
+        let sent = stage.server(from, |server| server.data.as_ref().map(|data| data.wal.records()[length..].to_vec()));
+        let Some(sent) = sent else { return };
+        if !sent.is_empty() {
+            stage.micros(100..1_500).await;
+            let flushed = stage.server(host, |server| {
+                server.postmaster(number).filter(|p| p.role == PgRole::Standby)?;
+                let data = server.data.as_mut()?;
+                sent.into_iter().for_each(|record| data.wal.push(record));
+                let flushed = data.wal.len();
+                server.touch();
+                Some(flushed)
+            });
+            let Some(flushed) = flushed else { return };
+            stage.micros(50..500).await;
+            confirm(stage, (here, there), from, connection, flushed);
+            continue;
+        }
+        confirm(stage, (here, there), from, connection, length);
+        tokio::select! {
+            biased;
+            _ = changed.changed() => {}
+            _ = own_changed.changed() => {}
+            // wal_receiver_status_interval, and the moment at which a cut link may have healed.
+            () = stage.executor().sleep(Duration::from_secs(1)) => {}
+        }
+    }
+}
+
+/// The standby's word that it has flushed so much; it may get lost.
+fn confirm(stage: &Stage, (here, there): (End, End), from: usize, connection: u64, flushed: usize) {
+    if !stage.network(|network| network.open(here, there)) {
+        return;
+    }
+    stage.server(from, |server| {
+        let end = server.data.as_ref().map_or(0, |data| data.wal.len());
+        let Some(postmaster) = &mut server.postmaster else { return };
+        let Some(sender) = postmaster.senders.values_mut().find(|sender| sender.connection == connection) else {
+            return;
+        };
+        let caught_up = sender.caught_up || flushed >= end;
+        if flushed <= sender.flushed && caught_up == sender.caught_up {
+            return;
+        }
+        sender.flushed = sender.flushed.max(flushed);
+        sender.caught_up = caught_up;
+        server.touch();
+    });
+}
