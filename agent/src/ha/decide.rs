@@ -365,6 +365,10 @@ fn give_way(s: &Situation, view: &ClusterView, what: &str) -> Decision {
 /// A failover request seen by the running primary (ha-loop §9.2).
 fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverRequest) -> Decision {
     let lead = |reason: String| is(Action::Lead, reason);
+    if view.leader.as_ref().is_some_and(|key| view.failover_revision < key.created) {
+        // Also where it was in vain, and the one that stepped down leads again: once asked is tried once.
+        return is(Action::ClearFailover, "the request is older than this leadership");
+    }
     if let Some(at) = request.scheduled_at {
         let late = (s.wall - at.to_utc()).to_std();
         match late {
@@ -541,16 +545,24 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     }
     let streaming = running.replication_state.as_deref() == Some("streaming");
     let promoted = view.leader_member().filter(|member| member.claims_primary());
-    let stranded = promoted.is_some_and(|leader| leader.timeline > running.timeline) && !streaming;
-    if stranded
+    // On the same timeline, too: two promotions that knew nothing of each other have given it the same number.
+    let dry = s.dry_for() >= s.ttl.max(DRY);
+    let newer = promoted.is_some_and(|leader| leader.timeline > running.timeline);
+    if !streaming
+        && (newer || dry && promoted.is_some())
         && s.may_rewind()
         && !s.backing_off()
         && let Some(source) = leader_upstream(s.me, view)
     {
-        return is(Action::CheckDivergence(source), format!("not streaming, and {leader} is on a newer timeline"));
+        let why = if newer { format!("{leader} is on a newer timeline") } else { format!("for {:.0?}", s.dry_for()) };
+        return is(Action::CheckDivergence(source), format!("not streaming, {why}"));
     }
     is(Action::Wait, format!("no action. I am ({}), a secondary, and following a leader ({leader})", s.me.name))
 }
+
+/// A standby that does not stream for so long (or for ttl, if that is longer: then a leader that is gone would be known to be)
+/// is compared with its leader.
+const DRY: Duration = Duration::from_secs(10);
 
 const MAY_HAVE_PROMISED: &str =
     "started just now; the agent before may have promised a leader without DCS (failsafe mode) not to lead for a ttl";

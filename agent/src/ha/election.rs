@@ -34,7 +34,7 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     if settings.standby_cluster.is_some() {
         return Verdict::Yield("standby_cluster is set, and leading a standby cluster is not supported yet".to_owned());
     }
-    if view.failsafe.as_ref().is_some_and(|members| !members.is_empty() && !members.contains_key(&s.me.name)) {
+    if !is_in_failsafe(view, &s.me.name) {
         return Verdict::Yield("not in the failsafe key, so a leader without DCS would not ask this node".to_owned());
     }
     let asked_for = view.failover.as_ref().filter(|request| request.scheduled_at.is_none());
@@ -102,8 +102,8 @@ fn requested(
         if view.settings.pause {
             return Verdict::Yield(format!("paused, and {candidate} is the requested candidate"));
         }
-        // A candidate outside the synchronous set won't race, so nobody must wait for it.
-        let may = !synchronous || view.sync.includes(candidate);
+        // A candidate outside the synchronous set or the failsafe key won't race, so nobody must wait for it.
+        let may = (!synchronous || view.sync.includes(candidate)) && is_in_failsafe(view, candidate);
         if let Some(api_url) = view.members.get(candidate).filter(|_| may).and_then(|member| member.api_url.clone()) {
             let Some(peers) = s.peers else {
                 let mut ask = electorate(s, view, synchronous);
@@ -260,10 +260,16 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
     let quorum = view.settings.synchronous_mode == SynchronousMode::Quorum;
     let counts = |(name, member): (&MemberName, &Member)| {
         let votes = synchronous && quorum && view.sync.includes(name);
-        let eligible = (!member.nofailover() || votes) && (!synchronous || view.sync.includes(name));
+        let may = is_in_failsafe(view, name) && (!synchronous || view.sync.includes(name));
+        let eligible = (!member.nofailover() || votes) && may;
         (*name != s.me.name && eligible).then(|| Some((name.clone(), member.api_url.clone()?)))?
     };
     view.members.iter().filter_map(counts).collect()
+}
+
+/// Whether a leader without DCS would ask this member for its word, where failsafe mode is in use: nobody else may lead.
+fn is_in_failsafe(view: &ClusterView, name: &MemberName) -> bool {
+    view.failsafe.as_ref().is_none_or(|members| members.is_empty() || members.contains_key(name))
 }
 
 fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatus> {

@@ -57,6 +57,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let deadline = self.settings().retry_timeout.clamp(Duration::from_millis(500), Duration::from_secs(3));
         let pg = self.parts.postgres.observe(deadline).await;
         let now = self.parts.clock.now();
+        let dry = matches!(&pg, PgStatus::Running(running) if running.role == PgRole::Standby
+            && running.replication_state.as_deref() != Some("streaming"));
+        self.memory.dry_since = dry.then(|| self.memory.dry_since.unwrap_or(now));
         match &pg {
             PgStatus::Running(running) => {
                 self.memory.was_primary = running.role == PgRole::Primary;

@@ -83,6 +83,8 @@ pub struct Memory {
     pub demoted: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
     pub down_since: Option<Instant>,
+    /// Since when it is a running standby that does not stream.
+    pub dry_since: Option<Instant>,
     /// The failover request (by its revision) that is there without a leader, and since when: whoever is to fulfil it may
     /// turn out to be unable to.
     pub unfulfilled: Option<(Revision, Instant)>,
@@ -220,6 +222,11 @@ impl Situation<'_> {
     /// Whether something failed so lately that it must not be tried again yet.
     pub fn backing_off(&self) -> bool {
         self.memory.retry_at.is_some_and(|at| self.now < at)
+    }
+
+    /// How long it has been a running standby that does not stream.
+    pub fn dry_for(&self) -> Duration {
+        self.memory.dry_since.map_or(Duration::ZERO, |since| self.now.since(since))
     }
 
     /// How long the server has been down or silent.

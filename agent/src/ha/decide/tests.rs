@@ -203,6 +203,7 @@ impl World {
     }
 
     fn requested(mut self, leader: Option<&str>, candidate: Option<&str>) -> Self {
+        self.view().failover_revision = Revision(90);
         self.view().failover = Some(FailoverRequest {
             leader: leader.map(Into::into),
             candidate: candidate.map(Into::into),
@@ -248,6 +249,14 @@ fn another_running_primary_stops_the_race() {
     let mut old = peer(0).unwrap();
     old.in_recovery = false;
     assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Abstain);
+}
+
+#[test]
+fn a_request_is_tried_once() {
+    let mut world = world().leading().requested(Some("b"), Some("c"));
+    world.view().failover_revision = Revision(49);
+    let decision = world.decide();
+    assert_eq!(decision.action, Action::ClearFailover, "asked for before this leader key was made: {decision:?}");
 }
 
 #[test]
