@@ -52,13 +52,22 @@ impl Judge {
         }
     }
 
-    /// A server begins to take writes. `holder` is what the leader key says at this moment.
-    pub fn begins(&mut self, now: Duration, host: usize, name: &str, wal: &Wal, holder: Option<&str>) -> Reign {
+    /// A server begins to take writes. `holder` is what the leader key says at this moment; `heard`: its answers reach
+    /// clients.
+    pub fn begins(
+        &mut self,
+        now: Duration,
+        host: usize,
+        name: &str,
+        wal: &Wal,
+        holder: Option<&str>,
+        heard: bool,
+    ) -> Reign {
         if holder != Some(name) {
             let holder = holder.unwrap_or("nobody");
             self.violation(now, format!("{name} takes writes while the leader key is held by {holder}"));
         }
-        if self.keeps_all {
+        if self.keeps_all && heard {
             self.check_kept(now, name, wal);
         }
         self.reigns += 1;

@@ -367,9 +367,21 @@ impl Postgres for ModelPostgres {
         let Some((number, _)) = self.postmaster() else {
             return Err(PgError::Failed("the server is not running".to_owned()));
         };
-        if self.frozen() {
-            self.clock.sleep(limit).await;
-            return Err(PgError::Timeout { what: "CHECKPOINT".to_owned(), limit });
+        let since = self.clock.now();
+        while self.frozen() {
+            let gone = self.wait("CHECKPOINT", limit, |server| server.postmaster(number).is_none().then_some(()));
+            tokio::select! {
+                biased;
+                ended = gone => {
+                    ended?;
+                    return Err(PgError::Failed("the server ended".to_owned()));
+                }
+                () = self.clock.sleep(Duration::from_millis(100)) => {
+                    if self.clock.now().since(since) >= limit {
+                        return Err(PgError::Timeout { what: "CHECKPOINT".to_owned(), limit });
+                    }
+                }
+            }
         }
         self.work(2..60).await;
         self.check_disk()?;

@@ -283,6 +283,8 @@ fn is_initialised(stage: &Stage) -> bool {
 
 /// From here on it takes writes.
 fn begin_writes(stage: &Stage, host: usize, number: u64) {
+    // Over time: no answer leaves, and the guard is about to end it.
+    let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
     let holder = stage.holder();
     let initialised = is_initialised(stage);
     stage.servers(|servers| {
@@ -299,8 +301,8 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
         postmaster.role = PgRole::Primary;
         // A cluster that is being bootstrapped has no leader key yet, and no clients.
         postmaster.private = !initialised;
-        let holder = if initialised { holder.as_deref() } else { Some(name.as_str()) };
-        postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder)));
+        let holder = if initialised && !mute { holder.as_deref() } else { Some(name.as_str()) };
+        postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder, !mute)));
     });
 }
 

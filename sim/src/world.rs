@@ -605,8 +605,13 @@ impl World {
                 return (false, Some(format!("{leader} holds the leader key and takes no writes")));
             }
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
+            let system = primary.data.as_ref().map(|data| data.system);
             for server in servers.iter().filter(|server| server.name.0 != leader) {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
+                if Some(data.system) != system {
+                    // A bootstrap was cut off by a crash, and another node was first then: a person decides what goes.
+                    continue;
+                }
                 let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
                 if follows && data.wal.is_prefix_of(wal) {
                     continue;
@@ -630,7 +635,12 @@ impl World {
     /// A healthy cluster carries out a switchover, also where it comes right after one that it has to refuse.
     fn check_switchover(&self) -> Result<(), Livelock> {
         let store = self.store();
-        let view = codec::view(store.paths(), &self.stage.store().peek(store.paths().prefix()), None);
+        let read = || codec::view(store.paths(), &self.stage.store().peek(store.paths().prefix()), None);
+        if read().settings.failsafe_mode {
+            // A promise not to lead outlasts the trouble that it was given for.
+            self.go_on(self.stage.executor().now() + Duration::from_secs(21))?;
+        }
+        let view = read();
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
         let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
         let candidate = self.stage.servers(|servers| {
