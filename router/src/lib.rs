@@ -3,7 +3,7 @@
 //! | question | file |
 //! | --- | --- |
 //! | where may a session go, and whose sessions must end? | [`table`] (pure) |
-//! | where does an event of the DCS become a route? | [`follow`], [`probe`] |
+//! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
 //! | what is the first packet? | [`startup`] (pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`reply`] |
 //! | where do bytes move? | [`relay`] |
@@ -20,6 +20,7 @@ pub mod answer;
 pub mod balance;
 pub mod cancel;
 pub mod follow;
+pub mod heard;
 pub mod hold;
 pub mod metrics;
 pub mod probe;

@@ -1,0 +1,358 @@
+//! What members say of themselves, and what it adds to what the DCS says: the pure part of [`follow`](crate::follow).
+//!
+//! Two readings of the same facts meet here. The DCS names a leader, or none; a member proves over its REST API that it
+//! leads. The DCS wins wherever it names somebody. Where it has been silent for too long, or has lost the key of a leader
+//! that may go on by failsafe mode, a proof counts that was asked for after that was seen.
+
+use std::time::Duration;
+
+use trunkline_common::cluster::LeaderKey;
+use trunkline_common::{ClusterView, Instant, LeaseId, Member, MemberName, Revision};
+
+use crate::table::RouteTable;
+
+/// So many questions in a row may go unanswered before a leader's word is over: a busy one must not lose its clients.
+const PATIENCE: u32 = 2;
+
+/// How long a leader's word is good for, from when it was asked; and how long the sessions of one whose key has vanished
+/// go on while it has not answered.
+const WORD: Duration = Duration::from_secs(2);
+
+/// What a member says of itself: whether it is the primary, or why it says nothing.
+pub type Answer = (MemberName, Result<bool, String>);
+
+/// What the members said, and who led last.
+#[derive(Debug, Default)]
+pub struct Heard {
+    claim: Claim,
+    /// Who proved last that it leads, and when it was asked.
+    word: Option<(MemberName, Instant)>,
+    /// Who led when somebody did last.
+    last: Option<Last>,
+    /// The leader key has vanished, and `last` may lead on by failsafe mode: until then, unless it proves it.
+    vacant: Option<Instant>,
+}
+
+/// Who says that it leads.
+#[derive(Debug, Default)]
+struct Claim {
+    /// Who said so last. Kept while the DCS is silent: whoever led before has been deposed.
+    leader: Option<MemberName>,
+    /// The leader key and the holder's record that its word goes with: it is no answer to what was written later.
+    about: Option<Subject>,
+    /// Questions since then that were not answered.
+    unanswered: u32,
+}
+
+/// A leader as it was routed to.
+#[derive(Debug)]
+struct Last {
+    /// Its key; `created` is that of the epoch, which goes on where a leader takes its key anew without a break.
+    key: LeaderKey,
+    /// When the key that is or was in the DCS was created.
+    created: Revision,
+    /// Its record, which goes away with the same lease.
+    record: Option<Member>,
+}
+
+/// What is known of the cluster, and the routes that follow.
+#[derive(Debug)]
+pub struct Reading {
+    /// The DCS's view, with the leader in it that may lead without its key.
+    pub view: ClusterView,
+    /// The routes.
+    pub table: RouteTable,
+}
+
+impl Heard {
+    /// What the DCS says at `now`, completed by what was heard. `confirmed`: it has not been silent for too long; `well`:
+    /// nor is there any doubt.
+    pub fn read(&mut self, view: &ClusterView, now: Instant, confirmed: bool, well: bool) -> Reading {
+        let complete = self.complete(view, now);
+        if well && self.claim.about.as_ref().is_some_and(|about| *about != subject(&complete)) {
+            self.claim = Claim::default();
+        }
+        let shown = match self.claim.leader.as_ref().filter(|name| !confirmed || complete.is_leader(name)) {
+            Some(name) => led_by(complete.clone(), name),
+            None => complete.clone(),
+        };
+        let mut table = RouteTable::from_view(&shown);
+        self.remember(view, &shown, &table);
+        if !confirmed || self.waits_until(now).is_some() {
+            table = table.unconfirmed(self.proven().is_some());
+        }
+        Reading { view: complete, table }
+    }
+
+    /// The leader whose key has vanished and who may lead on by failsafe mode.
+    pub fn suspect(&self) -> Option<&MemberName> {
+        self.vacant.and(self.last.as_ref()).map(|last| &last.key.name)
+    }
+
+    /// Until when its sessions go on, if they do.
+    pub fn waits_until(&self, now: Instant) -> Option<Instant> {
+        self.vacant.filter(|until| now < *until)
+    }
+
+    /// Who has proved that it leads.
+    pub fn proven(&self) -> Option<&MemberName> {
+        self.claim.leader.as_ref().filter(|_| self.claim.unanswered < PATIENCE)
+    }
+
+    /// Takes note of the answers to questions that were sent at `asked`, when `view` was routed by.
+    pub fn hear(&mut self, view: &ClusterView, answers: &[Answer], asked: Instant) {
+        let leaders: Vec<&MemberName> =
+            answers.iter().filter(|(_, answer)| *answer == Ok(true)).map(|(name, _)| name).collect();
+        match leaders[..] {
+            [leader] => {
+                let (leader, about) = (Some(leader.clone()), Some(subject(view)));
+                self.word = leader.clone().map(|leader| (leader, asked));
+                self.claim = Claim { leader, about, unanswered: 0 };
+            }
+            // Nobody, or more than one: whose word counted has not repeated it. A silent one gets another chance.
+            _ => {
+                let silent = |(name, answer): &Answer| Some(name) == self.claim.leader.as_ref() && answer.is_err();
+                self.claim.unanswered = match leaders.is_empty() && answers.iter().any(silent) {
+                    true => self.claim.unanswered.saturating_add(1),
+                    false => PATIENCE,
+                };
+            }
+        }
+        let of_suspect = |(name, _): &&Answer| Some(name) == self.suspect();
+        match answers.iter().find(of_suspect).map(|(_, answer)| answer) {
+            Some(Ok(true)) if leaders.len() == 1 => self.vacant = Some(asked + WORD),
+            Some(Ok(_)) => self.vacant = Some(asked),
+            Some(Err(_)) | None => {}
+        }
+    }
+
+    /// The DCS's view, with the last leader in it while that may lead by failsafe mode although its key is gone.
+    fn complete(&mut self, view: &ClusterView, now: Instant) -> ClusterView {
+        let mut shown = view.clone();
+        let Some(last) = &mut self.last else { return shown };
+        match &mut shown.leader {
+            Some(key) if key.name == last.key.name => {
+                self.vacant = None;
+                let unbroken = self.word.as_ref().is_some_and(|(name, asked)| *name == key.name && now < *asked + WORD);
+                if key.created == last.created || unbroken {
+                    last.created = key.created;
+                    key.created = last.key.created;
+                }
+            }
+            Some(_) => self.vacant = None,
+            None if may_lead_without_key(view, &last.key.name) => {
+                if self.vacant.is_none() {
+                    // What it said when it had the key says nothing now.
+                    self.claim = Claim::default();
+                }
+                if now < *self.vacant.get_or_insert(now + WORD) {
+                    shown.leader = Some(last.key.clone());
+                    if let Some(record) = &last.record {
+                        shown.members.entry(last.key.name.clone()).or_insert_with(|| record.clone());
+                    }
+                }
+            }
+            None => (self.vacant, self.last) = (None, None),
+        }
+        shown
+    }
+
+    /// Who leads, for when the key is gone. `view` is the DCS's.
+    fn remember(&mut self, view: &ClusterView, shown: &ClusterView, table: &RouteTable) {
+        let Some(key) = &shown.leader else { return };
+        if table.reign.is_none() {
+            (self.last, self.vacant) = (None, None);
+            return;
+        }
+        let before = self.last.take().filter(|last| last.key.name == key.name);
+        self.vacant = self.vacant.filter(|_| before.is_some());
+        let created = match &view.leader {
+            Some(real) if real.name == key.name => real.created,
+            _ => before.as_ref().map_or(key.created, |last| last.created),
+        };
+        let record = shown.leader_member().cloned().or(before.and_then(|last| last.record));
+        self.last = Some(Last { key: key.clone(), created, record });
+    }
+}
+
+/// Whether a leader that can't reach the DCS may go on by the promises of all members.
+fn may_lead_without_key(view: &ClusterView, name: &MemberName) -> bool {
+    view.settings.failsafe_mode && view.failsafe.as_ref().is_some_and(|members| members.contains_key(name))
+}
+
+/// What a member's word is about: the leader key as it was created, and role and state in its holder's record.
+#[derive(Debug, PartialEq, Eq)]
+struct Subject {
+    key: Option<(MemberName, Revision)>,
+    record: Option<(String, String)>,
+}
+
+fn subject(view: &ClusterView) -> Subject {
+    Subject {
+        key: view.leader.as_ref().map(|key| (key.name.clone(), key.created)),
+        record: view.leader_member().map(|member| (member.role.clone(), member.state.clone())),
+    }
+}
+
+/// The view as `leader`, who has proven it, would show it.
+fn led_by(mut view: ClusterView, leader: &MemberName) -> ClusterView {
+    if !view.is_leader(leader) {
+        // Its key has not been seen; what it was created at comes with the DCS.
+        view.leader = Some(LeaderKey {
+            name: leader.clone(),
+            lease: LeaseId(0),
+            created: view.revision,
+            modified: view.revision,
+        });
+    }
+    if let Some(member) = view.members.get_mut(leader) {
+        (member.role, member.state) = ("primary".to_owned(), "running".to_owned());
+    }
+    view
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Certainty;
+    use crate::table::tests::{member, view};
+
+    fn at(ms: u64) -> Instant {
+        Instant::from_boot(Duration::from_millis(ms))
+    }
+
+    /// Who reigns since which revision, whether new sessions have a leader, and whether there is doubt.
+    type Routed = (Option<(String, i64)>, bool, bool);
+
+    fn reign(name: &str, created: i64) -> Option<(String, i64)> {
+        Some((name.to_owned(), created))
+    }
+
+    /// A cluster in failsafe mode, and what was heard of it.
+    #[derive(Default)]
+    struct World {
+        heard: Heard,
+        failsafe: bool,
+    }
+
+    impl World {
+        fn view(&self, leader: Option<(&str, i64)>) -> ClusterView {
+            let standby = ("b", member("replica", "running"));
+            let mut view = match leader {
+                Some((name, created)) => view(Some((name, created)), &[standby, (name, member("primary", "running"))]),
+                // The record goes away with the key: both are attached to the same lease.
+                None => view(None, &[standby]),
+            };
+            view.settings.failsafe_mode = self.failsafe;
+            view.failsafe = Some([("a".into(), "http://a".into()), ("b".into(), "http://b".into())].into());
+            view
+        }
+
+        fn read(&mut self, leader: Option<(&str, i64)>, ms: u64) -> Routed {
+            self.read_as(leader, ms, true)
+        }
+
+        fn read_as(&mut self, leader: Option<(&str, i64)>, ms: u64, confirmed: bool) -> Routed {
+            let table = self.heard.read(&self.view(leader), at(ms), confirmed, confirmed).table;
+            let reign = table.reign.map(|epoch| (epoch.member.as_str().to_owned(), epoch.created.0));
+            (reign, table.leader.is_some(), table.certainty != Certainty::Confirmed)
+        }
+
+        fn hear(&mut self, name: &str, answer: Result<bool, ()>, leader: Option<(&str, i64)>, ms: u64) {
+            let view = self.view(leader);
+            let view = self.heard.read(&view, at(ms), leader.is_none(), leader.is_none()).view;
+            self.heard.hear(&view, &[(name.into(), answer.map_err(|()| "no answer".to_owned()))], at(ms));
+        }
+    }
+
+    fn failsafe() -> World {
+        let mut world = World { failsafe: true, ..World::default() };
+        assert_eq!(world.read(Some(("a", 7)), 0), (reign("a", 7), true, false));
+        world
+    }
+
+    #[test]
+    fn without_failsafe_mode_an_absent_key_is_the_end_at_once() {
+        let mut world = World::default();
+        world.read(Some(("a", 7)), 0);
+        assert_eq!(world.read(None, 1), (None, false, false));
+        assert_eq!(world.heard.suspect(), None);
+        // Nor does it help that the member said so before.
+        let mut world = World::default();
+        world.read(Some(("a", 7)), 0);
+        world.hear("a", Ok(true), Some(("a", 7)), 10);
+        assert_eq!(world.read(None, 20), (None, false, false));
+    }
+
+    #[test]
+    fn a_leader_without_its_key_keeps_its_sessions_and_gets_new_ones_once_it_has_proved_itself() {
+        let mut world = failsafe();
+        world.hear("a", Ok(true), Some(("a", 7)), 90);
+        assert_eq!(world.read(None, 100), (reign("a", 7), false, true), "what it said before proves nothing");
+        world.hear("a", Ok(true), None, 110);
+        assert_eq!(world.read(None, 120), (reign("a", 7), true, true));
+        // A silent one loses its clients 2 s after it was asked last when it answered.
+        world.hear("a", Err(()), None, 1_000);
+        assert_eq!(world.read(None, 2_109), (reign("a", 7), true, true));
+        assert_eq!(world.read(None, 2_110), (None, false, false));
+        // It is still asked, and may still prove itself.
+        assert_eq!(world.heard.suspect(), Some(&"a".into()));
+        world.hear("a", Ok(true), None, 5_000);
+        assert_eq!(world.read(None, 5_010).0, reign("a", 7));
+    }
+
+    #[test]
+    fn a_leader_without_its_key_is_over_when_it_says_so_or_says_nothing_or_another_one_has_the_key() {
+        let mut world = failsafe();
+        world.read(None, 100);
+        world.hear("a", Ok(false), None, 110);
+        assert_eq!(world.read(None, 111), (None, false, false), "it says so");
+
+        let mut world = failsafe();
+        assert_eq!(world.read(None, 100), (reign("a", 7), false, true));
+        assert_eq!(world.read(None, 2_099), (reign("a", 7), false, true));
+        assert_eq!(world.read(None, 2_100), (None, false, false), "it says nothing");
+
+        let mut world = failsafe();
+        world.read(None, 100);
+        world.hear("a", Ok(true), None, 110);
+        assert_eq!(world.read(Some(("b", 9)), 120), (reign("b", 9), true, false), "another one's key");
+        assert_eq!(world.heard.suspect(), None);
+    }
+
+    #[test]
+    fn one_that_was_stepping_down_is_not_waited_for() {
+        let mut world = failsafe();
+        let mut stepping_down = world.view(Some(("a", 7)));
+        stepping_down.members.insert("a".into(), member("demoted", "stopping"));
+        world.heard.read(&stepping_down, at(50), true, true);
+        assert_eq!(world.read(None, 100), (None, false, false));
+        assert_eq!(world.heard.suspect(), None);
+    }
+
+    #[test]
+    fn a_leader_that_takes_its_key_anew_goes_on_if_it_has_proved_just_now_that_it_led() {
+        let mut world = failsafe();
+        world.read(None, 100);
+        world.hear("a", Ok(true), None, 110);
+        assert_eq!(world.read(Some(("a", 9)), 500), (reign("a", 7), true, false));
+        assert_eq!(world.read(Some(("a", 9)), 50_000), (reign("a", 7), true, false), "the same key later");
+        assert_eq!(world.read(Some(("a", 11)), 50_001).0, reign("a", 11), "anew without a word");
+
+        let mut world = failsafe();
+        world.hear("a", Ok(true), Some(("a", 7)), 1_000);
+        assert_eq!(world.read(Some(("a", 9)), 3_001).0, reign("a", 9), "its word was too old");
+    }
+
+    #[test]
+    fn one_that_was_found_by_asking_goes_on_when_the_dcs_is_back() {
+        let mut world = failsafe();
+        assert_eq!(world.read_as(Some(("a", 7)), 100, false), (reign("a", 7), false, true));
+        world.hear("b", Ok(true), Some(("a", 7)), 200);
+        let found = world.read_as(Some(("a", 7)), 210, false);
+        assert_eq!((found.0.clone().map(|(name, _)| name), found.1), (Some("b".to_owned()), true));
+        assert_eq!(world.read(Some(("b", 9)), 300), (found.0, true, false));
+        // Had it been a mistake, the leader's word would be over.
+        assert_eq!(world.read(Some(("a", 7)), 400).0, reign("a", 7));
+    }
+}
