@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod demo;
 pub mod etcd;
 mod files;
+pub mod gate;
 pub mod node;
 pub mod place;
 pub mod process;
@@ -21,6 +22,7 @@ pub mod workload;
 
 pub use cluster::{Cluster, Spec, Timing};
 pub use etcd::Etcd;
+pub use gate::Gate;
 pub use node::Node;
 pub use place::Lab;
 pub use proxy::Proxy;

@@ -1,6 +1,6 @@
 //! What was acknowledged, and what follows from it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -49,7 +49,12 @@ pub struct Record {
     pub failures: u64,
     /// What the last failure said.
     pub last_error: Option<String>,
+    /// What failures said, and how often; at most [`MOST_KINDS`] of them.
+    pub errors: BTreeMap<String, u64>,
 }
+
+/// So many different errors are told apart.
+const MOST_KINDS: usize = 100;
 
 /// Two acknowledged rows that no single primary can have taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +82,9 @@ impl fmt::Display for TwoPrimaries {
 impl Record {
     pub(super) fn failed(&mut self, error: String) {
         self.failures += 1;
+        if self.errors.len() < MOST_KINDS || self.errors.contains_key(&error) {
+            *self.errors.entry(error.clone()).or_default() += 1;
+        }
         self.last_error = Some(error);
     }
 
@@ -95,6 +103,11 @@ impl Record {
         acks.sort_unstable();
         let pairs = acks.windows(2).map(|pair| (pair[0], pair[1]));
         pairs.filter(|(_, to)| *to >= fault).max_by_key(|(from, to)| to.since(*from))
+    }
+
+    /// How many failures said this among other things.
+    pub fn failed_with(&self, text: &str) -> u64 {
+        self.errors.iter().filter(|(error, _)| error.contains(text)).map(|(_, count)| count).sum()
     }
 
     /// Acknowledged rows that the server behind `target` does not have.
@@ -157,6 +170,9 @@ impl Record {
     pub fn with(mut self, other: Record) -> Record {
         self.writes.extend(other.writes);
         self.failures += other.failures;
+        for (error, count) in other.errors {
+            *self.errors.entry(error).or_default() += count;
+        }
         self.last_error = self.last_error.or(other.last_error);
         self
     }
