@@ -20,7 +20,7 @@ use crate::stage::{Stage, host_of};
 const STALE_AFTER: Duration = Duration::from_secs(3);
 
 /// How long a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A router that runs: where sessions may go.
 pub struct Router {
@@ -101,7 +101,6 @@ async fn route(
     mut knowledge: watch::Receiver<Knowledge>,
     publish: watch::Sender<Arc<RouteTable>>,
 ) {
-    let _ = stage;
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = clock.now();
@@ -109,6 +108,10 @@ async fn route(
         let confirmed = stale_at.is_some_and(|stale| now < stale);
         if let Some(view) = &known.view {
             let table = RouteTable::from_view(view);
+            let holder = view.leader.as_ref().map(|key| &key.name);
+            // Where new sessions go, and where the old ones go on.
+            let targets = table.leader.iter().map(|leader| &leader.member).chain(table.reign.iter().map(|r| &r.member));
+            targets.for_each(|target| stage.judge(|judge, now| judge.routes(now, holder, target)));
             let table = if confirmed { table } else { table.unconfirmed(false) };
             publish.send_if_modified(|old| {
                 let changed = **old != table;

@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use trunkline_common::{Lsn, MemberName};
+
 use crate::wal::{Kind, Wal};
 
 /// One uninterrupted time in which a server takes writes.
@@ -35,6 +37,8 @@ pub struct Judge {
     newest: Option<(Reign, usize)>,
     /// Acknowledged writes must survive every failover.
     pub keeps_all: bool,
+    /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
+    pub lag_allowed: u64,
     /// The largest timeline that the store has shown.
     timeline: u32,
 }
@@ -73,6 +77,24 @@ impl Judge {
         self.reigns += 1;
         tracing::info!("JUDGE {name} (host {host}) takes writes, reign {}, WAL {}", self.reigns, wal.end());
         Reign(self.reigns)
+    }
+
+    /// A server begins to take writes at `own`, and `known` is the last position that the store has of a leader; nobody
+    /// has asked for this one.
+    pub fn elected(&mut self, now: Duration, name: &str, own: Lsn, known: Lsn) {
+        let lag = own.lag_behind(known);
+        if lag > self.lag_allowed {
+            let allowed = self.lag_allowed;
+            self.violation(now, format!("{name} leads {lag} bytes behind the last leader, {allowed} are allowed"));
+        }
+    }
+
+    /// A router has come to know who holds the leader key, and sends writes to `target`.
+    pub fn routes(&mut self, now: Duration, holder: Option<&MemberName>, target: &MemberName) {
+        if holder != Some(target) {
+            let holder = holder.map_or("nobody", MemberName::as_str);
+            self.violation(now, format!("a router sends writes to {target} and knows that {holder} leads"));
+        }
     }
 
     /// The answer to a client's write leaves a server.

@@ -44,6 +44,9 @@ struct Args {
     /// Go on after a failing seed.
     #[arg(long)]
     keep_going: bool,
+    /// Count only violations whose text contains one of these (`TEXT|TEXT`).
+    #[arg(long, value_delimiter = '|')]
+    only: Vec<String>,
     /// How many threads.
     #[arg(long)]
     threads: Option<usize>,
@@ -109,7 +112,10 @@ fn many(args: &Args) -> ExitCode {
             if seed >= args.from + args.seeds || over || (!args.keep_going && !tally.lock().failed.is_empty()) {
                 return;
             }
-            let report = world::run(&Scenario::draw(seed));
+            let mut report = world::run(&Scenario::draw(seed));
+            let counts =
+                |violation: &String| args.only.is_empty() || args.only.iter().any(|text| violation.contains(text));
+            report.violations.retain(counts);
             let mut tally = tally.lock();
             tally.reigns += report.reigns;
             tally.acked += report.acked as u64;

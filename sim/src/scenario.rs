@@ -191,6 +191,16 @@ impl Scenario {
         self.settings["synchronous_mode"] == json!(true) && !self.events.iter().any(switched)
     }
 
+    /// The largest `maximum_lag_on_failover` that is ever in force.
+    pub fn largest_lag(&self) -> u64 {
+        let lag = |settings: &Value| settings["maximum_lag_on_failover"].as_u64();
+        let changed = self.events.iter().filter_map(|event| match &event.what {
+            Fault::Configure { patch } => lag(patch),
+            _ => None,
+        });
+        changed.chain(lag(&self.settings)).max().unwrap_or(u64::MAX)
+    }
+
     /// The same without some of its events.
     pub fn with(&self, keep: impl Fn(usize) -> bool) -> Self {
         let events: Vec<Event> =

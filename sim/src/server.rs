@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
 use trunkline_common::{Lsn, MemberName, SystemId, TimelineId};
@@ -287,6 +288,9 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
     let holder = stage.holder();
     let initialised = is_initialised(stage);
+    // A switchover may have to do with a candidate that is behind.
+    let requested = stage.key("failover").is_some_and(|request| request != json!({}));
+    let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
     stage.servers(|servers| {
         let server = &mut servers[host];
         let Some(data) = &mut server.data else { return };
@@ -302,6 +306,9 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
         // A cluster that is being bootstrapped has no leader key yet, and no clients.
         postmaster.private = !initialised;
         let holder = if initialised && !mute { holder.as_deref() } else { Some(name.as_str()) };
+        if !requested && !mute {
+            stage.judge(|judge, now| judge.elected(now, &name, wal.end(), Lsn(known)));
+        }
         postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder, !mute)));
     });
 }

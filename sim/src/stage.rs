@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rand::Rng;
+use serde_json::Value;
 use trunkline_common::MemberName;
 use trunkline_common::dcs::memory::MemoryDcs;
 
@@ -142,6 +143,12 @@ impl Stage {
     pub async fn micros(&self, between: std::ops::Range<u64>) {
         let micros = self.0.executor.random(|rng| rng.random_range(between));
         self.0.executor.sleep(Duration::from_micros(micros)).await;
+    }
+
+    /// What one of the cluster's keys says in truth.
+    pub fn key(&self, key: &str) -> Option<Value> {
+        let entry = self.0.store.peek(&format!("/service/sim/{key}")).entries.into_iter().next()?;
+        serde_json::from_slice(&entry.value).ok()
     }
 
     /// Who holds the leader key in truth.

@@ -1,6 +1,7 @@
 //! A fixed set of worlds, the scenarios that once failed, and that a world is the same each time.
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -61,5 +62,23 @@ fn a_scenario_survives_being_written_down() {
         let scenario = Scenario::draw(seed);
         let text = serde_json::to_string(&scenario).unwrap();
         assert_eq!(serde_json::from_str::<Scenario>(&text).unwrap(), scenario);
+    }
+}
+
+#[test]
+fn what_is_broken_on_purpose_still_fits_the_product() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for entry in std::fs::read_dir(root.join("sim/mutants")).unwrap().flatten() {
+        let patch = std::fs::File::open(entry.path()).unwrap();
+        let text = std::fs::read_to_string(entry.path()).unwrap();
+        assert!(text.contains("\nNoticed: "), "{}: it has to say what must come of it", entry.path().display());
+        let fits = Command::new("patch")
+            .args(["--dry-run", "--force", "--strip=1"])
+            .current_dir(&root)
+            .stdin(patch)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&fits.stdout);
+        assert!(fits.status.success(), "{}: {said}", entry.path().display());
     }
 }
