@@ -21,12 +21,19 @@ use crate::postgres::{PgError, PgStatus, Postgres};
 const SHOWN_WITHIN: Duration = Duration::from_secs(1);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
-    /// A leader's turn without incident: status, slots, synchronous set; after a promotion also history and checkpoint.
+    /// A leader's turn without incident. It is cut short once the DCS falls silent: every write would wait for its deadline,
+    /// and the loop has to be awake to ask for the members' word or to step down in order.
     pub(super) async fn lead(&mut self) -> Next {
-        if self.lease.session().trouble.is_some() {
-            // Every write would wait for its deadline, and the loop has to be awake to step down in order.
-            return Next::Wait;
+        let mut session = self.lease.subscribe();
+        tokio::select! {
+            biased;
+            () = async { _ = session.wait_for(|session| session.trouble.is_some()).await } => Next::Wait,
+            next = self.upkeep() => next,
         }
+    }
+
+    /// Status, slots, synchronous set; after a promotion also history and checkpoint.
+    async fn upkeep(&mut self) -> Next {
         self.publish_member().await;
         self.upkeep_keys().await;
         self.checkpoint_after_promotion();
