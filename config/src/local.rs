@@ -79,12 +79,28 @@ pub struct Watchdog {
     pub device: PathBuf,
     /// Seconds between the reset and the end of the lease; -1: half of the lease.
     pub safety_margin: i64,
+    /// How the device is talked to.
+    pub driver: WatchdogDriver,
 }
 
 impl Default for Watchdog {
     fn default() -> Self {
-        Self { mode: WatchdogMode::Automatic, device: "/dev/watchdog".into(), safety_margin: 5 }
+        Self {
+            mode: WatchdogMode::Automatic,
+            device: "/dev/watchdog".into(),
+            safety_margin: 5,
+            driver: WatchdogDriver::Kernel,
+        }
     }
+}
+
+/// `watchdog.driver`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WatchdogDriver {
+    /// The kernel's interface.
+    Kernel,
+    /// Plain text into a pipe, for tests.
+    Testing,
 }
 
 /// `watchdog.mode`.

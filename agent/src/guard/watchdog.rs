@@ -14,7 +14,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tracing::{info, warn};
 use trunkline_common::{Clock, Instant, SystemClock};
-use trunkline_config::local::{self, WatchdogMode};
+use trunkline_config::local::{self, WatchdogDriver, WatchdogMode};
 
 /// Deadlines that wait for a device that is slow; more than these are not needed.
 const QUEUE: usize = 4;
@@ -57,8 +57,8 @@ impl Watchdog {
             _ => rustix::fs::access(&settings.device, rustix::fs::Access::WRITE_OK)
                 .map_err(|error| format!("{}: {}", settings.device.display(), io::Error::from(error))),
         };
-        let device = settings.device.clone();
-        Self::with(settings, usable, Box::new(move || open(&device)))
+        let (device, driver) = (settings.device.clone(), settings.driver);
+        Self::with(settings, usable, Box::new(move || open(&device, driver)))
     }
 
     fn with(settings: &local::Watchdog, usable: Result<(), String>, open: Open) -> io::Result<Self> {
@@ -203,22 +203,44 @@ impl Keeper {
     }
 }
 
-/// Whole seconds that end `margin` seconds before the lease; -1: half of it.
+/// Whole seconds that end `margin` seconds before the lease, to the nearest second but never after it; -1: half of it.
 fn timeout(left: Duration, margin: i64) -> i32 {
-    let left = match u64::try_from(margin) {
+    let wanted = match u64::try_from(margin) {
         Ok(margin) => left.saturating_sub(Duration::from_secs(margin)),
         Err(_) => left / 2,
     };
-    i32::try_from(left.as_secs()).unwrap_or(i32::MAX).min(65_534)
+    let nearest = (wanted + Duration::from_millis(500)).as_secs().min(left.as_secs());
+    i32::try_from(nearest).unwrap_or(i32::MAX).min(65_534)
 }
 
 /// `/dev/watchdog`.
 struct Kernel(File);
 
-fn open(path: &Path) -> io::Result<Box<dyn Device>> {
+/// A pipe that tells a test what a device would be told (Patroni's `testing` driver).
+struct Pipe(File);
+
+fn open(path: &Path, driver: WatchdogDriver) -> io::Result<Box<dyn Device>> {
     let file = File::options().write(true).open(path);
     let file = file.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
-    Ok(Box::new(Kernel(file)))
+    Ok(match driver {
+        WatchdogDriver::Kernel => Box::new(Kernel(file)),
+        WatchdogDriver::Testing => Box::new(Pipe(file)),
+    })
+}
+
+impl Device for Pipe {
+    fn set_timeout(&mut self, seconds: i32) -> io::Result<i32> {
+        self.0.write_all(format!("Ctimeout={seconds}\n").as_bytes())?;
+        Ok(seconds)
+    }
+
+    fn keepalive(&mut self) -> io::Result<()> {
+        self.0.write_all(b"1")
+    }
+
+    fn close(mut self: Box<Self>) -> io::Result<()> {
+        self.0.write_all(b"V")
+    }
 }
 
 impl Device for Kernel {
@@ -266,7 +288,7 @@ mod tests {
     }
 
     fn settings(mode: WatchdogMode, safety_margin: i64) -> local::Watchdog {
-        local::Watchdog { mode, device: "/dev/watchdog".into(), safety_margin }
+        local::Watchdog { mode, safety_margin, ..local::Watchdog::default() }
     }
 
     fn fake(settings: &local::Watchdog, least: i32) -> (Watchdog, Arc<Mutex<Vec<String>>>) {
@@ -292,8 +314,20 @@ mod tests {
         watchdog.disarm();
         watchdog.disarm();
         watchdog.end();
-        assert_eq!(*done.lock(), ["timeout 5", "keepalive", "keepalive", "close"]);
+        assert_eq!(*done.lock(), ["timeout 6", "keepalive", "keepalive", "close"]);
         assert_eq!((watchdog.works(), watchdog.missing(), watchdog.is_armed()), (Ok(()), None, false));
+    }
+
+    #[test]
+    fn a_pipe_is_told_what_a_device_would_be() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        let driver = WatchdogDriver::Testing;
+        let settings = local::Watchdog { device: file.path().into(), driver, ..settings(WatchdogMode::Required, 5) };
+        let watchdog = Watchdog::start(&settings).expect("thread");
+        watchdog.arm(lease());
+        watchdog.disarm();
+        watchdog.end();
+        assert_eq!(std::fs::read_to_string(file.path()).expect("told"), "Ctimeout=6\n1V");
     }
 
     #[test]
@@ -336,7 +370,7 @@ mod tests {
     #[test]
     fn the_timeout_ends_before_the_lease() {
         let times = |left, margin| timeout(Duration::from_millis(left), margin);
-        assert_eq!((times(29_990, 5), times(29_990, -1), times(4_990, -1)), (24, 14, 2));
-        assert_eq!((times(4_990, 5), times(0, -1)), (0, 0));
+        assert_eq!((times(29_990, 5), times(29_400, 5), times(29_990, -1), times(4_990, -1)), (25, 24, 15, 2));
+        assert_eq!((times(4_990, 5), times(0, -1), times(4_990, 0)), (0, 0, 4), "never after its end");
     }
 }

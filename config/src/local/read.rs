@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Bootstrap, Ctl, Guard, Local, Log, RestApi, VerifyClient, Watchdog, WatchdogMode};
+use super::{Bootstrap, Ctl, Guard, Local, Log, RestApi, VerifyClient, Watchdog, WatchdogDriver, WatchdogMode};
 use crate::env::Env;
 use crate::report::Report;
 use crate::section::Section;
@@ -104,13 +104,13 @@ fn read_watchdog(root: &Section<'_>) -> Watchdog {
         ("required", WatchdogMode::Required),
         ("require", WatchdogMode::Required),
     ];
-    if section.has("driver") {
-        section.notice("driver", "there is only the kernel's; ignored");
-    }
     Watchdog {
         mode: section.choice("mode", &words).unwrap_or(default.mode),
         device: section.name("device").map_or(default.device, Into::into),
         safety_margin: section.integer("safety_margin", -1..=86_400, None).unwrap_or(default.safety_margin),
+        driver: section
+            .choice("driver", &[("default", WatchdogDriver::Kernel), ("testing", WatchdogDriver::Testing)])
+            .unwrap_or(default.driver),
     }
 }
 
