@@ -8,7 +8,7 @@ use trunkline_common::{History, Lsn, TimelineId};
 use super::control::{ControlFile, has_standby_signal};
 use super::instance::Instance;
 use super::walsender::{Identity, Purpose, Wire, WireError};
-use super::{ControlState, Divergence, PgError, PgRole, PgStatus, Upstream, conninfo, files, program, wal};
+use super::{ControlState, Divergence, PgError, PgRole, PgStatus, Upstream, conninfo, files, program, settings, wal};
 
 /// The bound on asking the upstream who it is.
 const ASK_LIMIT: Duration = Duration::from_secs(3);
@@ -109,6 +109,9 @@ impl Instance {
         command.arg("--target-pgdata").arg(&config.data_dir);
         command.arg("--source-server").arg(conninfo::render(&settings));
         if version >= 13 && config.recovery_conf.get("restore_command").is_some_and(|command| !command.is_empty()) {
+            // pg_rewind asks the server's own configuration for the command, which a former primary's does not have.
+            let recovery = settings::recovery(&config, None, &self.inner.name, version);
+            self.rewrite(|managed| managed.recovery = recovery)?;
             command.arg("--restore-target-wal");
         }
         if version >= 15 && config.config_dir != config.data_dir {
