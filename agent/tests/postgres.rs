@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use trunkline_agent::postgres::{
-    Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, StartAs, StopMode, Upstream,
+    Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, SlotKind, SlotPlan, StartAs, StopMode,
+    Upstream, WantedSlot,
 };
 use trunkline_common::{Clock as _, Lsn, MemberName, SystemClock, TimelineId};
 use trunkline_config::postgres::Credentials;
@@ -455,7 +456,11 @@ fn slots_become_what_is_wanted() {
         let place = Place::new();
         let a = place.primary("a").await;
         a.sql("SELECT pg_create_physical_replication_slot('old', true)").await.expect("slot");
-        let wanted = |names: &[(&str, Option<Lsn>)]| names.iter().map(|(n, l)| ((*n).to_owned(), *l)).collect();
+        let wanted = |names: &[(&str, Option<Lsn>)]| {
+            let slot = |lsn: Option<Lsn>| WantedSlot { kind: SlotKind::Physical, position: lsn, in_use: None };
+            let wanted = names.iter().map(|(name, lsn)| ((*name).to_owned(), slot(*lsn))).collect();
+            SlotPlan { wanted, may_drop: true, ..SlotPlan::default() }
+        };
         a.pg.set_slots(wanted(&[("b", None), ("c", None)])).await.expect("slots");
         let names: Vec<String> = a.running().await.slots.into_keys().collect();
         assert_eq!(names, ["b", "c"]);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use rand::Rng;
 use tokio::sync::{oneshot, watch};
 use trunkline_agent::postgres::{
-    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, StartAs, StopMode, Upstream,
-    WalSender,
+    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotPlan, SlotsDone, StartAs,
+    StopMode, Upstream, WalSender,
 };
 use trunkline_common::{Clock, History, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
@@ -414,8 +414,8 @@ impl Postgres for ModelPostgres {
         self.clock.within(limit, taken_up).await.ok_or(timeout)?.map_err(ended)
     }
 
-    async fn set_slots(&self, _: BTreeMap<String, Option<Lsn>>) -> Result<(), PgError> {
-        Ok(())
+    async fn set_slots(&self, _: SlotPlan) -> Result<SlotsDone, PgError> {
+        Ok(SlotsDone::default())
     }
 
     async fn history(&self, timeline: TimelineId) -> Option<(History, String)> {
@@ -491,6 +491,7 @@ fn status(server: &Server) -> PgStatus {
         postmaster_start_time: format!("2030-01-01 00:00:00.{:06}+00:00", postmaster.number % 1_000_000),
         replication: postmaster.senders.iter().map(sender).collect(),
         synchronous_standby_names: postmaster.names_shown.clone(),
+        synchronous_commit: "on".to_owned(),
         pending_restart: BTreeMap::new(),
         slots: BTreeMap::new(),
     })

@@ -156,12 +156,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let left = self.lease.session().leader_until().map_or(Duration::ZERO, |until| until.since(asked_at));
         let patience =
             left.saturating_sub(step_down_margin(self.ttl())).clamp(Duration::from_millis(300), Duration::from_secs(2));
-        let slots = match &self.pg {
-            PgStatus::Running(running) => {
-                running.slots.iter().map(|(name, lsn)| (name.clone(), lsn.0.into())).collect()
-            }
-            _ => serde_json::Map::new(),
-        };
+        let status = self.view.as_ref().and_then(|view| self.status(view));
+        let slots = status.and_then(|status| status.slots).unwrap_or_default().into_iter();
+        let slots: serde_json::Map<_, _> = slots.map(|(name, lsn)| (name, lsn.0.into())).collect();
         let body = json!({
             "name": self.me.name.as_str(),
             "conn_url": self.urls.connection,
@@ -180,9 +177,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             return Next::Decide;
         }
         self.memory.failsafe_refused = None;
+        self.memory.heard = answers.iter().filter_map(|(name, answer)| Some((name.clone(), answer.lsn?))).collect();
         if !self.lease.prolong(now, asked_at + ttl) {
             warn!("failsafe mode: all members agree, but too late");
         }
+        self.upkeep_slots().await;
         Next::Wait
     }
 

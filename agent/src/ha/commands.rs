@@ -6,7 +6,7 @@ use chrono::DateTime;
 use serde_json::Value;
 use tracing::{info, warn};
 use trunkline_common::dcs::Dcs;
-use trunkline_common::{Clock, MemberName};
+use trunkline_common::{Clock, Lsn, MemberName};
 
 use super::situation::{Promise, clone_source, leader_upstream, upstream};
 use super::task::{START_LIMIT, TaskEnd, TaskKind};
@@ -17,6 +17,9 @@ use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
 
 /// The longest ttl that a leader without DCS is given a promise for.
 const LONGEST_PROMISE: Duration = Duration::from_secs(3600);
+
+/// Slots that such a leader may name.
+const MOST_SLOTS: usize = 10_000;
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn command(&mut self, command: Command) {
@@ -72,7 +75,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let until = self.memory.promise.as_ref().map_or(until, |old| old.until.max(until));
         let (conn_url, api_url) = (text("conn_url").map(str::to_owned), text("api_url").map(str::to_owned));
-        self.memory.promise = Some(Promise { leader: leader.clone(), until, conn_url, api_url });
+        let slots = body.get("slots").and_then(Value::as_object).into_iter().flatten();
+        let slots = slots.filter_map(|(slot, lsn)| Some((slot.clone(), Lsn(lsn.as_u64()?)))).take(MOST_SLOTS).collect();
+        self.memory.promise = Some(Promise { leader: leader.clone(), until, conn_url, api_url, slots });
         Ok(())
     }
 

@@ -10,6 +10,7 @@ pub mod election;
 pub mod lease;
 pub mod publish;
 pub mod situation;
+pub mod slots;
 pub mod sync;
 pub mod task;
 
@@ -43,7 +44,7 @@ use self::task::{Hands, TaskEnd, TaskKind};
 use crate::guard::Guard;
 use crate::node::{Board, Command, Noted};
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgRole, PgStatus, Postgres};
+use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, SlotPlan};
 
 /// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
 const MAX_STEPS: usize = 8;
@@ -104,7 +105,9 @@ pub struct Ha<D, P, C, R> {
     /// The settings that were last handed to PostgreSQL.
     configured: Option<PostgresConfig>,
     published: Published,
-    slots_seen: BTreeMap<String, Instant>,
+    slots_seen: slots::Seen,
+    /// When logical slots were last copied from the primary.
+    slots_copied: Option<Instant>,
     /// The postmaster (by its start) and the `synchronous_standby_names` that it has been proven to wait by.
     names_proven: Option<(String, String)>,
     scheduled_restart: Option<Value>,
@@ -128,9 +131,18 @@ struct Published {
     /// With when: the view shows it a moment later.
     member: Option<(Member, LeaseId, Instant)>,
     status: Option<Status>,
-    slots: Option<BTreeMap<String, Option<trunkline_common::Lsn>>>,
+    slots: Option<SlotsKept>,
     /// `initialize`, `config` and `history` are as they should be since this promotion.
     upkept: Option<Revision>,
+}
+
+/// The slots as they were last set.
+struct SlotsKept {
+    /// The server (by its start), and whether it was a primary.
+    server: (String, bool),
+    plan: SlotPlan,
+    /// There is nothing left to do about it.
+    settled: bool,
 }
 
 /// What a turn leaves to do.
@@ -168,7 +180,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             last: Decision { action: Action::Wait, reason: "starting".to_owned() },
             configured: None,
             published: Published::default(),
-            slots_seen: BTreeMap::new(),
+            slots_seen: slots::Seen::new(),
+            slots_copied: None,
             names_proven: None,
             scheduled_restart: None,
             transitions: BTreeMap::new(),
@@ -341,6 +354,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
         self.memory.up_since = started.then_some(now);
         match (kind, end) {
+            (TaskKind::CopySlots, end) => {
+                // The server runs on, or is started like any that was stopped.
+                if let TaskEnd::Failed { why, .. } = end {
+                    warn!("logical slots could not be copied: {why}");
+                }
+                return;
+            }
             (kind, TaskEnd::Failed { why, damaged }) => {
                 warn!("{} failed: {why}", kind.label());
                 self.note_failure(now, why.clone());

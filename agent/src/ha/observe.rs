@@ -88,7 +88,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.divergence = DivergenceState::RewindFailed("it was cut off half-way".to_owned());
         }
         let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
-        if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted {
+        if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted && !self.settings.pause {
             self.memory.up_since = None;
             self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
         }
@@ -107,7 +107,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             match &pg {
                 PgStatus::Unresponsive => info!("PostgreSQL does not answer"),
                 PgStatus::Refusing(why) => warn!("PostgreSQL answers with an error: {why}"),
-                _ => info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory)),
+                _ => info!("PostgreSQL is {}", publish::state_text(&pg, None, &self.memory, self.settings.pause)),
             }
         }
         self.pg = pg;

@@ -114,6 +114,8 @@ pub struct Memory {
     pub failsafe_refused: Option<(Instant, String)>,
     /// The leader key (by its creation) that was won by comparing positions with the others.
     pub elected: Option<Revision>,
+    /// Positions that members told this leader while the DCS was away.
+    pub heard: BTreeMap<MemberName, Lsn>,
     /// Revision at which the leader key was found or made ours: an older view says nothing about what we hold.
     pub leading_since: Revision,
 }
@@ -129,6 +131,8 @@ pub struct Promise {
     pub conn_url: Option<String>,
     /// Where its REST API is.
     pub api_url: Option<String>,
+    /// Where its replication slots are.
+    pub slots: BTreeMap<String, Lsn>,
 }
 
 /// Lists for the `failsafe` key that were sent to the DCS: as long as the view does not show a newer one than was seen
@@ -269,6 +273,14 @@ pub fn as_promised(s: &Situation, view: &ClusterView) -> Option<ClusterView> {
     if view.leader.is_some() && !view.is_leader(&s.me.name) {
         return None;
     }
+    by_promise(promise, &s.me.name, view)
+}
+
+/// The same for a promise that still counts; also where its leader's key is still seen.
+pub fn by_promise(promise: &Promise, me: &MemberName, view: &ClusterView) -> Option<ClusterView> {
+    if view.leader.as_ref().is_some_and(|leader| leader.name != promise.leader && leader.name != *me) {
+        return None;
+    }
     let mut view = view.clone();
     view.leader = Some(LeaderKey {
         name: promise.leader.clone(),
@@ -282,6 +294,9 @@ pub fn as_promised(s: &Situation, view: &ClusterView) -> Option<ClusterView> {
         ..Member::default()
     });
     (member.role, member.state) = ("primary".to_owned(), "running".to_owned());
+    if !promise.slots.is_empty() {
+        view.status.slots = Some(promise.slots.clone());
+    }
     Some(view)
 }
 

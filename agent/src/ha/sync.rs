@@ -139,16 +139,17 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
     let eligible = |sender: &&WalSender| {
         let member = view.members.iter().find(|(name, _)| name.matches(&sender.application_name));
         sender.state == "streaming"
-            && sender.flush_lsn.is_some()
+            && position(running, sender).is_some()
             && member.is_some_and(|(name, member)| name != me && member.is_running() && !member.nosync())
     };
     let mut senders: Vec<&WalSender> = running.replication.iter().filter(eligible).collect();
+    let at = |sender: &WalSender| position(running, sender).unwrap_or_default();
     if let Some(limit) = settings.maximum_lag_on_syncnode {
         let head = match senders.len() {
             0 | 1 => running.lsn,
-            _ => senders.iter().filter_map(|sender| sender.flush_lsn).max().unwrap_or_default(),
+            _ => senders.iter().map(|sender| at(sender)).max().unwrap_or_default(),
         };
-        senders.retain(|sender| sender.flush_lsn.unwrap_or_default().lag_behind(head) <= limit);
+        senders.retain(|sender| at(sender).lag_behind(head) <= limit);
     }
     senders.sort_by_key(|sender| {
         let name = MemberName::from(sender.application_name.as_str());
@@ -156,7 +157,7 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
         let priority = tag.map_or(1, |(_, member)| tags::sync_priority(&member.tags));
         let synchronous = matches!(sender.sync_state.as_str(), "sync" | "quorum");
         // Highest priority first, then whoever is synchronous already (no needless change), then the most advanced.
-        let key = (priority, view.sync.lists(&name), synchronous, sender.flush_lsn.unwrap_or_default());
+        let key = (priority, view.sync.lists(&name), synchronous, at(sender));
         (std::cmp::Reverse(key), sender.application_name.clone())
     });
     // A standby that reconnects has two senders for a moment.
@@ -169,6 +170,15 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
     });
     senders.truncate(settings.synchronous_node_count.max(1));
     senders
+}
+
+/// How far a standby has got with what commits wait for (`synchronous_commit`).
+fn position(running: &Running, sender: &WalSender) -> Option<Lsn> {
+    match running.synchronous_commit.as_str() {
+        "remote_apply" => sender.replay_lsn,
+        "remote_write" => sender.write_lsn,
+        _ => sender.flush_lsn,
+    }
 }
 
 /// Whether PostgreSQL makes commits wait for this sender now.

@@ -2,6 +2,7 @@
 //!
 //! While a task runs the loop goes on listening and the keeper goes on renewing; nothing else is decided.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -15,7 +16,7 @@ use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, Ti
 
 use super::lease::LeaseHandle;
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgError, Postgres, StartAs, StopMode, Upstream};
+use crate::postgres::{Divergence, PgError, Postgres, StartAs, StopMode, Upstream, WantedSlot};
 
 /// What is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +41,8 @@ pub enum TaskKind {
     CheckDivergence,
     /// pg_rewind.
     Rewind,
+    /// Copying logical slots from the primary, for which a standby is restarted.
+    CopySlots,
 }
 
 impl TaskKind {
@@ -56,6 +59,7 @@ impl TaskKind {
             TaskKind::Demote => "demote",
             TaskKind::CheckDivergence => "comparing histories",
             TaskKind::Rewind => "pg_rewind",
+            TaskKind::CopySlots => "copying logical slots",
         }
     }
 }
@@ -349,6 +353,23 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
+    /// Copies logical slots of `source`; the standby, which is restarted for it, goes on following `upstream`.
+    pub async fn copy_slots(
+        self,
+        wanted: BTreeMap<String, WantedSlot>,
+        source: Upstream,
+        upstream: Option<Upstream>,
+    ) -> TaskEnd {
+        match self.postgres.copy_slots(wanted, source).await {
+            Ok(copied) if copied.is_empty() => TaskEnd::Done,
+            Ok(copied) => {
+                info!("logical slots copied from the primary: {}", copied.join(", "));
+                self.start(StartAs::Standby(upstream), String::new(), START_LIMIT, None).await
+            }
+            Err(error) => error.into(),
+        }
+    }
+
     /// Compares histories.
     pub async fn compare(self, upstream: Upstream) -> TaskEnd {
         TaskEnd::Compared(self.postgres.diverged(upstream).await)
@@ -389,7 +410,7 @@ pub struct BootstrapPlan {
 #[derive(Debug, Clone, PartialEq)]
 pub struct HandOverPlan {
     /// Who may take over (name → `api_url`).
-    pub candidates: std::collections::BTreeMap<MemberName, String>,
+    pub candidates: BTreeMap<MemberName, String>,
     /// The view that it was decided on.
     pub view: std::sync::Arc<ClusterView>,
     /// Checkpoint while still serving, so that the shutdown checkpoint is short.

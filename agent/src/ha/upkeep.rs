@@ -1,24 +1,29 @@
 //! What a leader keeps up to date, and what every node publishes of itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
-use trunkline_common::cluster::{Initialize, Member};
+use trunkline_common::cluster::{Initialize, Member, Status};
 use trunkline_common::dcs::store::{Outcome, SyncWrite};
 use trunkline_common::dcs::{Dcs, codec};
-use trunkline_common::{Clock, MemberName, Task};
+use trunkline_common::{Clock, ClusterView, MemberName, Task};
 use trunkline_config::dynamic::new_cluster;
 
-use super::situation::FailsafeAttempt;
+use super::situation::{FailsafeAttempt, by_promise, leader_upstream, upstream};
 use super::sync::{self, SyncStep};
-use super::{Ha, Next, decide, publish};
+use super::task::TaskKind;
+use super::{Ha, Next, SlotsKept, decide, publish, slots};
 use crate::node::Board;
 use crate::peer::Peers;
-use crate::postgres::{PgError, PgStatus, Postgres};
+use crate::postgres::{PgError, PgStatus, Postgres, SlotPlan};
 
 /// How long the watch may take to show what was written.
 const SHOWN_WITHIN: Duration = Duration::from_secs(1);
+
+/// Each copy of logical slots costs a restart: not again sooner.
+const COPY_AGAIN: Duration = Duration::from_secs(10);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// A leader's turn without incident. It is cut short once the DCS falls silent: every write would wait for its deadline,
@@ -47,7 +52,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn idle_upkeep(&mut self) {
         self.settle_divergence();
         if matches!(self.pg, PgStatus::Running(_)) && !self.pg_is_primary() {
-            self.upkeep_slots().await;
+            let missing = self.upkeep_slots().await;
+            self.copy_slots(missing);
         }
     }
 
@@ -94,38 +100,94 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }));
     }
 
-    async fn upkeep_slots(&mut self) {
-        let (Some(view), PgStatus::Running(running)) = (self.view.clone(), &self.pg) else { return };
+    /// The names of logical slots that only the primary has.
+    pub(super) async fn upkeep_slots(&mut self) -> BTreeSet<String> {
+        let nothing = BTreeSet::new();
+        let (Some(view), PgStatus::Running(running)) = (self.cluster(), &self.pg) else { return nothing };
         if !self.me.use_slots {
             // Slots are then the operator's own business.
-            return;
+            return nothing;
         }
-        let now = self.parts.clock.now();
-        let leads = self.pg_is_primary();
-        publish::note_slots(&mut self.slots_seen, &view, leads, now);
-        let mut wanted = publish::slots(&view, &self.me, &running.slots, &self.slots_seen, now);
-        if leads {
-            // The standbys move their own slots here; positions are only for copies on standbys.
-            wanted.values_mut().for_each(|position| *position = None);
-        }
-        if self.published.slots.as_ref() == Some(&wanted) {
-            return;
+        let primary = self.pg_is_primary();
+        let leads = primary || self.lease.session().leading;
+        slots::note(&mut self.slots_seen, &view, leads, self.parts.clock.now());
+        let part = if leads { slots::Part::Leader } else { slots::Part::Replica };
+        let wanted = slots::wanted(&view, &self.me, part, &self.slots_seen, &self.memory.heard);
+        let mut plan = SlotPlan {
+            wanted,
+            known: None,
+            ignored: view.settings.ignore_slots.clone(),
+            may_drop: !view.settings.pause,
+            // Before it is promoted a new leader may yet be followed with what those slots hold back.
+            may_clean: view.leader.as_ref().is_some_and(|leader| primary || leader.name != self.me.name),
+            feedback: slots::needs_feedback(&view, &self.me),
+        };
+        let server = (running.postmaster_start_time.clone(), primary);
+        // Everything is looked at once after a start and a change of role; later on, what somebody else has made stays.
+        if let Some(kept) = &self.published.slots
+            && kept.server == server
+            && (kept.plan.may_drop || !plan.may_drop)
+        {
+            let before = || kept.plan.wanted.keys().cloned();
+            plan.known = match &kept.plan.known {
+                _ if kept.settled => Some(before().collect()),
+                None => None,
+                Some(known) => Some(known.iter().cloned().chain(before()).collect()),
+            };
+            if kept.settled && kept.plan == plan {
+                return nothing;
+            }
         }
         let limit = self.sql_limit();
-        let set = self.parts.clock.within(limit, self.parts.postgres.set_slots(wanted.clone())).await;
-        match set.unwrap_or(Err(PgError::Timeout { what: "changing slots".to_owned(), limit })) {
-            Ok(()) => self.published.slots = Some(wanted),
+        let set = self.parts.clock.within(limit, self.parts.postgres.set_slots(plan.clone())).await;
+        let set = set.unwrap_or(Err(PgError::Timeout { what: "changing slots".to_owned(), limit }));
+        let settled = set.as_ref().is_ok_and(|done| !done.again);
+        self.published.slots = Some(SlotsKept { server, plan, settled });
+        match set {
+            Ok(done) => done.missing,
             Err(error) => {
                 debug!("the replication slots could not all be set: {error}");
-                self.published.slots = None;
+                nothing
             }
         }
     }
 
+    /// Logical slots that this standby lacks, from a primary that is certainly one.
+    fn copy_slots(&mut self, missing: BTreeSet<String>) {
+        let now = self.parts.clock.now();
+        let lately = self.slots_copied.is_some_and(|at| now.since(at) < COPY_AGAIN);
+        let (Some(view), Some(kept)) = (self.view.clone(), &self.published.slots) else { return };
+        let certain = self.lease.session().trouble.is_none() && !view.settings.pause;
+        let promoted = view.leader_member().is_some_and(Member::claims_primary);
+        if missing.is_empty() || lately || !certain || !promoted || self.task.is_some() {
+            return;
+        }
+        let Some(source) = leader_upstream(&self.me, &view) else { return };
+        let wanted = kept.plan.wanted.iter().filter(|(name, _)| missing.contains(*name));
+        let wanted = wanted.map(|(name, slot)| (name.clone(), slot.clone())).collect();
+        self.slots_copied = Some(now);
+        let hands = self.hands();
+        let upstream = upstream(&self.me, &view);
+        self.spawn(TaskKind::CopySlots, hands.copy_slots(wanted, source, upstream));
+    }
+
+    /// The cluster as this node has to see it: without DCS by the word of the leader to whom it has given its own.
+    fn cluster(&self) -> Option<Arc<ClusterView>> {
+        let view = self.view.clone()?;
+        let now = self.parts.clock.now();
+        let promise = self.memory.promise.as_ref().filter(|promise| now < promise.until && !self.pg_is_primary());
+        Some(promise.and_then(|promise| by_promise(promise, &self.me.name, &view)).map_or(view, Arc::new))
+    }
+
+    pub(super) fn status(&self, view: &ClusterView) -> Option<Status> {
+        let empty = BTreeMap::new();
+        let kept = self.published.slots.as_ref().map_or(&empty, |kept| &kept.plan.wanted);
+        publish::status(view, &self.me, &self.pg, kept, &self.slots_seen)
+    }
+
     async fn upkeep_status(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        let wanted = self.published.slots.clone().unwrap_or_default();
-        let Some(status) = publish::status(&view, &self.me, &self.pg, &wanted) else { return };
+        let Some(status) = self.status(&view) else { return };
         if self.published.status.as_ref() == Some(&status) && view.status == status {
             return;
         }
@@ -269,7 +331,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let failsafe_active = promised || (by_word && session.failsafe.is_some_and(|until| now < until));
         let silent_for = knowledge.confirmed_at.map_or(0, |at| now.since(at).as_secs());
         let board = Board {
-            state: publish::state_text(&self.pg, task.as_ref(), &self.memory).to_owned(),
+            state: publish::state_text(&self.pg, task.as_ref(), &self.memory, self.settings.pause).to_owned(),
             role: publish::role_text(&self.pg, &self.memory).to_owned(),
             postgres: self.pg.clone(),
             leader_until: session.leader_until(),

@@ -137,7 +137,7 @@ pub(super) fn identifier(name: &str) -> String {
 }
 
 /// Quoted as a string, whatever `standard_conforming_strings` is.
-fn literal(value: &str) -> String {
+pub(super) fn literal(value: &str) -> String {
     match value.contains('\\') {
         true => format!(" E'{}'", value.replace('\\', r"\\").replace('\'', "''")),
         false => format!("'{}'", value.replace('\'', "''")),

@@ -19,8 +19,11 @@ use super::pidfile::{PidFile, PidFileStatus};
 use super::process::Supervisor;
 use super::query::{self, Connection, Session, Sessions};
 use super::settings::{self, Managed};
+use super::slots::Decoding;
 use super::start::check_version;
-use super::{Divergence, PgError, PgStatus, Postgres, StartAs, StopMode, Upstream, program};
+use super::{
+    Divergence, PgError, PgStatus, Postgres, SlotPlan, SlotsDone, StartAs, StopMode, Upstream, WantedSlot, program,
+};
 use crate::guard::Egress;
 
 /// One PostgreSQL server on this host. Clones are handles to the same one.
@@ -43,6 +46,8 @@ pub(super) struct Inner {
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
     pub(super) received: Mutex<Option<(i32, TimelineId)>>,
     pub(super) sync_names_in_force: Mutex<Option<(i32, String)>>,
+    /// Work on logical slots that goes on beside.
+    pub(super) decoding: Mutex<Decoding>,
     /// Held while files of the data directory are moved or removed in bulk.
     pub(super) bulk: Mutex<()>,
 }
@@ -85,6 +90,7 @@ impl Instance {
             pending_restart: Mutex::default(),
             received: Mutex::default(),
             sync_names_in_force: Mutex::default(),
+            decoding: Mutex::default(),
             bulk: Mutex::default(),
         };
         let instance = Self { inner: Arc::new(inner) };
@@ -325,8 +331,12 @@ impl Postgres for Instance {
         self.apply_sync_names(names).await
     }
 
-    async fn set_slots(&self, wanted: BTreeMap<String, Option<Lsn>>) -> Result<(), PgError> {
-        self.apply_slots(wanted).await
+    async fn set_slots(&self, plan: SlotPlan) -> Result<SlotsDone, PgError> {
+        self.apply_slots(plan).await
+    }
+
+    async fn copy_slots(&self, wanted: BTreeMap<String, WantedSlot>, source: Upstream) -> Result<Vec<String>, PgError> {
+        self.run_copy_slots(wanted, source).await
     }
 
     async fn history(&self, timeline: TimelineId) -> Option<(History, String)> {

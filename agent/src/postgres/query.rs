@@ -47,7 +47,8 @@ SELECT r.recovery,
        (SELECT json_agg(s) FROM (SELECT usename, application_name, host(client_addr) AS client_addr, state, sync_state,
                sync_priority, write_lsn, flush_lsn, replay_lsn FROM pg_stat_replication ORDER BY pid) s)::text,
        (SELECT json_object_agg(slot_name, coalesce(confirmed_flush_lsn, restart_lsn)) FROM pg_replication_slots
-         WHERE NOT temporary AND coalesce(confirmed_flush_lsn, restart_lsn) IS NOT NULL)::text
+         WHERE NOT temporary AND coalesce(confirmed_flush_lsn, restart_lsn) IS NOT NULL)::text,
+       current_setting('synchronous_commit')
   FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
 
 /// A connection and the task that drives it; both end together.
@@ -184,10 +185,20 @@ pub async fn connect(
     pid_file: Option<&PidFile>,
     statement_timeout: Duration,
 ) -> Result<Connection, ConnectError> {
+    connect_to(&config.database, config, pid_file, statement_timeout).await
+}
+
+/// The same to another database.
+pub async fn connect_to(
+    database: &str,
+    config: &PostgresConfig,
+    pid_file: Option<&PidFile>,
+    statement_timeout: Duration,
+) -> Result<Connection, ConnectError> {
     let mut settings = Config::new();
     settings
         .user(user(config))
-        .dbname(&config.database)
+        .dbname(database)
         .application_name(APPLICATION_NAME)
         .options(format!("-c statement_timeout={} -c search_path=pg_catalog", statement_timeout.as_millis()))
         // TLS is negotiated below; the protocol runs inside it.
@@ -293,6 +304,7 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         postmaster_start_time: text(15)?,
         replication: text(17).map_or(Some(Vec::new()), |json| wal_senders(&json))?,
         synchronous_standby_names: text(16)?,
+        synchronous_commit: text(19)?,
         pending_restart: Default::default(),
         slots: text(18).map_or_else(Default::default, |json| slots(&json)),
     })

@@ -48,6 +48,8 @@ pub struct Managed {
     pub synchronous_standby_names: Option<String>,
     /// Settings that PostgreSQL has refused to start with.
     pub rejected: BTreeSet<String>,
+    /// `hot_standby_feedback` is on whatever the user's setting: logical slots here depend on it.
+    pub feedback: bool,
     /// Which of `parameters_<role>` lies over `parameters`: `primary`, `replica`.
     pub role: &'static str,
 }
@@ -65,6 +67,9 @@ pub fn postgresql_conf(
     let mut values = wanted(config, managed.role, version);
     if let Some(names) = &managed.synchronous_standby_names {
         values.insert("synchronous_standby_names".to_owned(), names.clone());
+    }
+    if managed.feedback {
+        values.insert("hot_standby_feedback".to_owned(), "on".to_owned());
     }
     values.entry("hba_file".to_owned()).or_insert_with(|| hba.to_string_lossy().into_owned());
     values.entry("ident_file".to_owned()).or_insert_with(|| ident.to_string_lossy().into_owned());

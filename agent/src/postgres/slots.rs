@@ -1,71 +1,198 @@
-//! Physical replication slots (ha-loop §16.2). Which ones there shall be is decided elsewhere.
+//! Replication slots (ha-loop §16.2). Which ones there shall be is decided elsewhere.
+//!
+//! Physical slots are a query each. A logical slot is made by waiting for running transactions and moved by decoding, so
+//! that goes on beside; a standby gets it as a copy of the primary's state file, which PostgreSQL reads at its start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
 use std::time::Duration;
 
+use serde_json::{Map, Value};
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use trunkline_common::Lsn;
 
+use super::bootstrap::literal;
 use super::instance::Instance;
-use super::{PgError, query};
+use super::walsender::{Purpose, Wire, WireError};
+use super::{PgError, SlotKind, SlotPlan, SlotsDone, StopMode, Upstream, WantedSlot, files, query};
 
 /// The bound on all of it.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// The bound on one logical slot's way: a standby that was away for long has much to decode.
+const DECODE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// The bound on asking the primary for its slots.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+
 /// A slot as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Slot {
+    kind: SlotKind,
     active: bool,
     restart: Option<Lsn>,
+    /// Logical: what its reader has confirmed.
+    confirmed: Option<Lsn>,
     /// Holds back vacuum: left over from a standby with hot_standby_feedback.
     has_xmin: bool,
     /// `wal_status = lost`: useless for ever.
     lost: bool,
+    /// PostgreSQL 17 takes care of it itself.
+    failover: bool,
 }
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Step {
-    Create(String),
     Drop(String),
+    Create(String),
     Advance(String, Lsn),
+    Decode(Job),
+    /// Only the primary has it.
+    Missing(String),
+    /// Not wanted, but in use: it can't be dropped yet.
+    InUse(String),
 }
 
-/// What leads from the slots there are to those wanted.
-fn plan(present: &BTreeMap<String, Slot>, wanted: &BTreeMap<String, Option<Lsn>>) -> Vec<Step> {
+/// What takes long, in a database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Job {
+    slot: String,
+    database: String,
+    work: Work,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Work {
+    Create { plugin: String },
+    Advance(Lsn),
+}
+
+/// Logical slots that are being worked on.
+#[derive(Debug, Default)]
+pub struct Decoding {
+    running: Option<JoinHandle<()>>,
+    /// Those that can't be moved any more: the WAL is gone, or they were invalidated.
+    broken: BTreeSet<String>,
+}
+
+/// What leads from the slots there are to those wanted. `standby` has the position that it has replayed.
+fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<Lsn>) -> Vec<Step> {
     let mut steps = Vec::new();
+    let mut there = BTreeSet::new();
     for (name, slot) in present {
-        // A slot in use can't be dropped, and needs nothing: it moves by itself.
-        if slot.active {
-            continue;
-        }
-        let Some(position) = wanted.get(name) else {
-            steps.push(Step::Drop(name.clone()));
+        let Some(wanted) = plan.wanted.get(name) else {
+            let ours = plan.known.as_ref().is_none_or(|known| known.contains(name));
+            if ours && plan.may_drop && !slot.failover && !is_ignored(&plan.ignored, name, slot) {
+                steps.push(if slot.active { Step::InUse(name.clone()) } else { Step::Drop(name.clone()) });
+            }
             continue;
         };
-        // A position means: nobody streams from it here, it only keeps WAL. Then an xmin is left over, and without a
-        // restart position nothing can be advanced.
-        let unusable = position.is_some() && (slot.has_xmin || slot.restart.is_none());
-        match position {
-            _ if slot.lost || unusable => steps.extend([Step::Drop(name.clone()), Step::Create(name.clone())]),
-            Some(to) if slot.restart.is_some_and(|at| at < *to) => steps.push(Step::Advance(name.clone(), *to)),
+        if slot.active {
+            // It moves by itself.
+            there.insert(name);
+            continue;
+        }
+        let lost = slot.lost && plan.may_drop && !is_ignored(&plan.ignored, name, slot);
+        let physical = slot.kind == SlotKind::Physical;
+        // Nobody streams from it here, so an xmin is left over and holds back vacuum for ever.
+        let holds_back = physical && slot.has_xmin && wanted.in_use == Some(false) && plan.may_clean;
+        let moves = physical && wanted.in_use != Some(true) && !slot.has_xmin;
+        if slot.kind != wanted.kind || lost || holds_back || moves && slot.restart.is_none() {
+            steps.push(Step::Drop(name.clone()));
+            continue;
+        }
+        there.insert(name);
+        match (wanted.position, &wanted.kind, standby) {
+            (Some(to), SlotKind::Physical, _) if moves && slot.restart.is_some_and(|at| at < to) => {
+                steps.push(Step::Advance(name.clone(), to));
+            }
+            (Some(to), SlotKind::Logical { database, .. }, Some(replayed)) => {
+                let to = to.min(replayed);
+                if slot.confirmed.is_some_and(|at| at < to) {
+                    let (slot, database) = (name.clone(), database.clone());
+                    steps.push(Step::Decode(Job { slot, database, work: Work::Advance(to) }));
+                }
+            }
             _ => {}
         }
     }
-    steps.extend(wanted.keys().filter(|name| !present.contains_key(*name)).map(|name| Step::Create(name.clone())));
+    for (name, wanted) in plan.wanted.iter().filter(|(name, _)| !there.contains(name)) {
+        match (&wanted.kind, standby) {
+            (SlotKind::Physical, _) => steps.push(Step::Create(name.clone())),
+            (SlotKind::Logical { database, plugin }, None) => {
+                let work = Work::Create { plugin: plugin.clone() };
+                steps.push(Step::Decode(Job { slot: name.clone(), database: database.clone(), work }));
+            }
+            // Without a position the primary does not have it either.
+            (SlotKind::Logical { .. }, Some(_)) if wanted.position.is_some() => {
+                steps.push(Step::Missing(name.clone()));
+            }
+            (SlotKind::Logical { .. }, Some(_)) => {}
+        }
+    }
     steps
 }
 
+/// Whether a matcher of `ignore_slots` is about this slot: all that it names must fit.
+fn is_ignored(matchers: &[Map<String, Value>], name: &str, slot: &Slot) -> bool {
+    let fits = |(field, value): (&String, &Value)| {
+        let value = value.as_str();
+        match (field.as_str(), &slot.kind) {
+            ("name", _) => value == Some(name),
+            ("type", SlotKind::Physical) => value == Some("physical"),
+            ("type", SlotKind::Logical { .. }) => value == Some("logical"),
+            ("database", SlotKind::Logical { database, .. }) => value == Some(database),
+            ("plugin", SlotKind::Logical { plugin, .. }) => value == Some(plugin),
+            _ => false,
+        }
+    };
+    matchers.iter().any(|matcher| matcher.iter().all(fits))
+}
+
 impl Instance {
-    pub(super) async fn apply_slots(&self, wanted: BTreeMap<String, Option<Lsn>>) -> Result<(), PgError> {
+    pub(super) async fn apply_slots(&self, plan: SlotPlan) -> Result<SlotsDone, PgError> {
+        if self.rewrite(|managed| managed.feedback = plan.feedback)?
+            && let Some(postmaster) = self.process().find()
+        {
+            tracing::info!(
+                "hot_standby_feedback is {} for logical slots",
+                if plan.feedback { "on" } else { "not forced" }
+            );
+            postmaster.signal(rustix::process::Signal::HUP);
+        }
         let work = async {
             let session = self.session(LIMIT).await?;
             let client = session.client();
+            let standby = replayed(client).await?;
             let present = present(client, self.version()).await?;
+            let mut done = SlotsDone::default();
+            let mut jobs = Vec::new();
             let mut failure = None;
             // Each by itself: one that is in use must not keep the others from being made.
-            for step in plan(&present, &wanted) {
-                match carry_out(client, &step).await {
+            for step in steps(&present, &plan, standby) {
+                let carried_out = match &step {
+                    Step::Missing(name) => {
+                        done.missing.insert(name.clone());
+                        continue;
+                    }
+                    Step::Decode(job) => {
+                        jobs.push(job.clone());
+                        continue;
+                    }
+                    Step::InUse(name) => {
+                        tracing::debug!("slot: {name} is not wanted, but in use");
+                        done.again = true;
+                        continue;
+                    }
+                    step => carry_out(client, step).await,
+                };
+                match carried_out {
                     Ok(()) => tracing::info!("slot: {step:?}"),
                     Err(error) => {
                         tracing::warn!("slot: {step:?}: {error}");
@@ -73,24 +200,177 @@ impl Instance {
                     }
                 }
             }
-            failure.map_or(Ok(()), Err)
+            done.again |= !jobs.is_empty() || !done.missing.is_empty();
+            let broken = self.decode(jobs);
+            if standby.is_some() {
+                done.missing.extend(broken.into_iter().filter(|name| plan.wanted.contains_key(name)));
+            }
+            failure.map_or(Ok(done), Err)
         };
         let timeout = PgError::Timeout { what: "changing slots".to_owned(), limit: LIMIT };
         tokio::time::timeout(LIMIT, work).await.unwrap_or(Err(timeout))
     }
+
+    /// Begins with these, unless others are under way; the names of those that have turned out to be broken.
+    fn decode(&self, jobs: Vec<Job>) -> BTreeSet<String> {
+        let mut decoding = self.inner.decoding.lock();
+        let busy = decoding.running.as_ref().is_some_and(|running| !running.is_finished());
+        if !busy && !jobs.is_empty() {
+            let instance = self.clone();
+            decoding.running = Some(tokio::spawn(async move {
+                for job in jobs {
+                    instance.decode_one(&job).await;
+                }
+            }));
+        }
+        std::mem::take(&mut decoding.broken)
+    }
+
+    async fn decode_one(&self, job: &Job) {
+        let (config, pid_file) = (self.config_now(), self.pid_file());
+        let work = async {
+            let connection = query::connect_to(&job.database, &config, pid_file.as_ref(), DECODE_LIMIT).await?;
+            let client = &connection.client;
+            let done = match &job.work {
+                Work::Create { plugin } => {
+                    let create = "SELECT pg_create_logical_replication_slot($1, $2)
+                        WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1)";
+                    client.execute(create, &[&job.slot, plugin]).await
+                }
+                Work::Advance(to) => {
+                    let advance = "SELECT pg_replication_slot_advance($1, $2::text::pg_lsn)";
+                    client.execute(advance, &[&job.slot, &to.to_string()]).await
+                }
+            };
+            Ok::<_, query::ConnectError>(done.map(drop)?)
+        };
+        let error = match tokio::time::timeout(DECODE_LIMIT, work).await {
+            Ok(Ok(())) => {
+                tracing::debug!("slot: {job:?}");
+                return;
+            }
+            Ok(Err(error)) => error,
+            Err(_) => {
+                tracing::warn!("slot: {job:?}: not done within {DECODE_LIMIT:?}");
+                return;
+            }
+        };
+        let gone = [SqlState::UNDEFINED_FILE, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
+        if let (query::ConnectError::Server(error), Work::Advance(_)) = (&error, &job.work)
+            && error.code().is_some_and(|code| gone.contains(code))
+        {
+            self.inner.decoding.lock().broken.insert(job.slot.clone());
+        }
+        tracing::warn!("slot: {job:?}: {error}");
+    }
+
+    pub(super) async fn run_copy_slots(
+        &self,
+        wanted: BTreeMap<String, WantedSlot>,
+        source: Upstream,
+    ) -> Result<Vec<String>, PgError> {
+        let config = self.config_now();
+        let ask = async {
+            let mut wire = Wire::connect(&source, &config.rewind, Purpose::Sql(&config.database)).await?;
+            wire.query(&states(wanted.keys(), self.version())).await
+        };
+        let failed = |error: WireError| PgError::Failed(format!("reading the slots of {}: {error}", source.name));
+        let timeout = PgError::Timeout { what: format!("reading the slots of {}", source.name), limit: ASK_LIMIT };
+        let rows = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| timeout)?.map_err(failed)?;
+        let copies: Vec<(String, Vec<u8>)> = rows.iter().filter_map(|row| state(row, &wanted)).collect();
+        if copies.is_empty() {
+            return Ok(Vec::new());
+        }
+        tracing::info!("copying logical slots from {}: {:?}", source.name, wanted.keys().collect::<Vec<_>>());
+        self.run_stop(StopMode::Fast, config.pg_ctl_timeout, None).await?;
+        let names = copies.iter().map(|(name, _)| name.clone()).collect();
+        self.in_pool(move |instance| {
+            let dir = instance.config_now().data_dir.join("pg_replslot");
+            for (name, state) in &copies {
+                place(&dir, name, state).map_err(|error| files::unwritable(&dir.join(name), &error))?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(names)
+    }
+}
+
+/// Puts a slot's state file in its place, in one step: PostgreSQL refuses to start with half of one.
+fn place(dir: &Path, name: &str, state: &[u8]) -> std::io::Result<()> {
+    let (target, temporary) = (dir.join(name), dir.join(format!("{name}.tmp")));
+    let sync = |path: &Path| fs::File::open(path)?.sync_all();
+    if temporary.exists() {
+        fs::remove_dir_all(&temporary)?;
+    }
+    fs::DirBuilder::new().mode(0o700).create(&temporary)?;
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(temporary.join("state"))?;
+    file.write_all(state)?;
+    file.sync_all()?;
+    sync(&temporary)?;
+    if target.exists() {
+        fs::remove_dir_all(&target)?;
+    }
+    fs::rename(&temporary, &target)?;
+    sync(dir)
+}
+
+/// Asks a primary for the state files of slots.
+fn states<'n>(names: impl Iterator<Item = &'n String>, version: u32) -> String {
+    let names = names.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
+    let own = if version >= 17 { "NOT failover AND" } else { "" };
+    format!(
+        "SELECT slot_name, datname, plugin, pg_catalog.pg_read_binary_file('pg_replslot/' || slot_name || '/state')
+           FROM pg_catalog.pg_get_replication_slots() JOIN pg_catalog.pg_database ON datoid = oid
+          WHERE {own} NOT pg_catalog.pg_is_in_recovery() AND slot_type = 'logical' AND slot_name IN ({names})"
+    )
+}
+
+/// A slot's name and state file, if the primary's slot is what is wanted.
+fn state(row: &[Option<String>], wanted: &BTreeMap<String, WantedSlot>) -> Option<(String, Vec<u8>)> {
+    let [Some(name), Some(database), Some(plugin), Some(hex)] = row else { return None };
+    let kind = SlotKind::Logical { database: database.clone(), plugin: plugin.clone() };
+    if wanted.get(name)?.kind != kind {
+        tracing::warn!("the primary's slot {name} is {kind:?} and not what is configured; not copied");
+        return None;
+    }
+    let digits = hex.strip_prefix("\\x")?.as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    Some((name.clone(), digits.chunks(2).map(byte).collect::<Option<_>>()?))
+}
+
+/// What a standby has replayed; `None` for a primary.
+async fn replayed(client: &Client) -> Result<Option<Lsn>, PgError> {
+    let text = "SELECT CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_wal_replay_lsn(), '0/0') END::text";
+    let row = client.query_one(text, &[]).await.map_err(query::failed)?;
+    let text: Option<String> = row.try_get(0).map_err(query::failed)?;
+    Ok(text.and_then(|lsn| lsn.parse().ok()))
 }
 
 async fn present(client: &Client, version: u32) -> Result<BTreeMap<String, Slot>, PgError> {
     let lost = if version >= 13 { "coalesce(wal_status = 'lost', false)" } else { "false" };
+    let (failover, synced) = if version >= 17 { ("failover", "NOT (failover AND synced)") } else { ("false", "true") };
     let text = format!(
-        "SELECT slot_name::text, active, restart_lsn::text, xmin IS NOT NULL, {lost}
-           FROM pg_replication_slots WHERE slot_type = 'physical' AND NOT temporary"
+        "SELECT slot_name::text, active, restart_lsn::text, xmin IS NOT NULL, {lost},
+                database::text, plugin::text, confirmed_flush_lsn::text, {failover}
+           FROM pg_replication_slots WHERE NOT temporary AND {synced}"
     );
     let rows = client.query(&text, &[]).await.map_err(query::failed)?;
     let slot = |row: &tokio_postgres::Row| {
-        let restart: Option<String> = row.try_get(2)?;
-        let restart = restart.and_then(|lsn| lsn.parse().ok());
-        let slot = Slot { active: row.try_get(1)?, restart, has_xmin: row.try_get(3)?, lost: row.try_get(4)? };
+        let lsn = |at: usize| Ok(row.try_get::<_, Option<String>>(at)?.and_then(|lsn| lsn.parse().ok()));
+        let kind = match (row.try_get(5)?, row.try_get(6)?) {
+            (Some(database), Some(plugin)) => SlotKind::Logical { database, plugin },
+            _ => SlotKind::Physical,
+        };
+        let slot = Slot {
+            kind,
+            active: row.try_get(1)?,
+            restart: lsn(2)?,
+            confirmed: lsn(7)?,
+            has_xmin: row.try_get(3)?,
+            lost: row.try_get(4)?,
+            failover: row.try_get(8)?,
+        };
         Ok((row.try_get(0)?, slot))
     };
     rows.iter().map(slot).collect::<Result<_, _>>().map_err(query::failed)
@@ -103,7 +383,7 @@ async fn carry_out(client: &Client, step: &Step) -> Result<(), PgError> {
         // Somebody may have connected since the list was read; then it goes once its user does.
         Step::Drop(name) => {
             let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
-                WHERE slot_name = $1 AND slot_type = 'physical' AND NOT active";
+                WHERE slot_name = $1 AND NOT active";
             client.execute(drop, &[name]).await
         }
         Step::Advance(name, to) => {
@@ -112,6 +392,7 @@ async fn carry_out(client: &Client, step: &Step) -> Result<(), PgError> {
                 CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END))";
             client.execute(advance, &[name, &to.to_string()]).await
         }
+        Step::Decode(_) | Step::Missing(_) | Step::InUse(_) => return Ok(()),
     }
     .map(drop)
     .map_err(query::failed)
@@ -119,27 +400,134 @@ async fn carry_out(client: &Client, step: &Step) -> Result<(), PgError> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
+    fn logical() -> SlotKind {
+        SlotKind::Logical { database: "d".into(), plugin: "p".into() }
+    }
+
+    fn slot(kind: SlotKind) -> Slot {
+        let confirmed = (kind != SlotKind::Physical).then_some(Lsn(10));
+        Slot { kind, active: false, restart: Some(Lsn(10)), confirmed, has_xmin: false, lost: false, failover: false }
+    }
+
+    fn planned(present: Option<Slot>, wanted: Option<WantedSlot>, standby: Option<u64>, plan: &SlotPlan) -> Vec<Step> {
+        let present = present.map(|slot| ("a".to_owned(), slot)).into_iter().collect();
+        let wanted = wanted.map(|wanted| ("a".to_owned(), wanted)).into_iter().collect();
+        steps(&present, &SlotPlan { wanted, ..plan.clone() }, standby.map(Lsn))
+    }
+
     #[test]
-    fn plans() {
-        let slot = Slot { active: false, restart: Some(Lsn(10)), has_xmin: false, lost: false };
+    fn physical_slots() {
+        let free = slot(SlotKind::Physical);
+        let busy = Slot { active: true, ..free.clone() };
+        let left = Slot { has_xmin: true, ..free.clone() };
+        let want = |position: Option<u64>, in_use| {
+            Some(WantedSlot { kind: SlotKind::Physical, position: position.map(Lsn), in_use })
+        };
         let (create, drop) = (Step::Create("a".into()), Step::Drop("a".into()));
-        for (what, present, wanted, steps) in [
-            ("missing", None, Some(None), vec![create.clone()]),
-            ("not wanted", Some(slot.clone()), None, vec![drop.clone()]),
-            ("there", Some(slot.clone()), Some(None), vec![]),
-            ("behind", Some(slot.clone()), Some(Some(Lsn(20))), vec![Step::Advance("a".into(), Lsn(20))]),
-            ("ahead", Some(slot.clone()), Some(Some(Lsn(5))), vec![]),
-            ("in use", Some(Slot { active: true, ..slot.clone() }), Some(Some(Lsn(20))), vec![]),
-            ("in use, not wanted", Some(Slot { active: true, ..slot.clone() }), None, vec![]),
-            ("lost", Some(Slot { lost: true, ..slot.clone() }), Some(None), vec![drop.clone(), create.clone()]),
-            ("left over xmin", Some(Slot { has_xmin: true, ..slot.clone() }), Some(Some(Lsn(5))), vec![drop, create]),
-            ("xmin of a standby", Some(Slot { has_xmin: true, ..slot }), Some(None), vec![]),
+        let plan = SlotPlan { may_drop: true, may_clean: true, ..SlotPlan::default() };
+        for (what, present, wanted, expected) in [
+            ("missing", None, want(None, None), vec![create.clone()]),
+            ("not wanted", Some(free.clone()), None, vec![drop.clone()]),
+            ("there", Some(free.clone()), want(None, None), vec![]),
+            ("behind", Some(free.clone()), want(Some(20), None), vec![Step::Advance("a".into(), Lsn(20))]),
+            ("ahead", Some(free.clone()), want(Some(5), None), vec![]),
+            ("its user is away", Some(free.clone()), want(Some(20), Some(true)), vec![]),
+            ("in use", Some(busy.clone()), want(Some(20), None), vec![]),
+            ("in use, not wanted", Some(busy), None, vec![Step::InUse("a".into())]),
+            ("lost", Some(Slot { lost: true, ..free.clone() }), want(None, None), vec![drop.clone(), create.clone()]),
+            ("left over xmin", Some(left.clone()), want(Some(5), Some(false)), vec![drop.clone(), create.clone()]),
+            ("xmin of who knows whom", Some(left.clone()), want(Some(20), None), vec![]),
+            ("xmin of a standby", Some(left), want(None, Some(true)), vec![]),
+            ("keeps nothing", Some(Slot { restart: None, ..free }), want(None, None), vec![drop, create]),
         ] {
-            let present = present.map(|slot| ("a".to_owned(), slot)).into_iter().collect();
-            let wanted = wanted.map(|position| ("a".to_owned(), position)).into_iter().collect();
-            assert_eq!(plan(&present, &wanted), steps, "{what}");
+            assert_eq!(planned(present, wanted, None, &plan), expected, "{what}");
         }
+    }
+
+    #[test]
+    fn logical_slots() {
+        let want =
+            |position: Option<u64>| Some(WantedSlot { kind: logical(), position: position.map(Lsn), in_use: None });
+        let job = |work| Step::Decode(Job { slot: "a".into(), database: "d".into(), work });
+        let (drop, missing) = (Step::Drop("a".into()), Step::Missing("a".into()));
+        let create = job(Work::Create { plugin: "p".into() });
+        let plan = SlotPlan { may_drop: true, may_clean: true, ..SlotPlan::default() };
+        let there = slot(logical());
+        let busy = Slot { active: true, ..there.clone() };
+        for (what, present, wanted, standby, expected) in [
+            ("missing on the primary", None, want(None), None, vec![create.clone()]),
+            ("missing on a standby", None, want(Some(9)), Some(99), vec![missing.clone()]),
+            ("nowhere yet", None, want(None), Some(99), vec![]),
+            ("on the primary its reader moves it", Some(there.clone()), want(Some(20)), None, vec![]),
+            ("behind", Some(there.clone()), want(Some(20)), Some(99), vec![job(Work::Advance(Lsn(20)))]),
+            ("not past replay", Some(there.clone()), want(Some(20)), Some(15), vec![job(Work::Advance(Lsn(15)))]),
+            ("up to date", Some(there.clone()), want(Some(20)), Some(10), vec![]),
+            ("being moved", Some(busy), want(Some(20)), Some(99), vec![]),
+            ("another kind", Some(slot(SlotKind::Physical)), want(Some(9)), Some(99), vec![drop.clone(), missing]),
+            (
+                "another kind on the primary",
+                Some(slot(SlotKind::Physical)),
+                want(None),
+                None,
+                vec![drop.clone(), create],
+            ),
+            ("not wanted", Some(there.clone()), None, Some(99), vec![drop]),
+            ("PostgreSQL's own", Some(Slot { failover: true, ..there }), None, Some(99), vec![]),
+        ] {
+            assert_eq!(planned(present, wanted, standby, &plan), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_may_be_dropped() {
+        let drop = vec![Step::Drop("a".into())];
+        let may = SlotPlan { may_drop: true, ..SlotPlan::default() };
+        let known = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
+        let ignored = |matcher: Value| matcher.as_object().cloned().into_iter().collect();
+        for (what, plan, expected) in [
+            ("paused", SlotPlan::default(), vec![]),
+            ("everything", may.clone(), drop.clone()),
+            ("what was wanted before", SlotPlan { known: known(&["a"]), ..may.clone() }, drop.clone()),
+            ("what somebody made meanwhile", SlotPlan { known: known(&["b"]), ..may.clone() }, vec![]),
+            ("by name", SlotPlan { ignored: ignored(json!({ "name": "a" })), ..may.clone() }, vec![]),
+            (
+                "by all of it",
+                SlotPlan {
+                    ignored: ignored(json!({ "type": "logical", "plugin": "p", "database": "d" })),
+                    ..may.clone()
+                },
+                vec![],
+            ),
+            (
+                "another one's matcher",
+                SlotPlan { ignored: ignored(json!({ "name": "a", "plugin": "q" })), ..may },
+                drop,
+            ),
+        ] {
+            assert_eq!(planned(Some(slot(logical())), None, Some(9), &plan), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_state_file_comes_as_hexadecimal() {
+        let wanted = [("a".to_owned(), WantedSlot { kind: logical(), position: None, in_use: None })].into();
+        let row = |plugin: &str, hex: &str| ["a", "d", plugin, hex].map(|text| Some(text.to_owned()));
+        assert_eq!(state(&row("p", "\\x00ff10"), &wanted), Some(("a".to_owned(), vec![0, 255, 16])));
+        assert_eq!(state(&row("q", "\\x00"), &wanted), None, "configured otherwise");
+        assert_eq!(state(&row("p", "\\x0g"), &wanted), None);
+    }
+
+    #[test]
+    fn a_state_file_is_replaced_in_one_step() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        for state in [b"old".as_slice(), b"new"] {
+            place(dir.path(), "a", state).expect("placed");
+            assert_eq!(fs::read(dir.path().join("a/state")).expect("file"), state);
+        }
+        assert!(!dir.path().join("a.tmp").exists());
     }
 }

@@ -95,6 +95,7 @@ fn running(role: PgRole, lsn: u64) -> PgStatus {
         postmaster_start_time: String::new(),
         replication: Vec::new(),
         synchronous_standby_names: String::new(),
+        synchronous_commit: "on".to_owned(),
         pending_restart: std::collections::BTreeMap::new(),
         slots: std::collections::BTreeMap::new(),
     })
@@ -198,6 +199,7 @@ impl World {
             until: NOW + Duration::from_millis(ms),
             conn_url: Some("postgres://127.0.0.1:1/postgres".to_owned()),
             api_url: Some("http://127.0.0.1:8001/patroni".to_owned()),
+            slots: BTreeMap::new(),
         });
         self
     }

@@ -55,6 +55,7 @@ fn primary(names: &str, replication: Vec<WalSender>) -> Running {
         postmaster_start_time: String::new(),
         replication,
         synchronous_standby_names: names.to_owned(),
+        synchronous_commit: "on".to_owned(),
         pending_restart: BTreeMap::new(),
         slots: BTreeMap::new(),
     }

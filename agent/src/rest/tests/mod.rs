@@ -91,6 +91,7 @@ fn standby() -> Running {
         postmaster_start_time: "2031-05-01 10:00:00.123456+00:00".into(),
         replication: Vec::new(),
         synchronous_standby_names: String::new(),
+        synchronous_commit: "on".to_owned(),
         pending_restart: BTreeMap::new(),
         slots: BTreeMap::new(),
     }

@@ -1,0 +1,312 @@
+//! Which replication slots this node should have (ha-loop §16.1). Pure; `postgres/slots` makes them.
+//!
+//! The rules are Patroni's: a slot is kept on every node that may be promoted, and moved along with the one that is in use,
+//! so that after a failover nobody finds the WAL gone that it still needs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde_json::Value;
+use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName};
+use trunkline_config::tags;
+
+use super::situation::Me;
+use crate::postgres::{SlotKind, WantedSlot};
+
+/// What this node is to those that stream from the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The primary, or the leader of a standby cluster: members stream from it unless they are told otherwise.
+    Leader,
+    /// Any other node: only those that name it stream from it.
+    Replica,
+}
+
+/// When each slot's member was last there: the slot outlives it by `member_slots_ttl`.
+pub type Seen = BTreeMap<String, Instant>;
+
+/// The slots that there shall be. `heard` has positions that members told this node directly, newer than their keys.
+pub fn wanted(
+    view: &ClusterView,
+    me: &Me,
+    part: Part,
+    seen: &Seen,
+    heard: &BTreeMap<MemberName, Lsn>,
+) -> BTreeMap<String, WantedSlot> {
+    let own = me.name.slot_name();
+    let known = |slot: &str| view.status.slots.as_ref().and_then(|slots| slots.get(slot)).copied();
+    let mut wanted = of_members(view, me, part, heard);
+    if me.failover_priority() <= 0 {
+        // Never promoted: nobody will look for their slots here.
+        return wanted;
+    }
+    if !view.settings.member_slots_ttl.is_zero() {
+        for slot in seen.keys().filter(|slot| **slot != own) {
+            let kept = WantedSlot { kind: SlotKind::Physical, position: known(slot), in_use: None };
+            wanted.entry(slot.clone()).or_insert(kept);
+        }
+    }
+    let by_archive = view.settings.standby_cluster.is_some() || !streams_from_leader(view, &me.name, Some(me));
+    for (slot, definition) in permanent(view) {
+        let kind = kind(definition);
+        let physical = kind == SlotKind::Physical;
+        if by_archive && !physical || physical && *slot == own {
+            continue;
+        }
+        let member = view.members.iter().find(|(name, _)| name.slot_name() == *slot);
+        let cascading = member.filter(|(_, member)| replicates_from(member).is_some());
+        let told = cascading.and_then(|(name, member)| heard.get(name).copied().max(member.xlog_location));
+        let new = WantedSlot {
+            position: if physical { known(slot).max(told) } else { known(slot) },
+            in_use: physical.then_some(part == Part::Leader && cascading.is_none()),
+            kind,
+        };
+        match wanted.get(slot).map(|there| there.in_use) {
+            None => drop(wanted.insert(slot.clone(), new)),
+            // Only remembered so far: that it is permanent says more.
+            Some(None) => drop(wanted.insert(slot.clone(), new)),
+            Some(_) => {}
+        }
+    }
+    wanted
+}
+
+/// The slots of other members.
+fn of_members(
+    view: &ClusterView,
+    me: &Me,
+    part: Part,
+    heard: &BTreeMap<MemberName, Lsn>,
+) -> BTreeMap<String, WantedSlot> {
+    let keep_all = !view.settings.member_slots_ttl.is_zero();
+    let never_leads = me.failover_priority() <= 0;
+    let slot = |(name, member): (&MemberName, &Member)| {
+        if *name == me.name || member.tag_is_true("nostream") {
+            return None;
+        }
+        let named = replicates_from(member) == Some(me.name.as_str());
+        let in_use = match part {
+            Part::Leader => {
+                named || replicates_from(member).is_none_or(|from| !view.members.contains_key(&MemberName::from(from)))
+            }
+            Part::Replica => named && !view.is_leader(name),
+        };
+        if !(in_use || keep_all && (!never_leads || named)) {
+            return None;
+        }
+        let slot = name.slot_name();
+        let known = view.status.slots.as_ref().and_then(|slots| slots.get(&slot)).copied();
+        let told = replicates_from(member).and_then(|_| heard.get(name).copied().max(member.xlog_location));
+        Some((slot, WantedSlot { kind: SlotKind::Physical, position: known.max(told), in_use: Some(in_use) }))
+    };
+    view.members.iter().filter_map(slot).collect()
+}
+
+/// Slots whose primary needs to keep old catalog rows for them are no use on a standby that does not say so
+/// (`hot_standby_feedback`): whether this one has such slots, or passes on the word of one that has.
+pub fn needs_feedback(view: &ClusterView, me: &Me) -> bool {
+    let holds_logical = |name: &MemberName, node: Option<&Me>| {
+        let member = view.members.get(name);
+        let never_leads = match node {
+            Some(me) => me.failover_priority() <= 0,
+            None => member.is_none_or(Member::nofailover),
+        };
+        !never_leads && streams_from_leader(view, name, node)
+    };
+    let below = || view.members.iter().filter(|(_, member)| replicates_from(member) == Some(me.name.as_str()));
+    view.settings.standby_cluster.is_none()
+        && permanent(view).any(|(_, definition)| kind(definition) != SlotKind::Physical)
+        && (holds_logical(&me.name, Some(me)) || below().any(|(name, _)| holds_logical(name, None)))
+}
+
+/// Notes which members' slots are in use now. What the leader retains is kept by whoever may be promoted, and by a leader
+/// that has just begun to look.
+pub fn note(seen: &mut Seen, view: &ClusterView, leads: bool, now: Instant) {
+    if !leads || seen.is_empty() {
+        seen.extend(view.status.retain_slots.iter().flatten().map(|slot| (slot.clone(), now)));
+    }
+    let members = view.members.iter().filter(|(_, member)| !member.tag_is_true("nostream"));
+    seen.extend(members.map(|(name, _)| (name.slot_name(), now)));
+    let keep = view.settings.member_slots_ttl.max(Duration::from_secs(1));
+    seen.retain(|_, at| now.since(*at) < keep);
+}
+
+/// Slots of members that are only kept for a time, for the `status` key.
+pub fn retained(view: &ClusterView, seen: &Seen, me: &Me) -> Vec<String> {
+    let permanent: BTreeSet<&String> = permanent(view).map(|(slot, _)| slot).collect();
+    let mut slots: BTreeSet<String> = seen.keys().cloned().collect();
+    slots.insert(me.name.slot_name());
+    slots.into_iter().filter(|slot| !permanent.contains(slot)).collect()
+}
+
+/// The permanent slots that are for a cluster of this kind (`cluster_type`).
+pub fn permanent(view: &ClusterView) -> impl Iterator<Item = (&String, &Value)> {
+    let other = if view.settings.standby_cluster.is_some() { "primary" } else { "standby" };
+    let fits = move |definition: &Value| definition.get("cluster_type").and_then(Value::as_str) != Some(other);
+    view.settings.slots.iter().filter(move |(_, definition)| fits(definition))
+}
+
+/// What an entry of `slots` is (config §4): physical where it is no mapping at all, says so, or lacks database or plugin.
+fn kind(definition: &Value) -> SlotKind {
+    let text = |key: &str| definition.get(key).and_then(Value::as_str).map(str::to_owned);
+    match (text("type"), text("database"), text("plugin")) {
+        (Some(kind), ..) if kind == "physical" => SlotKind::Physical,
+        (_, Some(database), Some(plugin)) => SlotKind::Logical { database, plugin },
+        _ => SlotKind::Physical,
+    }
+}
+
+/// Whether the way from the leader to this node is by streaming all along: a node that replays from the archive can't tell
+/// the primary what its slots need, nor can those behind it.
+fn streams_from_leader(view: &ClusterView, name: &MemberName, node: Option<&Me>) -> bool {
+    let mut at = name.clone();
+    for _ in 0..=view.members.len() {
+        let own_tags = node.filter(|me| me.name == at).map(|me| &me.tags);
+        let Some(tags) = own_tags.or_else(|| view.members.get(&at).map(|member| &member.tags)) else { return true };
+        if tags.get("nostream").is_some_and(tags::truthy) {
+            return false;
+        }
+        match tags.get("replicatefrom").and_then(Value::as_str).filter(|_| !view.is_leader(&at)) {
+            Some(next) if view.members.contains_key(&MemberName::from(next)) => at = MemberName::from(next),
+            _ => return true,
+        }
+    }
+    false
+}
+
+fn replicates_from(member: &Member) -> Option<&str> {
+    member.tags.get("replicatefrom").and_then(Value::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Map, json};
+    use trunkline_common::cluster::{LeaderKey, Status};
+    use trunkline_common::{LeaseId, Revision};
+    use trunkline_config::Settings;
+
+    use super::*;
+
+    fn me(name: &str, tags: &Value) -> Me {
+        Me {
+            name: name.into(),
+            tags: tags.as_object().cloned().unwrap_or_default(),
+            may_bootstrap: true,
+            use_pg_rewind: true,
+            use_slots: true,
+            reclone_diverged: false,
+            reclone_unrewindable: false,
+        }
+    }
+
+    /// Leader `a`; `b`; `c` that never leads; `d` behind `c`; `e` that replays from the archive; `f` behind `e`.
+    fn view(settings: &Value) -> ClusterView {
+        let member = |tags: Value| Member {
+            tags: tags.as_object().cloned().unwrap_or_else(Map::new),
+            xlog_location: Some(Lsn(50)),
+            ..Member::default()
+        };
+        let key = LeaderKey { name: "a".into(), lease: LeaseId(1), created: Revision(1), modified: Revision(1) };
+        ClusterView {
+            leader: Some(key),
+            settings: Settings::from_value(settings).0,
+            members: [
+                ("a", json!({})),
+                ("b", json!({})),
+                ("c", json!({ "nofailover": true })),
+                ("d", json!({ "replicatefrom": "c" })),
+                ("e", json!({ "nostream": true })),
+                ("f", json!({ "replicatefrom": "e" })),
+            ]
+            .map(|(name, tags)| (name.into(), member(tags)))
+            .into(),
+            status: Status {
+                optime: Lsn(100),
+                slots: Some([("b", 10), ("d", 40), ("log", 7)].map(|(slot, lsn)| (slot.to_owned(), Lsn(lsn))).into()),
+                retain_slots: Some(vec!["gone".to_owned()]),
+            },
+            ..ClusterView::default()
+        }
+    }
+
+    fn at() -> Instant {
+        Instant::from_boot(Duration::from_secs(10_000))
+    }
+
+    /// The wanted slots as text: `name@position`, with `+` where somebody streams and `?` where that is not known.
+    fn text(view: &ClusterView, name: &str, part: Part) -> String {
+        let me = me(name, &Value::Object(view.members[&MemberName::from(name)].tags.clone()));
+        let mut seen = Seen::new();
+        note(&mut seen, view, part == Part::Leader, at());
+        let slot = |(name, slot): (String, WantedSlot)| {
+            let position = slot.position.map_or(String::new(), |lsn| format!("@{}", lsn.0));
+            let used = match (&slot.kind, slot.in_use) {
+                (SlotKind::Logical { database, plugin }, _) => format!("({database},{plugin})"),
+                (_, Some(true)) => "+".to_owned(),
+                (_, Some(false)) => String::new(),
+                (_, None) => "?".to_owned(),
+            };
+            format!("{name}{position}{used}")
+        };
+        wanted(view, &me, part, &seen, &BTreeMap::new()).into_iter().map(slot).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn each_node_keeps_the_slots_that_it_may_be_asked_for() {
+        let plain = view(&json!({}));
+        for (node, part, slots) in [
+            ("a", Part::Leader, "b@10+ c+ d@50 f@50 gone?"),
+            ("b", Part::Replica, "a c d@50 f@50 gone?"),
+            ("c", Part::Replica, "d@50+"),
+            ("d", Part::Replica, "a b@10 c f@50 gone?"),
+            ("e", Part::Replica, "a b@10 c d@50 f@50+ gone?"),
+        ] {
+            assert_eq!(text(&plain, node, part), slots, "{node}");
+        }
+        let none_kept = view(&json!({ "member_slots_ttl": 0 }));
+        assert_eq!(text(&none_kept, "a", Part::Leader), "b@10+ c+");
+        assert_eq!(text(&none_kept, "b", Part::Replica), "");
+    }
+
+    #[test]
+    fn permanent_slots_are_everywhere_except_where_they_are_of_no_use() {
+        let settings = json!({
+            "member_slots_ttl": 0,
+            "slots": { "p": 0, "d": null, "log": { "database": "x", "plugin": "y" }, "std": { "cluster_type": "standby" } },
+        });
+        let view = view(&settings);
+        for (node, part, slots) in [
+            ("a", Part::Leader, "b@10+ c+ d@50 log@7(x,y) p+"),
+            ("b", Part::Replica, "d@50 log@7(x,y) p"),
+            ("c", Part::Replica, "d@50+"),
+            ("d", Part::Replica, "log@7(x,y) p"),
+            ("e", Part::Replica, "d@50 f@50+ p"),
+            ("f", Part::Replica, "d@50 p"),
+        ] {
+            assert_eq!(text(&view, node, part), slots, "{node}");
+        }
+        let feedback = |name: &str| {
+            let tags = Value::Object(view.members[&MemberName::from(name)].tags.clone());
+            needs_feedback(&view, &me(name, &tags))
+        };
+        assert_eq!(["b", "c", "d", "e", "f"].map(feedback), [true, true, true, false, false]);
+    }
+
+    #[test]
+    fn what_is_retained_is_remembered_by_a_leader_that_has_just_begun() {
+        let view = view(&json!({ "slots": { "d": 0 } }));
+        let mut seen = Seen::new();
+        note(&mut seen, &view, true, at());
+        assert_eq!(retained(&view, &seen, &me("a", &json!({}))), ["a", "b", "c", "f", "gone"]);
+        note(&mut seen, &view, true, at() + Duration::from_secs(1801));
+        assert_eq!(retained(&view, &seen, &me("a", &json!({}))), ["a", "b", "c", "f"], "gone for good");
+    }
+
+    #[test]
+    fn what_a_member_told_directly_is_newer_than_its_key() {
+        let view = view(&json!({}));
+        let heard = [(MemberName::from("d"), Lsn(90))].into();
+        let slots = wanted(&view, &me("a", &json!({})), Part::Leader, &Seen::new(), &heard);
+        assert_eq!((slots["d"].position, slots["f"].position), (Some(Lsn(90)), Some(Lsn(50))));
+    }
+}
