@@ -12,6 +12,7 @@ pub mod guc;
 pub mod local;
 pub mod merge;
 mod options;
+mod port;
 pub mod postgres;
 mod protected;
 mod report;

@@ -1,16 +1,16 @@
 //! `router.yml`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::env::Env;
 use crate::local::{self, Ctl, Etcd};
+use crate::port::{read_ports, read_silence};
 use crate::report::{Errors, Notice};
 use crate::section::Section;
 use crate::{document, etcd};
+
+pub use crate::port::{Balance, Lag, Listen, NoCandidate, Port, Target};
 
 /// The router's configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,47 +35,6 @@ pub struct RouterConfig {
     pub log: crate::local::Log,
 }
 
-/// One port.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Port {
-    /// Name in logs and metrics.
-    pub name: String,
-    /// `host:port` to listen on.
-    pub listen: String,
-    /// Whom it leads to.
-    pub target: Target,
-    /// What to do while there is no such server.
-    pub no_candidate: NoCandidate,
-    /// A standby further behind gets no new sessions, in bytes.
-    pub max_lag: Option<u64>,
-}
-
-/// Whom a port leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
-    /// The primary.
-    Leader,
-    /// Streaming standbys.
-    Replica,
-    /// Synchronous standbys.
-    Sync,
-    /// Asynchronous standbys.
-    Async,
-    /// Everybody who is running.
-    Any,
-}
-
-/// What a port does while it has no server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NoCandidate {
-    /// Hold new connections until there is one.
-    Hold,
-    /// Use the leader.
-    Leader,
-    /// Answer with an error at once.
-    Refuse,
-}
-
 /// Bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -83,14 +42,20 @@ pub struct Limits {
     pub max_sessions: usize,
     /// Held connections at once, over all ports.
     pub max_held: usize,
-    /// How long a connection is held.
+    /// `/ready` says no while more connections are held.
+    pub ready_held: usize,
+    /// How long a connection is held, where its port says nothing else.
     pub hold_timeout: Duration,
     /// Held connections released per second once there is a server, as a pace.
     pub release_rate: u32,
-    /// How long a client may take to send its first packet.
+    /// How long a client may take to send its first packet, where its port says nothing else.
     pub startup_timeout: Duration,
-    /// How long a server may take to accept.
+    /// How long a server may take to accept, where its port says nothing else.
     pub connect_timeout: Duration,
+    /// A client that does not even acknowledge for so long is given up, where its port says nothing else.
+    pub client_silence: Option<Duration>,
+    /// The same of a server.
+    pub server_silence: Option<Duration>,
     /// How old unconfirmed knowledge of the leader may be before new connections are held.
     pub stale_after: Duration,
     /// How long sessions may go on at shutdown.
@@ -102,10 +67,13 @@ impl Default for Limits {
         Self {
             max_sessions: 20_000,
             max_held: 10_000,
+            ready_held: 5_000,
             hold_timeout: Duration::from_secs(30),
             release_rate: 2_000,
             startup_timeout: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(1),
+            client_silence: Some(Duration::from_secs(20)),
+            server_silence: Some(Duration::from_secs(8)),
             stale_after: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
         }
@@ -144,15 +112,16 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
     let namespace = local::read_namespace(root);
     let etcd = etcd::read(root, true);
     let ctl = local::read_ctl(root);
-    let ports = read_ports(root);
+    let limits = read_limits(root);
+    let ports = read_ports(root, &limits);
     let admin = read_admin(root);
     if let Some(admin) = &admin {
-        for port in ports.iter().flatten().filter(|port| port.listen == *admin) {
+        let taken = |port: &&Port| port.listen.contains(&Listen::Tcp(admin.clone()));
+        for port in ports.iter().flatten().filter(taken) {
             root.wrong::<()>("admin", format!("port {} listens there already", port.name));
         }
     }
     let threads = root.integer("threads", 0..=1024, None).and_then(|threads| usize::try_from(threads).ok());
-    let limits = read_limits(root);
     let log = local::read_log(root);
     Some(RouterConfig {
         scope: scope?,
@@ -165,101 +134,6 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
         limits,
         log,
     })
-}
-
-/// Where no ports are given: one for writes, one for reads.
-fn default_ports() -> Vec<Port> {
-    let port = |name: &str, listen: &str, target| Port {
-        name: name.to_owned(),
-        listen: listen.to_owned(),
-        target,
-        no_candidate: default_no_candidate(target),
-        max_lag: None,
-    };
-    vec![port("rw", "0.0.0.0:5000", Target::Leader), port("ro", "0.0.0.0:5001", Target::Replica)]
-}
-
-/// Writes wait for a leader; reads are answered by the leader rather than not at all.
-fn default_no_candidate(target: Target) -> NoCandidate {
-    match target {
-        Target::Leader => NoCandidate::Hold,
-        Target::Replica | Target::Sync | Target::Async | Target::Any => NoCandidate::Leader,
-    }
-}
-
-fn read_ports(root: &Section<'_>) -> Option<Vec<Port>> {
-    let items = match root.get("ports") {
-        None => return Some(default_ports()),
-        Some(Value::Array(items)) if !items.is_empty() => items,
-        Some(_) => return root.wrong_with("ports", "a list of ports is expected", Some(EXAMPLE)),
-    };
-    let read = |(position, item): (usize, &Value)| match item {
-        Value::Object(map) => read_port(&Section::at(map, format!("ports[{position}]"), root.report())),
-        _ => {
-            let path = format!("ports[{position}]");
-            root.report().problem(&path, Some(item.to_string()), "a port is expected", Some(EXAMPLE.to_owned()));
-            None
-        }
-    };
-    let ports: Vec<Option<Port>> = items.iter().enumerate().map(read).collect();
-    let mut names = BTreeMap::new();
-    let mut listens = BTreeMap::new();
-    for (position, port) in ports.iter().enumerate() {
-        let Some(port) = port else { continue };
-        let once = |seen: &mut BTreeMap<String, usize>, key: &str, value: &str| {
-            if let Some(first) = seen.insert(value.to_owned(), position) {
-                let path = format!("ports[{position}].{key}");
-                root.report().problem(
-                    &path,
-                    Some(format!("{value:?}")),
-                    format!("is that of ports[{first}] already"),
-                    None,
-                );
-            }
-        };
-        once(&mut names, "name", &port.name);
-        once(&mut listens, "listen", &port.listen);
-    }
-    ports.into_iter().collect()
-}
-
-const EXAMPLE: &str = "write - {name: rw, listen: '0.0.0.0:5000', target: leader}";
-
-const TARGETS: &[(&str, Target)] = &[
-    ("leader", Target::Leader),
-    ("replica", Target::Replica),
-    ("sync", Target::Sync),
-    ("async", Target::Async),
-    ("any", Target::Any),
-];
-
-const NO_CANDIDATE: &[(&str, NoCandidate)] =
-    &[("hold", NoCandidate::Hold), ("leader", NoCandidate::Leader), ("refuse", NoCandidate::Refuse)];
-
-fn read_port(section: &Section<'_>) -> Option<Port> {
-    section.unknown(&["name", "listen", "target", "no_candidate", "max_lag"]);
-    let needed = |key: &str, what: &str| {
-        if !section.has(key) {
-            section.missing::<()>(key, what, Some(EXAMPLE));
-        }
-    };
-    needed("name", "its name in logs and metrics");
-    needed("listen", "where it listens");
-    needed("target", "leader, replica, sync, async or any");
-    let name = section.name("name");
-    let listen = section.address("listen");
-    let target = section.choice("target", TARGETS);
-    let no_candidate = section.choice("no_candidate", NO_CANDIDATE);
-    if target == Some(Target::Leader) && no_candidate == Some(NoCandidate::Leader) {
-        section.wrong::<()>("no_candidate", "hold or refuse is expected where the target is the leader");
-    }
-    let max_lag = section.bytes("max_lag");
-    if target == Some(Target::Leader) && max_lag.is_some() {
-        section.notice("max_lag", "has no effect where the target is the leader");
-    }
-    let target = target?;
-    let no_candidate = no_candidate.unwrap_or_else(|| default_no_candidate(target));
-    Some(Port { name: name?, listen: listen?, target, no_candidate, max_lag })
 }
 
 /// `admin: {listen: …}`, or just the address.
@@ -281,10 +155,13 @@ fn read_limits(root: &Section<'_>) -> Limits {
     section.unknown(&[
         "max_sessions",
         "max_held",
+        "ready_held",
         "hold_timeout",
         "release_rate",
         "startup_timeout",
         "connect_timeout",
+        "client_silence",
+        "server_silence",
         "stale_after",
         "drain_timeout",
     ]);
@@ -292,18 +169,18 @@ fn read_limits(root: &Section<'_>) -> Limits {
         section.integer(key, least..=10_000_000, None).and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
     };
     let duration = |key: &str, default: Duration| section.duration(key).unwrap_or(default);
-    // A zero here would refuse everybody.
-    let some_time = |key: &str, default: Duration| match section.duration(key) {
-        Some(time) if time.is_zero() => section.wrong(key, "must be longer than 0").unwrap_or(default),
-        time => time.unwrap_or(default),
-    };
+    let some_time = |key: &str, default: Duration| section.some_time(key).unwrap_or(default);
+    let max_held = number("max_held", 0, default.max_held);
     Limits {
         max_sessions: number("max_sessions", 1, default.max_sessions),
-        max_held: number("max_held", 0, default.max_held),
+        max_held,
+        ready_held: number("ready_held", 0, max_held / 2),
         hold_timeout: duration("hold_timeout", default.hold_timeout),
         release_rate: u32::try_from(number("release_rate", 1, default.release_rate as usize)).unwrap_or(u32::MAX),
         startup_timeout: some_time("startup_timeout", default.startup_timeout),
         connect_timeout: some_time("connect_timeout", default.connect_timeout),
+        client_silence: read_silence(&section, "client_silence", default.client_silence),
+        server_silence: read_silence(&section, "server_silence", default.server_silence),
         stale_after: some_time("stale_after", default.stale_after),
         drain_timeout: duration("drain_timeout", default.drain_timeout),
     }
@@ -333,8 +210,10 @@ mod tests {
         assert_eq!(notices, Vec::<String>::new());
         assert_eq!((config.scope.as_str(), config.namespace.as_str()), ("demo", "service"));
         assert_eq!(config.limits, Limits::default());
-        let ports: Vec<_> = config.ports.iter().map(|p| (p.name.as_str(), p.listen.as_str(), p.no_candidate)).collect();
-        assert_eq!(ports, [("rw", "0.0.0.0:5000", NoCandidate::Hold), ("ro", "0.0.0.0:5001", NoCandidate::Leader)]);
+        let ports: Vec<_> =
+            config.ports.iter().map(|p| (p.name.as_str(), p.listen[0].to_string(), p.no_candidate)).collect();
+        let expected = [("rw", "0.0.0.0:5000", NoCandidate::Hold), ("ro", "0.0.0.0:5001", NoCandidate::Leader)];
+        assert_eq!(ports, expected.map(|(name, listen, policy)| (name, listen.to_owned(), policy)));
         assert_eq!((config.admin, config.threads), (None, 0));
     }
 
@@ -356,7 +235,7 @@ log: {{level: debug, type: json}}
         assert_eq!(notices, Vec::<String>::new());
         assert_eq!(config.namespace, "db");
         assert_eq!(config.ports[0].no_candidate, NoCandidate::Refuse);
-        assert_eq!(config.ports[1].max_lag, Some(16 << 20));
+        assert_eq!(config.ports[1].max_lag, Lag { bytes: Some(16 << 20), time: None });
         assert_eq!((config.ports[1].target, config.ports[1].no_candidate), (Target::Sync, NoCandidate::Leader));
         assert_eq!(config.ports[2].no_candidate, NoCandidate::Hold);
         assert_eq!(config.admin.as_deref(), Some("127.0.0.1:8010"));
@@ -385,7 +264,10 @@ limits: {hold_timeout: 5 apples, max_sessions: 0, stale_after: 0}
         let expected = "\
 router.yml: scope: missing: the cluster's name; give scope: … or PATRONI_SCOPE
 router.yml: etcd3.hosts = [\"nowhere:x\"]: host:port, or a list of them, is expected
-router.yml: ports[0].listen = \"5000\": host:port is expected, with a port from 1 to 65535
+router.yml: limits.max_sessions = 0: a whole number from 1 to 10000000 is expected
+router.yml: limits.hold_timeout = \"5 apples\": a duration is expected: 500ms, 5s, 1min, 2h or a number of seconds
+router.yml: limits.stale_after = 0: must be longer than 0
+router.yml: ports[0].listen = \"5000\": host:port is expected, with a port from 1 to 65535; or a unix socket's path
 router.yml: ports[0].no_candidate = \"leader\": hold or refuse is expected where the target is the leader
 router.yml: ports[1].target = \"standby\": one of leader, replica, sync, async, any is expected
 router.yml: ports[2].max_lag = \"5s\": a size is expected: bytes, or a number with kB, MB, GB or TB
@@ -394,11 +276,85 @@ router.yml: ports[4].target: missing: leader, replica, sync, async or any; write
 router.yml: ports[5] = \"nothing\": a port is expected; write - {name: rw, listen: '0.0.0.0:5000', target: leader}
 router.yml: ports[3].name = \"ro\": is that of ports[2] already
 router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
-router.yml: threads = \"many\": a whole number from 0 to 1024 is expected
-router.yml: limits.max_sessions = 0: a whole number from 1 to 10000000 is expected
-router.yml: limits.hold_timeout = \"5 apples\": a duration is expected: 500ms, 5s, 1min, 2h or a number of seconds
-router.yml: limits.stale_after = 0: must be longer than 0";
+router.yml: threads = \"many\": a whole number from 0 to 1024 is expected";
         assert_eq!(load(text).expect_err("wrong"), expected);
+    }
+
+    #[test]
+    fn a_port_can_say_all_of_this() {
+        let text = format!(
+            "{MINIMAL}limits: {{hold_timeout: 5s, server_silence: 4s, max_held: 30}}
+ports:
+- name: ro
+  listen: ['0.0.0.0:6001', '[::]:6001', /run/trunkline/.s.PGSQL.6001]
+  target: replica
+  choice: on
+  tags: {{zone: [a, b], reporting: true, tier: 1}}
+  max_lag: 16MB
+  max_lag_time: 5s
+  end_lag: 1GB
+  end_lag_time: 1min
+  balance: client_address
+  max_sessions: 100
+  max_per_client: 10
+  accept_rate: 50
+  connect_timeout: 200ms
+  client_silence: 0
+- {{name: rw, listen: '*:6000', target: leader, hold_timeout: 1min, max_lag: 1MB, tags: {{}}}}
+"
+        );
+        let (config, notices) = load(&text).expect("loads");
+        assert_eq!(notices, ["router.yml: ports[1].max_lag: has no effect where the target is the leader"]);
+        let ro = &config.ports[0];
+        assert_eq!(
+            ro.listen[1..],
+            [Listen::Tcp("[::]:6001".into()), Listen::Unix("/run/trunkline/.s.PGSQL.6001".into())]
+        );
+        assert_eq!(ro.tags["zone"], ["a", "b"]);
+        assert_eq!(
+            (ro.tags["reporting"].as_slice(), ro.tags["tier"].as_slice()),
+            (&["true".into()][..], &["1".into()][..])
+        );
+        assert_eq!(ro.max_lag, Lag { bytes: Some(16 << 20), time: Some(Duration::from_secs(5)) });
+        assert_eq!(ro.end_lag, Lag { bytes: Some(1 << 30), time: Some(Duration::from_secs(60)) });
+        assert_eq!((ro.balance, ro.choice), (Balance::ClientAddress, true));
+        assert_eq!((ro.max_sessions, ro.max_per_client, ro.accept_rate), (Some(100), Some(10), Some(50)));
+        assert_eq!((ro.hold_timeout, ro.connect_timeout), (Duration::from_secs(5), Duration::from_millis(200)));
+        assert_eq!((ro.client_silence, ro.server_silence), (None, Some(Duration::from_secs(4))));
+        let rw = &config.ports[1];
+        assert_eq!((rw.hold_timeout, rw.client_silence), (Duration::from_secs(60), Some(Duration::from_secs(20))));
+        assert_eq!(config.limits.ready_held, 15);
+        assert_eq!(
+            ro.with_target(Target::Leader).no_candidate,
+            NoCandidate::Hold,
+            "the leader is no substitute for itself"
+        );
+    }
+
+    #[test]
+    fn what_a_port_can_not_say() {
+        let text = format!(
+            "{MINIMAL}ports:
+- {{name: a, listen: [], target: any}}
+- {{name: b, listen: ['0.0.0.0:1', x], target: any, balance: least, tags: {{zone: {{}}}}, server_silence: 1s}}
+- {{name: c, listen: '0.0.0.0:2', target: any, max_lag: 2MB, end_lag: 1MB, max_lag_time: 2s, end_lag_time: 1s}}
+- {{name: d, listen: ['0.0.0.0:2', /run/a], target: any, max_sessions: 0, connect_timeout: 0}}
+- {{name: e, listen: /run/a, target: any}}
+"
+        );
+        let expected = "\
+router.yml: ports[0].listen = []: must not be empty
+router.yml: ports[1].listen = [\"0.0.0.0:1\",\"x\"]: host:port is expected, with a port from 1 to 65535; or a unix socket's path
+router.yml: ports[1].tags.zone = {…}: a text, a number, true, false, or a list of them is expected
+router.yml: ports[1].balance = \"least\": one of two_choices, round_robin, client_address is expected
+router.yml: ports[1].server_silence = \"1s\": 4s or more is expected, or 0 for never
+router.yml: ports[2].end_lag = \"1MB\": must not be less than max_lag
+router.yml: ports[2].end_lag_time = \"1s\": must not be less than max_lag_time
+router.yml: ports[3].max_sessions = 0: a whole number from 1 to 10000000 is expected
+router.yml: ports[3].connect_timeout = 0: must be longer than 0
+router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
+router.yml: ports[4].listen = \"/run/a\": is that of ports[3] already";
+        assert_eq!(load(&text).expect_err("wrong"), expected);
     }
 
     #[test]

@@ -118,6 +118,14 @@ impl<'a> Section<'a> {
         parsed.or_else(|| self.wrong(key, "a duration is expected: 500ms, 5s, 1min, 2h or a number of seconds"))
     }
 
+    /// A duration that is not zero: where a zero would refuse everybody.
+    pub fn some_time(&self, key: &str) -> Option<Duration> {
+        match self.duration(key) {
+            Some(Duration::ZERO) => self.wrong(key, "must be longer than 0"),
+            time => time,
+        }
+    }
+
     /// Bytes: a plain number, or one with kB, MB, GB or TB.
     pub fn bytes(&self, key: &str) -> Option<u64> {
         let parsed = match self.get(key)? {

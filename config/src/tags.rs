@@ -14,6 +14,15 @@ pub fn truthy(value: &Value) -> bool {
     }
 }
 
+/// A tag's value as text, for comparing: `true`, `1`, `a`. `None` for lists, sections and null.
+pub fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::Null | Value::Array(_) | Value::Object(_) => None,
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(_) | Value::Number(_) => Some(value.to_string()),
+    }
+}
+
 /// The effective failover priority: 0 = never leader. `nofailover`, where present, wins over `failover_priority`.
 pub fn failover_priority(tags: &Map<String, Value>) -> i64 {
     priority(tags, "nofailover", "failover_priority")

@@ -4,11 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tracing::warn;
+use trunkline_common::Clock;
 
-use crate::router::{Listening, Router};
+use crate::places::Place;
+use crate::port::Listening;
+use crate::router::Router;
 use crate::session;
+use crate::socket::Listener;
 
 /// Pauses after a failed accept: out of file descriptors or memory, which trying again at once would not cure.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -17,36 +21,66 @@ const LAST_PAUSE: Duration = Duration::from_millis(500);
 /// Connections that are taken over at the end, see [`serve`].
 const LEFT_OVERS: usize = 1_024;
 
-/// Accepts until the router drains. A connection is accepted only with the right to serve it, so at the limit clients wait
-/// in the kernel's queue. At the end, those that the kernel has accepted already are served: closing the listener would
-/// reset them.
-pub async fn serve(router: Arc<Router>, listening: Listening, listener: TcpListener) {
+/// The right to serve one more connection.
+#[derive(Debug)]
+pub struct Permit {
+    _of_port: Place,
+    _of_router: Place,
+}
+
+/// Accepts until the router drains or the port is `closed`. At a limit nothing more is accepted until there is a place for
+/// the one accepted last: clients wait in the kernel's queue. At the end, those that the kernel has accepted already are
+/// served: closing the listener would reset them.
+pub async fn serve(
+    router: Arc<Router>,
+    listening: Arc<Listening>,
+    listener: Listener,
+    mut closed: watch::Receiver<bool>,
+) {
+    let over = async {
+        tokio::select! {
+            () = router.drain_begun() => {}
+            // Whoever could close it may be gone: then it stays open.
+            Ok(_) = closed.wait_for(|closed| *closed) => {}
+        }
+    };
+    tokio::select! {
+        biased;
+        () = over => {}
+        () = accept(&router, &listening, &listener) => {}
+    }
+    for _ in 0..LEFT_OVERS {
+        let Some(permit) = permit_now(&router, &listening) else { break };
+        let Some(Ok((client, peer))) = listener.accept().now_or_never() else { break };
+        tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
+    }
+}
+
+async fn accept(router: &Arc<Router>, listening: &Arc<Listening>, listener: &Listener) {
     let mut pause = FIRST_PAUSE;
-    while let Some(permit) = router.permit().await {
-        let accepted = tokio::select! {
-            biased;
-            () = router.drain_begun() => break,
-            accepted = listener.accept() => accepted,
-        };
-        match accepted {
+    loop {
+        match listener.accept().await {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
+                let permit = Permit { _of_port: listening.places.take().await, _of_router: router.places.take().await };
                 tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
+                // The next one has to wait for its turn, not this one.
+                if let Some(turn) = listening.accept_at(router.clock.now()) {
+                    router.clock.sleep_until(turn).await;
+                }
             }
             // The client was faster: nothing is wrong here.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 router.metrics.accept_errors.inc();
                 warn!(port = &*listening.name, %error, "accept failed");
-                drop(permit);
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LAST_PAUSE);
             }
         }
     }
-    for _ in 0..LEFT_OVERS {
-        let Some(permit) = router.try_permit() else { break };
-        let Some(Ok((client, peer))) = listener.accept().now_or_never() else { break };
-        tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
-    }
+}
+
+fn permit_now(router: &Router, listening: &Listening) -> Option<Permit> {
+    Some(Permit { _of_port: listening.places.try_take()?, _of_router: router.places.try_take()? })
 }

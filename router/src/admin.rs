@@ -1,30 +1,36 @@
-//! What an operator and a monitoring system see: `/metrics`, `/health`, `/ready`, `/routes`. Reads, changes nothing.
+//! What an operator and a monitoring system see: `/metrics`, `/health`, `/ready`, `/routes`, `/why`, `/sessions`. Reads,
+//! changes nothing.
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router as Routes};
+use prometheus::IntGaugeVec;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use trunkline_common::Clock;
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_config::router::Port;
 
-use crate::follow;
+use crate::port::Listening;
 use crate::router::Router;
+use crate::rule::Verdict;
+use crate::sessions::Line;
 use crate::table::{Backend, Certainty, RouteTable};
+use crate::{follow, rule};
+
+/// Sessions listed, unless asked for more.
+const LISTED: usize = 1_000;
 
 /// What the endpoints look at.
 #[derive(Debug, Clone)]
 pub struct Admin {
     /// The router.
     pub router: Arc<Router>,
-    /// Its ports.
-    pub ports: Arc<[Port]>,
     /// What is known of the cluster.
     pub knowledge: watch::Receiver<Knowledge>,
 }
@@ -40,11 +46,14 @@ fn routes(admin: Admin) -> Routes {
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/routes", get(table))
+        .route("/why", get(why))
+        .route("/sessions", get(sessions))
         .with_state(admin)
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
     let metrics = &admin.router.metrics;
+    admin.measure_ports();
     metrics.held.set(admin.router.hold.held() as i64);
     metrics.knowledge_age.set(admin.age());
     metrics.sessions.reset();
@@ -62,14 +71,17 @@ async fn health(State(admin): State<Admin>) -> Response {
     Json(admin.summary()).into_response()
 }
 
-/// 200 while new connections on every port would be served at once.
+/// 200 while new connections on every port would be served at once, and not too many are held.
 async fn ready(State(admin): State<Admin>) -> Response {
-    let table = admin.router.table();
-    let unserved: Vec<&str> =
-        admin.ports.iter().filter(|port| table.candidates(port).is_empty()).map(|port| port.name.as_str()).collect();
-    let ready = unserved.is_empty() && !admin.router.is_draining();
+    let (table, now) = (admin.router.table(), admin.router.clock.now());
+    let ports = admin.router.ports().into_iter().map(|port| port.settings());
+    let unserved: Vec<String> =
+        ports.filter(|port| rule::candidates(&table, port, now).is_empty()).map(|port| port.name.clone()).collect();
+    let many_held = admin.router.hold.held() > admin.router.limits().ready_held;
+    let ready = unserved.is_empty() && !many_held && !admin.router.is_draining();
     let mut body = admin.summary();
     body["ports_without_server"] = json!(unserved);
+    body["too_many_held"] = json!(many_held);
     (if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, Json(body)).into_response()
 }
 
@@ -77,11 +89,101 @@ async fn table(State(admin): State<Admin>) -> Response {
     let table = admin.router.table();
     let mut body = admin.summary();
     body["members"] = admin.members(&table);
-    body["ports"] = admin.ports.iter().map(|port| admin.port(&table, port)).collect();
+    body["ports"] = admin.router.ports().iter().map(|port| admin.port(&table, port)).collect();
     Json(body).into_response()
 }
 
+/// What narrows a list down.
+#[derive(Debug, Default, Deserialize)]
+struct Filter {
+    port: Option<String>,
+    member: Option<String>,
+    /// An address, or an address and a port.
+    client: Option<String>,
+    limit: Option<usize>,
+}
+
+/// Why each member is or is not a candidate of each port.
+async fn why(State(admin): State<Admin>, Query(filter): Query<Filter>) -> Response {
+    let (table, now) = (admin.router.table(), admin.router.clock.now());
+    let is = |wanted: &Option<String>, name: &str| wanted.as_ref().is_none_or(|wanted| wanted == name);
+    let mut lines = Vec::new();
+    for listening in admin.router.ports().iter().filter(|listening| is(&filter.port, &listening.name)) {
+        for (member, verdict) in rule::explain(&table, &listening.settings(), now) {
+            if is(&filter.member, member.as_str()) {
+                lines.push(json!({
+                    "port": &*listening.name,
+                    "member": member.as_str(),
+                    "candidate": !matches!(verdict, Verdict::No(_)),
+                    "why": verdict.to_string(),
+                }));
+            }
+        }
+    }
+    let mut body = admin.summary();
+    body["why"] = lines.into();
+    Json(body).into_response()
+}
+
+/// Which client is which connection of a server.
+async fn sessions(State(admin): State<Admin>, Query(filter): Query<Filter>) -> Response {
+    let now = admin.router.clock.now();
+    let is = |wanted: &Option<String>, name: &str| wanted.as_ref().is_none_or(|wanted| wanted == name);
+    let wanted = |line: &Line| {
+        let ip = line.client.ip().map(|ip| ip.to_string()).unwrap_or_default();
+        is(&filter.port, &line.port)
+            && is(&filter.member, line.backend.member.as_str())
+            && (is(&filter.client, &line.client.to_string()) || is(&filter.client, &ip))
+    };
+    let (lines, left_out) = admin.router.sessions.list(filter.limit.unwrap_or(LISTED), wanted);
+    let row = |line: &Line| {
+        json!({
+            "port": &*line.port,
+            "client": line.client.to_string(),
+            "member": line.backend.member.as_str(),
+            "server": trunkline_config::join_host_port(&line.backend.host, line.backend.port),
+            "seen_by_server_as": line.from.map(|from| from.to_string()),
+            "seconds": now.since(line.began).as_secs_f64(),
+        })
+    };
+    let lines: Vec<Value> = lines.iter().map(row).collect();
+    Json(json!({"sessions": lines, "left_out": left_out})).into_response()
+}
+
 impl Admin {
+    fn measure_ports(&self) {
+        let (table, now, metrics) = (self.router.table(), self.router.clock.now(), &self.router.metrics);
+        [&metrics.connections, &metrics.candidates, &metrics.lag_bytes].into_iter().for_each(IntGaugeVec::reset);
+        metrics.lag_seconds.reset();
+        for listening in self.router.ports() {
+            let candidates = rule::candidates(&table, &listening.settings(), now).len();
+            let taken = listening.places.taken();
+            metrics.connections.with_label_values(&[&*listening.name]).set(taken as i64);
+            metrics.candidates.with_label_values(&[&*listening.name]).set(candidates as i64);
+        }
+        for standby in &table.standbys {
+            let Some(lag) = standby.lag else { continue };
+            let seconds = standby.behind_since.map_or(0.0, |since| now.since(since).as_secs_f64());
+            let member = [standby.member.as_str()];
+            metrics.lag_bytes.with_label_values(&member).set(i64::try_from(lag).unwrap_or(i64::MAX));
+            metrics.lag_seconds.with_label_values(&member).set(seconds);
+        }
+        let limits = self.router.limits();
+        for (name, value) in [
+            ("max_sessions", limits.max_sessions as f64),
+            ("max_held", limits.max_held as f64),
+            ("ready_held", limits.ready_held as f64),
+            ("release_rate", f64::from(limits.release_rate)),
+            ("hold_timeout", limits.hold_timeout.as_secs_f64()),
+            ("startup_timeout", limits.startup_timeout.as_secs_f64()),
+            ("connect_timeout", limits.connect_timeout.as_secs_f64()),
+            ("stale_after", limits.stale_after.as_secs_f64()),
+            ("drain_timeout", limits.drain_timeout.as_secs_f64()),
+        ] {
+            metrics.limits.with_label_values(&[name]).set(value);
+        }
+    }
+
     fn age(&self) -> f64 {
         follow::age(&self.knowledge.borrow(), self.router.clock.now())
     }
@@ -107,33 +209,36 @@ impl Admin {
         table.verdicts.iter().map(row).collect()
     }
 
-    fn port(&self, table: &RouteTable, port: &Port) -> Value {
+    fn port(&self, table: &RouteTable, listening: &Listening) -> Value {
+        let (port, now) = (listening.settings(), self.router.clock.now());
         let server = |backend: &Arc<Backend>| {
             json!({
                 "member": backend.member.as_str(),
                 "host": backend.host,
                 "port": backend.port,
                 "lag": backend.lag,
+                "lag_seconds": backend.behind_since.map(|since| now.since(since).as_secs_f64()),
                 "sync": backend.sync,
                 "timeline": backend.timeline.map(|timeline| timeline.0),
             })
         };
         json!({
             "name": port.name,
-            "listen": port.listen,
-            "target": format!("{:?}", port.target).to_lowercase(),
-            "servers": table.candidates(port).iter().map(server).collect::<Vec<_>>(),
+            "listen": port.listen.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "target": port.target.as_str(),
+            "balance": port.balance.as_str(),
+            "connections": listening.places.taken(),
+            "max_sessions": port.max_sessions,
+            "servers": rule::candidates(table, &port, now).iter().map(server).collect::<Vec<_>>(),
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use trunkline_config::router::{Limits, NoCandidate, Target};
+    use trunkline_config::router::{Limits, Listen, Port, Target};
 
     use super::*;
     use crate::table::tests::{member, view};
@@ -149,26 +254,10 @@ mod tests {
 
     #[tokio::test]
     async fn endpoints_tell_the_state() {
-        let limits = Limits {
-            max_sessions: 10,
-            max_held: 10,
-            hold_timeout: Duration::from_secs(1),
-            release_rate: 0,
-            startup_timeout: Duration::from_secs(1),
-            connect_timeout: Duration::from_secs(1),
-            stale_after: Duration::from_secs(1),
-            drain_timeout: Duration::from_secs(1),
-        };
-        let router = Router::new(limits).unwrap();
-        let port = Port {
-            name: "rw".into(),
-            listen: "127.0.0.1:0".into(),
-            target: Target::Leader,
-            no_candidate: NoCandidate::Hold,
-            max_lag: None,
-        };
+        let router = Router::new(Limits::default()).unwrap();
+        router.listening(&Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader));
         let (_sender, knowledge) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
-        let admin = Admin { router: router.clone(), ports: [port].into(), knowledge };
+        let admin = Admin { router: router.clone(), knowledge };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::spawn(serve(admin, listener));
@@ -182,6 +271,16 @@ mod tests {
         let (_, text) = ask(address, "/metrics").await;
         assert!(text.contains("trunkline_router_writable 1"), "{text}");
         assert!(text.contains("trunkline_router_knowledge_age_seconds -1"), "{text}");
+        assert!(text.contains("trunkline_router_candidates{port=\"rw\"} 1"), "{text}");
+        assert!(text.contains("trunkline_router_limit{limit=\"max_held\"} 10000"), "{text}");
+        let (status, why) = ask(address, "/why?port=rw&member=a").await;
+        let why: Value = serde_json::from_str(&why).unwrap();
+        let expected = json!([{"port": "rw", "member": "a", "candidate": true, "why": "candidate"}]);
+        assert_eq!((status, &why["why"]), (200, &expected));
+        let (status, none) = ask(address, "/why?port=other").await;
+        assert_eq!((status, none.contains("\"why\":[]")), (200, true), "{none}");
+        assert_eq!(ask(address, "/sessions?limit=5").await, (200, "{\"sessions\":[],\"left_out\":0}".into()));
+        assert_eq!(ask(address, "/sessions?limit=many").await.0, 400);
         server.abort();
     }
 }

@@ -12,10 +12,12 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tracing::debug;
 use trunkline_common::{Clock, Instant};
+use trunkline_config::router::Port;
 
-use crate::router::{Listening, Router};
-use crate::socket;
+use crate::port::Listening;
+use crate::router::Router;
 use crate::table::Backend;
+use crate::{rule, socket};
 
 /// Forwards per second, and how many may come at once.
 const RATE: u32 = 100;
@@ -28,8 +30,8 @@ const SERVERS: usize = 64;
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Passes `packet` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
-pub async fn forward(router: &Router, listening: &Listening, packet: &[u8]) -> &'static str {
-    let mut servers = router.table().candidates(&listening.port);
+pub async fn forward(router: &Router, listening: &Listening, port: &Port, packet: &[u8]) -> &'static str {
+    let mut servers = rule::candidates(&router.table(), port, router.clock.now());
     for known in router.sessions.backends_of(&listening.name) {
         if !servers.iter().any(|server| server.host == known.host && server.port == known.port) {
             servers.push(known);
@@ -40,7 +42,7 @@ pub async fn forward(router: &Router, listening: &Listening, packet: &[u8]) -> &
         0 => "no_server",
         count if !router.cancels.allow(count, router.clock.now()) => "limited",
         _ => {
-            join_all(servers.iter().map(|server| send(router, server, packet))).await;
+            join_all(servers.iter().map(|server| send(port, server, packet))).await;
             "forwarded"
         }
     };
@@ -48,9 +50,9 @@ pub async fn forward(router: &Router, listening: &Listening, packet: &[u8]) -> &
     result
 }
 
-async fn send(router: &Router, server: &Arc<Backend>, packet: &[u8]) {
+async fn send(port: &Port, server: &Arc<Backend>, packet: &[u8]) {
     let exchange = async {
-        let mut stream = socket::dial(&server.host, server.port, router.limits.connect_timeout).await?;
+        let mut stream = socket::dial(&server.host, server.port, port.connect_timeout, port.server_silence).await?;
         stream.write_all(packet).await?;
         // Nothing is expected but the end; one byte is enough to see it.
         stream.read(&mut [0]).await

@@ -21,6 +21,7 @@ use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, Instant, MemberName};
 
 use crate::heard::{Answer, Heard, Reading};
+use crate::lag::Lags;
 use crate::probe::Prober;
 use crate::router::Router;
 
@@ -34,17 +35,19 @@ const PROMOTION_PAUSE: Duration = Duration::from_millis(100);
 
 /// Publishes a table for every change of knowledge, until the sender of `knowledge` is gone.
 pub async fn run(router: Arc<Router>, prober: Prober, mut knowledge: watch::Receiver<Knowledge>) {
-    let mut heard = Heard::default();
+    let (mut heard, mut lags) = (Heard::default(), Lags::default());
+    let mut measured = router.measured.subscribe();
     let mut asked_at = router.clock.now();
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = router.clock.now();
-        let stale_at = known.confirmed_at.map(|confirmed| confirmed + router.limits.stale_after);
+        let stale_at = known.confirmed_at.map(|confirmed| confirmed + router.limits().stale_after);
         let confirmed = stale_at.is_some_and(|stale| now < stale);
         let well = confirmed && known.trouble.is_none();
         let mut question = None;
         if let Some(view) = &known.view {
-            let reading = heard.read(view, now, confirmed, well);
+            let mut reading = heard.read(view, now, confirmed, well);
+            lags.complete(&mut reading.table, &reading.view, &measured.borrow_and_update(), now);
             router.publish(reading.table.clone());
             question = Question::of(&heard, reading, now, well);
         }
@@ -54,6 +57,7 @@ pub async fn run(router: Arc<Router>, prober: Prober, mut knowledge: watch::Rece
         let changed = tokio::select! {
             biased;
             changed = knowledge.changed() => changed,
+            changed = measured.changed() => changed,
             () = router.clock.sleep_until(wake) => {
                 let asked = router.clock.now();
                 if let Some(question) = question.filter(|_| ask_at.is_some_and(|at| at <= asked)) {

@@ -4,32 +4,37 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use trunkline_common::Instant;
+
+use crate::places::{Place, Places};
 
 /// The waiting room of all ports.
 #[derive(Debug)]
 pub struct Hold {
-    places: Arc<Semaphore>,
-    capacity: usize,
+    places: Arc<Places>,
     pace: Mutex<Pace>,
 }
 
 impl Hold {
     /// `capacity` connections at once; `rate` per second are let go, 0 = as fast as they come.
     pub fn new(capacity: usize, rate: u32) -> Self {
-        let capacity = capacity.min(Semaphore::MAX_PERMITS);
-        Self { places: Arc::new(Semaphore::new(capacity)), capacity, pace: Mutex::new(Pace::new(rate)) }
+        Self { places: Places::new(capacity), pace: Mutex::new(Pace::new(rate)) }
+    }
+
+    /// Other bounds, from now on.
+    pub fn resize(&self, capacity: usize, rate: u32) {
+        self.places.resize(capacity);
+        self.pace.lock().set_rate(rate);
     }
 
     /// A place, if there is one. Dropping it frees it.
-    pub fn enter(&self) -> Option<OwnedSemaphorePermit> {
-        self.places.clone().try_acquire_owned().ok()
+    pub fn enter(&self) -> Option<Place> {
+        self.places.try_take()
     }
 
     /// How many wait.
     pub fn held(&self) -> usize {
-        self.capacity - self.places.available_permits()
+        self.places.taken()
     }
 
     /// When one that has been waiting may go on, once there is a server.
@@ -48,7 +53,12 @@ pub struct Pace {
 impl Pace {
     /// `rate` turns per second; 0 = no gaps.
     pub fn new(rate: u32) -> Self {
-        Self { gap: Duration::from_secs(1).checked_div(rate).unwrap_or_default(), next: Instant::default() }
+        Self { gap: gap(rate), next: Instant::default() }
+    }
+
+    /// Another rate, from the turn after the next one on.
+    pub fn set_rate(&mut self, rate: u32) {
+        self.gap = gap(rate);
     }
 
     /// The next turn.
@@ -57,6 +67,10 @@ impl Pace {
         self.next = turn + self.gap;
         turn
     }
+}
+
+fn gap(rate: u32) -> Duration {
+    Duration::from_secs(1).checked_div(rate).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -92,5 +106,7 @@ mod tests {
         drop(first);
         assert_eq!(hold.held(), 1);
         assert!(hold.enter().is_some());
+        hold.resize(1, 0);
+        assert!(hold.enter().is_none());
     }
 }

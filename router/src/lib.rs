@@ -2,12 +2,13 @@
 //!
 //! | question | file |
 //! | --- | --- |
-//! | where may a session go, and whose sessions must end? | [`table`] (pure) |
+//! | where may a session go, and whose sessions must end? | [`table`], [`rule`], [`lag`] (all pure) |
 //! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
 //! | what is the first packet? | [`startup`] (pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`reply`] |
 //! | where do bytes move? | [`relay`] |
-//! | which sessions are there, and who ends them? | [`sessions`] |
+//! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
+//! | how many at once? | [`places`], [`port`], [`hold`] |
 //! | who listens, and how does the process stop or hand over? | [`accept`], [`server`] |
 //! | what does an operator see? | [`admin`], [`metrics`] |
 //!
@@ -22,17 +23,22 @@ pub mod cancel;
 pub mod follow;
 pub mod heard;
 pub mod hold;
+pub mod lag;
 pub mod metrics;
+pub mod places;
+pub mod port;
 pub mod probe;
 pub mod relay;
 pub mod reply;
 pub mod router;
+pub mod rule;
 pub mod search;
 pub mod server;
 pub mod session;
 pub mod sessions;
 pub mod socket;
 pub mod startup;
+pub mod survey;
 pub mod table;
 
 pub use router::Router;

@@ -17,7 +17,7 @@ use trunkline_config::{Env, RouterConfig};
 use trunkline_router::admin::Admin;
 use trunkline_router::probe::Prober;
 use trunkline_router::server::{Background, Handover, Plan};
-use trunkline_router::{Router, admin, follow, server, socket};
+use trunkline_router::{Router, admin, follow, server, socket, survey};
 
 /// How long a request to etcd may take, over all endpoints, before knowledge counts as doubtful.
 const DCS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -116,11 +116,12 @@ fn background(
             // The same has just worked in `check_etcd`.
             Err(error) => return error!(%error, "etcd3"),
         };
+        tokio::spawn(survey::candidates(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
         let knowledge = Follower::spawn(ClusterStore::new(dcs, paths), SystemClock);
         if let Some((listen, listener)) = admin {
-            let admin = Admin { router: router.clone(), ports: config.ports.into(), knowledge: knowledge.clone() };
+            let admin = Admin { router: router.clone(), knowledge: knowledge.clone() };
             tokio::spawn(async move {
                 let served = match tokio::net::TcpListener::from_std(listener) {
                     Ok(listener) => admin::serve(admin, listener).await,
@@ -129,6 +130,7 @@ fn background(
                 warn!(listen, ?served, "the admin port is closed");
             });
         }
+        tokio::spawn(survey::positions(router.clone(), prober.clone(), knowledge.clone()));
         follow::run(router, prober, knowledge).await;
     })
 }

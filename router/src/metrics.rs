@@ -2,8 +2,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// All metrics of a router, in a registry of their own.
@@ -14,6 +14,16 @@ pub struct Metrics {
     pub accepted: IntCounterVec,
     /// Sessions with a server, by port and member; set when asked for.
     pub sessions: IntGaugeVec,
+    /// Connections, with a server or without, by port; set when asked for.
+    pub connections: IntGaugeVec,
+    /// Servers that a new session may go to, by port; set when asked for.
+    pub candidates: IntGaugeVec,
+    /// How far a standby is behind, by member, where known; set when asked for.
+    pub lag_bytes: IntGaugeVec,
+    /// The same in time.
+    pub lag_seconds: GaugeVec,
+    /// The bounds that are in force, by name; set when asked for.
+    pub limits: GaugeVec,
     /// Connections that wait for a server; set when asked for.
     pub held: IntGauge,
     /// How long they waited, by port and outcome (`served`, `expired`, `client_gone`, `full`,
@@ -21,9 +31,9 @@ pub struct Metrics {
     pub hold_seconds: HistogramVec,
     /// Connects to servers, by member and result (`ok`, `refused`, `timeout`, `abandoned`, `error`).
     pub connects: IntCounterVec,
-    /// How long successful connects took.
-    pub connect_seconds: Histogram,
-    /// Bytes relayed, by port and direction (`to_server`, `to_client`).
+    /// How long successful connects took, by member.
+    pub connect_seconds: HistogramVec,
+    /// Bytes relayed, by port, member and direction (`to_server`, `to_client`).
     pub bytes: IntCounterVec,
     /// Connections that ended, by port and reason.
     pub ended: IntCounterVec,
@@ -47,7 +57,7 @@ pub struct Metrics {
     pub revision: IntGauge,
 }
 
-/// Counters of one port's bytes.
+/// Counters of the bytes of a port's sessions on one member.
 #[derive(Debug, Clone)]
 pub struct Meter {
     to_server: IntCounter,
@@ -77,6 +87,20 @@ impl Metrics {
         let metrics = Self {
             accepted: add(r, IntCounterVec::new(opts("accepted_total", "Connections accepted."), &["port"]))?,
             sessions: add(r, IntGaugeVec::new(opts("sessions", "Sessions with a server."), &["port", "member"]))?,
+            connections: add(
+                r,
+                IntGaugeVec::new(opts("connections", "Connections, with a server or without."), &["port"]),
+            )?,
+            candidates: add(
+                r,
+                IntGaugeVec::new(opts("candidates", "Servers that a new session may go to."), &["port"]),
+            )?,
+            lag_bytes: add(r, IntGaugeVec::new(opts("lag_bytes", "Bytes that a standby is behind."), &["member"]))?,
+            lag_seconds: add(
+                r,
+                GaugeVec::new(opts("lag_seconds", "How long the leader has had what a standby lacks."), &["member"]),
+            )?,
+            limits: add(r, GaugeVec::new(opts("limit", "The bounds that are in force."), &["limit"]))?,
             held: add(r, IntGauge::with_opts(opts("held", "Connections that wait for a server.")))?,
             hold_seconds: add(
                 r,
@@ -91,12 +115,13 @@ impl Metrics {
             )?,
             connect_seconds: add(
                 r,
-                Histogram::with_opts(
+                HistogramVec::new(
                     histogram("connect_seconds", "How long connects to servers took.")
                         .buckets(vec![0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.05, 0.25, 1.0]),
+                    &["member"],
                 ),
             )?,
-            bytes: add(r, IntCounterVec::new(opts("bytes_total", "Bytes relayed."), &["port", "direction"]))?,
+            bytes: add(r, IntCounterVec::new(opts("bytes_total", "Bytes relayed."), &["port", "member", "direction"]))?,
             ended: add(
                 r,
                 IntCounterVec::new(opts("ended_total", "Connections that ended, and why."), &["port", "reason"]),
@@ -130,11 +155,11 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// The byte counters of `port`.
-    pub fn meter(&self, port: &str) -> Meter {
+    /// The byte counters of sessions of `port` on `member`.
+    pub fn meter(&self, port: &str, member: &str) -> Meter {
         Meter {
-            to_server: self.bytes.with_label_values(&[port, "to_server"]),
-            to_client: self.bytes.with_label_values(&[port, "to_client"]),
+            to_server: self.bytes.with_label_values(&[port, member, "to_server"]),
+            to_client: self.bytes.with_label_values(&[port, member, "to_client"]),
         }
     }
 
@@ -157,10 +182,13 @@ mod tests {
     #[test]
     fn everything_registers_and_renders() {
         let metrics = Metrics::new().unwrap();
-        metrics.meter("rw").up(7);
+        metrics.meter("rw", "a").up(7);
         metrics.ended.with_label_values(&["rw", "client"]).inc();
         let text = metrics.render().unwrap();
-        assert!(text.contains("trunkline_router_bytes_total{direction=\"to_server\",port=\"rw\"} 7"), "{text}");
+        assert!(
+            text.contains("trunkline_router_bytes_total{direction=\"to_server\",member=\"a\",port=\"rw\"} 7"),
+            "{text}"
+        );
         assert!(text.contains("trunkline_router_ended_total{port=\"rw\",reason=\"client\"} 1"), "{text}");
     }
 }

@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
+use trunkline_common::Lsn;
 use trunkline_common::tls::{self, TlsError, Verify};
 use trunkline_config::local::Ctl;
 
@@ -51,28 +52,40 @@ impl Prober {
     /// # Errors
     /// It says nothing; why, in words.
     pub async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
+        judge(&self.get(api_url, "/primary", limit).await?)
+    }
+
+    /// The leader's last position, or the one up to which a standby has replayed.
+    ///
+    /// # Errors
+    /// It says none; why, in words.
+    pub async fn position(&self, api_url: &str, limit: Duration) -> Result<Lsn, String> {
+        position(&self.get(api_url, "/patroni", limit).await?)
+    }
+
+    async fn get(&self, api_url: &str, path: &str, limit: Duration) -> Result<Vec<u8>, String> {
         let (secure, host, port) = address(api_url)?;
         let exchange = async {
             let stream = TcpStream::connect((host, port)).await?;
             match (secure, &self.tls) {
-                (false, _) => exchange(stream, host).await,
+                (false, _) => exchange(stream, host, path).await,
                 (true, Some(tls)) => {
                     let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-                    exchange(tls.connect(name, stream).await?, host).await
+                    exchange(tls.connect(name, stream).await?, host, path).await
                 }
                 (true, None) => Err(io::Error::other("no TLS is configured")),
             }
         };
         match tokio::time::timeout(limit, exchange).await {
-            Ok(Ok(answer)) => judge(&answer),
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(format!("no answer: {error}")),
             Err(_) => Err("no answer in time".into()),
         }
     }
 }
 
-async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, host: &str) -> io::Result<Vec<u8>> {
-    let request = format!("GET /primary HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n");
+async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, host: &str, path: &str) -> io::Result<Vec<u8>> {
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     stream.flush().await?;
     let mut answer = Vec::new();
@@ -101,17 +114,30 @@ fn address(api_url: &str) -> Result<(bool, &str, u16), String> {
 }
 
 fn judge(answer: &[u8]) -> Result<bool, String> {
-    let text = String::from_utf8_lossy(answer);
-    let (head, body) = text.split_once("\r\n\r\n").ok_or("the answer is not HTTP")?;
-    let status = head.split_ascii_whitespace().nth(1).unwrap_or("none");
-    if !head.starts_with("HTTP/") {
-        return Err("the answer is not HTTP".to_owned());
-    }
+    let (status, body) = parts(answer)?;
     if status != "200" {
         return Ok(false);
     }
-    let body: Value = serde_json::from_str(body).map_err(|_| "the answer is not JSON")?;
-    Ok(matches!(body.get("role").and_then(Value::as_str), Some("primary" | "master")))
+    let role = body?.get("role").and_then(Value::as_str).map(str::to_owned);
+    Ok(matches!(role.as_deref(), Some("primary" | "master")))
+}
+
+fn position(answer: &[u8]) -> Result<Lsn, String> {
+    let (_, body) = parts(answer)?;
+    let xlog = body?.get("xlog").cloned().ok_or("it knows no position")?;
+    let known = |key: &str| xlog.get(key).and_then(Value::as_u64).map(Lsn).filter(|lsn| lsn.is_valid());
+    known("location").or_else(|| known("replayed_location")).ok_or_else(|| "it knows no position".into())
+}
+
+/// Status and body.
+fn parts(answer: &[u8]) -> Result<(String, Result<Value, String>), String> {
+    let text = String::from_utf8_lossy(answer);
+    let (head, body) = text.split_once("\r\n\r\n").ok_or("the answer is not HTTP")?;
+    if !head.starts_with("HTTP/") {
+        return Err("the answer is not HTTP".to_owned());
+    }
+    let status = head.split_ascii_whitespace().nth(1).unwrap_or("none").to_owned();
+    Ok((status, serde_json::from_str(body).map_err(|_| "the answer is not JSON".to_owned())))
 }
 
 #[cfg(test)]
@@ -133,6 +159,20 @@ mod tests {
             ("", false),
         ] {
             assert_eq!(judge(answer.as_bytes()) == Ok(true), proven, "{answer}");
+        }
+    }
+
+    #[test]
+    fn positions() {
+        for (answer, expected) in [
+            (r#"{"xlog": {"location": 67108960}}"#, Some(67_108_960)),
+            (r#"{"xlog": {"received_location": 90, "replayed_location": 80, "paused": false}}"#, Some(80)),
+            (r#"{"xlog": {"received_location": 90, "replayed_location": 0}}"#, None),
+            (r#"{"state": "starting"}"#, None),
+            (r#"{"xlog": {"location": -1}}"#, None),
+        ] {
+            let answer = format!("HTTP/1.0 503 whatever its role\r\n\r\n{answer}");
+            assert_eq!(position(answer.as_bytes()).ok(), expected.map(Lsn), "{answer}");
         }
     }
 

@@ -15,6 +15,10 @@ pub enum Refusal {
     ShuttingDown,
     /// Too many connections wait already (`too_many_connections`).
     TooManyHeld,
+    /// The client's address has as many connections as it may have (`too_many_connections`).
+    TooManyOfClient,
+    /// The client asks for a target that there is not (`invalid_parameter_value`).
+    UnknownTarget,
     /// The first packet is none (`protocol_violation`, or `feature_not_supported` for another version).
     Malformed(Malformed),
     /// The client spoke before its SSLRequest or GSSENCRequest was answered (`protocol_violation`).
@@ -28,7 +32,8 @@ impl Refusal {
     pub fn sqlstate(self) -> &'static str {
         match self {
             Refusal::NoServer | Refusal::ShuttingDown => "57P03",
-            Refusal::TooManyHeld => "53300",
+            Refusal::TooManyHeld | Refusal::TooManyOfClient => "53300",
+            Refusal::UnknownTarget => "22023",
             Refusal::Malformed(Malformed::Version(..)) => "0A000",
             Refusal::Malformed(_) | Refusal::EarlyData | Refusal::TooSlow => "08P01",
         }
@@ -40,6 +45,8 @@ impl Refusal {
             Refusal::NoServer => "no server is available for this connection at the moment; try again".into(),
             Refusal::ShuttingDown => "the router is shutting down; connect again".into(),
             Refusal::TooManyHeld => "too many connections are waiting for a server already".into(),
+            Refusal::TooManyOfClient => "too many connections from this address".into(),
+            Refusal::UnknownTarget => "trunkline.target must be leader, replica, sync, async or any".into(),
             Refusal::Malformed(what) => what.to_string(),
             Refusal::EarlyData => "received data before the answer to an encryption request".into(),
             Refusal::TooSlow => "no complete startup packet was received in time".into(),
@@ -70,6 +77,8 @@ mod tests {
         for refusal in [
             Refusal::NoServer,
             Refusal::TooManyHeld,
+            Refusal::TooManyOfClient,
+            Refusal::UnknownTarget,
             Refusal::Malformed(Malformed::Length),
             Refusal::Malformed(Malformed::Version(2, 0)),
             Refusal::EarlyData,

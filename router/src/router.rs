@@ -1,18 +1,21 @@
 //! What all sessions share.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
 use tracing::info;
 use trunkline_common::{Clock, Instant, MemberName, SystemClock};
 use trunkline_config::router::{Limits, Port};
 
 use crate::cancel::CancelLimit;
 use crate::hold::Hold;
-use crate::metrics::{Meter, Metrics};
+use crate::lag::Measured;
+use crate::metrics::Metrics;
+use crate::places::Places;
+use crate::port::Listening;
 use crate::relay;
 use crate::sessions::{Cut, Sessions};
 use crate::table::RouteTable;
@@ -23,12 +26,12 @@ const PIPES: usize = 256;
 /// A router: its knowledge, its sessions, its bounds.
 #[derive(Debug)]
 pub struct Router {
-    /// Bounds.
-    pub limits: Limits,
     /// Counters.
     pub metrics: Metrics,
     /// Sessions with a server.
     pub sessions: Arc<Sessions>,
+    /// All connections, with a server or without.
+    pub places: Arc<Places>,
     /// Connections without one.
     pub hold: Hold,
     /// Pipes for streaming.
@@ -37,23 +40,13 @@ pub struct Router {
     pub cancels: CancelLimit,
     /// The clock.
     pub clock: SystemClock,
+    /// What members say of their positions, where a port has to know.
+    pub measured: watch::Sender<Arc<Measured>>,
+    limits: RwLock<Limits>,
+    ports: RwLock<BTreeMap<String, Arc<Listening>>>,
     tables: watch::Sender<Arc<RouteTable>>,
-    permits: Arc<Semaphore>,
-    capacity: u32,
-    connections: AtomicUsize,
     draining: watch::Sender<bool>,
     outage: Mutex<Outage>,
-}
-
-/// A port, and what is counted for it.
-#[derive(Debug, Clone)]
-pub struct Listening {
-    /// Its settings.
-    pub port: Arc<Port>,
-    /// Its name.
-    pub name: Arc<str>,
-    /// Its byte counters.
-    pub meter: Meter,
 }
 
 /// What the router saw of the last outage.
@@ -68,31 +61,55 @@ struct Outage {
 impl Router {
     /// A router that knows nothing yet. Fails only if the metrics contradict each other.
     pub fn new(limits: Limits) -> prometheus::Result<Arc<Self>> {
-        let capacity = u32::try_from(limits.max_sessions).unwrap_or(u32::MAX).min(Semaphore::MAX_PERMITS as u32).max(1);
         Ok(Arc::new(Self {
             metrics: Metrics::new()?,
             sessions: Arc::new(Sessions::default()),
+            places: Places::new(limits.max_sessions),
             hold: Hold::new(limits.max_held, limits.release_rate),
             pipes: relay::Pool::new(PIPES),
             cancels: CancelLimit::default(),
             clock: SystemClock,
+            measured: watch::Sender::default(),
+            limits: RwLock::new(limits),
+            ports: RwLock::default(),
             tables: watch::Sender::new(Arc::new(RouteTable::unknown())),
-            permits: Arc::new(Semaphore::new(capacity as usize)),
-            capacity,
-            connections: AtomicUsize::new(0),
             draining: watch::Sender::new(false),
             outage: Mutex::default(),
-            limits,
         }))
     }
 
-    /// A port of this router.
-    pub fn listening(&self, port: &Port) -> Listening {
-        Listening {
-            name: port.name.as_str().into(),
-            meter: self.metrics.meter(&port.name),
-            port: Arc::new(port.clone()),
+    /// Bounds.
+    pub fn limits(&self) -> Limits {
+        *self.limits.read()
+    }
+
+    /// Other bounds, from now on. Nothing that has a place loses it.
+    pub fn set_limits(&self, limits: Limits) {
+        self.places.resize(limits.max_sessions);
+        self.hold.resize(limits.max_held, limits.release_rate);
+        *self.limits.write() = limits;
+    }
+
+    /// A new port of this router, or the one of this name with other settings.
+    pub fn listening(&self, port: &Port) -> Arc<Listening> {
+        let mut ports = self.ports.write();
+        if let Some(listening) = ports.get(&port.name) {
+            listening.set(port.clone());
+            return listening.clone();
         }
+        let listening = Listening::new(port.clone());
+        ports.insert(port.name.clone(), listening.clone());
+        listening
+    }
+
+    /// A port that this router does not listen on any more.
+    pub fn forget(&self, port: &str) {
+        self.ports.write().remove(port);
+    }
+
+    /// The ports of this router, by name.
+    pub fn ports(&self) -> Vec<Arc<Listening>> {
+        self.ports.read().values().cloned().collect()
     }
 
     /// Where sessions may go, now and from now on.
@@ -151,21 +168,6 @@ impl Router {
         }
     }
 
-    /// The right to serve one more connection; waits for it. `None` once the router drains.
-    pub async fn permit(&self) -> Option<OwnedSemaphorePermit> {
-        let mut draining = self.draining.subscribe();
-        tokio::select! {
-            biased;
-            _ = draining.wait_for(|draining| *draining) => None,
-            permit = self.permits.clone().acquire_owned() => permit.ok(),
-        }
-    }
-
-    /// The same, if there is one now, also while the router drains.
-    pub fn try_permit(&self) -> Option<OwnedSemaphorePermit> {
-        self.permits.clone().try_acquire_owned().ok()
-    }
-
     /// Returns once the router drains.
     pub async fn drain_begun(&self) {
         // An error would mean that the sender, which is part of `self`, is gone.
@@ -182,30 +184,14 @@ impl Router {
     pub async fn drain(&self, limit: Duration) -> usize {
         self.draining.send_replace(true);
         info!(connections = self.connections(), ?limit, "draining");
-        match tokio::time::timeout(limit, self.permits.acquire_many(self.capacity)).await {
-            Ok(_) => 0,
+        match tokio::time::timeout(limit, self.places.empty()).await {
+            Ok(()) => 0,
             Err(_) => self.sessions.end_all(Cut::Drained),
         }
     }
 
     /// Connections accepted and not over, with or without a server.
     pub fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
-    }
-
-    /// Counts one more of them, until it is dropped.
-    pub fn connection(&self) -> Connection<'_> {
-        self.connections.fetch_add(1, Ordering::Relaxed);
-        Connection(&self.connections)
-    }
-}
-
-/// See [`Router::connection`].
-#[derive(Debug)]
-pub struct Connection<'a>(&'a AtomicUsize);
-
-impl Drop for Connection<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.places.taken()
     }
 }

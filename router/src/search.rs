@@ -16,16 +16,18 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tracing::debug;
 use trunkline_common::{Clock, Instant};
-use trunkline_config::router::NoCandidate;
+use trunkline_config::router::{Balance, NoCandidate, Port};
 
 use crate::answer::{self, Answer};
+use crate::metrics::Meter;
+use crate::port::{Listening, Peer};
 use crate::reply::Refusal;
-use crate::router::{Listening, Router};
+use crate::router::Router;
 use crate::session::No;
 use crate::sessions::Session;
 use crate::startup::{Malformed, Packet};
 use crate::table::{Backend, RouteTable};
-use crate::{balance, socket};
+use crate::{balance, rule, socket};
 
 /// Pauses between attempts at servers that the table names but that can't be reached. A new table ends a pause.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -57,6 +59,9 @@ pub struct Found {
     pub server: Arc<TcpStream>,
     /// The registration.
     pub session: Session,
+    /// Where its bytes are counted.
+    pub meter: Meter,
+    backend: Arc<Backend>,
 }
 
 /// What comes of a request.
@@ -73,7 +78,9 @@ pub enum Outcome {
 pub struct Search<'a> {
     router: &'a Router,
     listening: &'a Listening,
+    port: Arc<Port>,
     client: &'a Arc<TcpStream>,
+    peer: Peer,
     /// What the client asks for now.
     request: Request,
     /// Requests for encryption that it was denied; any further server has to deny them, too.
@@ -88,9 +95,22 @@ type Tables = watch::Receiver<Arc<RouteTable>>;
 
 impl<'a> Search<'a> {
     /// The search of `client`, which begins with its first request.
-    pub fn new(router: &'a Router, listening: &'a Listening, client: &'a Arc<TcpStream>) -> Self {
+    pub fn new(
+        router: &'a Router,
+        listening: &'a Listening,
+        port: Arc<Port>,
+        client: &'a Arc<TcpStream>,
+        peer: Peer,
+    ) -> Self {
         let (request, looked) = (Request::default(), AtomicBool::new(false));
-        Self { router, listening, client, request, denied: Vec::new(), at_hand: None, looked }
+        Self { router, listening, port, client, peer, request, denied: Vec::new(), at_hand: None, looked }
+    }
+
+    /// The client has asked for another kind of server than the port leads to.
+    pub fn redirect(&mut self, port: Port) {
+        self.port = Arc::new(port);
+        let candidates = self.candidates(&self.router.table());
+        self.at_hand = self.at_hand.take().filter(|found| candidates.iter().any(|now| now.same_server(&found.backend)));
     }
 
     /// Whether the client waits for the answer to a request for encryption.
@@ -103,12 +123,21 @@ impl<'a> Search<'a> {
         self.looked.load(Ordering::Relaxed)
     }
 
+    /// Takes the client's next request.
+    pub fn take(&mut self, request: Request) {
+        self.request = request;
+    }
+
+    /// What the client asks for now.
+    pub fn request(&self) -> &Request {
+        &self.request
+    }
+
     /// Tries servers and waits for some until one has answered, the client is gone, or the time is up.
-    pub async fn run(&mut self, request: Request) -> Result<Outcome, No> {
-        if self.denied.iter().any(|before| before.packet == request.packet) {
+    pub async fn run(&mut self) -> Result<Outcome, No> {
+        if self.denied.iter().any(|before| before.packet == self.request.packet) {
             return Err(Malformed::Repeated.into());
         }
-        self.request = request;
         if self.awaits_answer() && matches!(peek(self.client), Ok(1..)) {
             return Err(No::Refused(Refusal::EarlyData));
         }
@@ -132,7 +161,7 @@ impl<'a> Search<'a> {
         if let Some(answered) = self.try_servers(&mut tables).await? {
             return Ok(answered);
         }
-        if self.listening.port.no_candidate == NoCandidate::Refuse {
+        if self.port.no_candidate == NoCandidate::Refuse {
             return Err(No::Refused(Refusal::NoServer));
         }
         let began = self.router.clock.now();
@@ -153,7 +182,7 @@ impl<'a> Search<'a> {
     /// Waits for a server in a place of the waiting room.
     async fn hold(&self, tables: &mut Tables, began: Instant) -> Result<(Found, Answer), No> {
         let _place = self.router.hold.enter().ok_or(No::Refused(Refusal::TooManyHeld))?;
-        let deadline = began + self.router.limits.hold_timeout;
+        let deadline = began + self.port.hold_timeout;
         let mut pause = FIRST_PAUSE;
         loop {
             let unreachable = !self.candidates(&tables.borrow()).is_empty();
@@ -191,15 +220,14 @@ impl<'a> Search<'a> {
     }
 
     fn candidates(&self, table: &RouteTable) -> Vec<Arc<Backend>> {
-        table.candidates(&self.listening.port)
+        rule::candidates(table, &self.port, self.router.clock.now())
     }
 
     /// Tries candidates of the newest table, each once. `None`: none of them takes the session.
     async fn try_servers(&self, tables: &mut Tables) -> Result<Option<(Found, Answer)>, No> {
         let mut candidates = self.candidates(&tables.borrow_and_update());
         for _ in 0..ATTEMPTS {
-            let load = |backend: &Arc<Backend>| self.router.sessions.load(&backend.member);
-            let Some(chosen) = balance::pick(&candidates, load, &mut rand::rng()).cloned() else { break };
+            let Some(chosen) = self.choose(&candidates).cloned() else { break };
             if let Some(found) = self.connect(&chosen, tables.clone()).await
                 && let Some(answered) = self.ask(found).await?
             {
@@ -210,10 +238,25 @@ impl<'a> Search<'a> {
         Ok(None)
     }
 
+    fn choose<'c>(&self, candidates: &'c [Arc<Backend>]) -> Option<&'c Arc<Backend>> {
+        match self.port.balance {
+            Balance::TwoChoices => {
+                let load = |backend: &Arc<Backend>| self.router.sessions.load(&backend.member);
+                balance::two_choices(candidates, load, &mut rand::rng())
+            }
+            Balance::RoundRobin => balance::round_robin(candidates, self.listening.turn()),
+            Balance::ClientAddress => {
+                balance::by_address(candidates, |backend| backend.member.as_str(), self.peer.ip())
+            }
+        }
+    }
+
     /// Dials, registers, and repeats what the client has been through.
     async fn connect(&self, backend: &Arc<Backend>, tables: Tables) -> Option<Found> {
         let server = Arc::new(self.dial(backend, tables).await?);
-        let session = self.router.sessions.begin(&self.listening.name, backend, &server)?;
+        let session =
+            self.router.sessions.begin(&self.listening.name, self.peer, backend, &server, self.router.clock.now())?;
+        let meter = self.router.metrics.meter(&self.listening.name, backend.member.as_str());
         let repeat = async {
             for request in &self.denied {
                 socket::write_all(&server, &request.bytes).await.ok()?;
@@ -221,8 +264,8 @@ impl<'a> Search<'a> {
             }
             Some(())
         };
-        tokio::time::timeout(self.router.limits.connect_timeout, repeat).await.ok()??;
-        Some(Found { server, session })
+        tokio::time::timeout(self.port.connect_timeout, repeat).await.ok()??;
+        Some(Found { server, session, meter, backend: backend.clone() })
     }
 
     async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
@@ -269,7 +312,7 @@ impl<'a> Search<'a> {
         };
         let dialled = tokio::select! {
             biased;
-            dialled = socket::dial(&backend.host, backend.port, self.router.limits.connect_timeout) => dialled,
+            dialled = socket::dial(&backend.host, backend.port, self.port.connect_timeout, self.port.server_silence) => dialled,
             () = deposed => Err(io::Error::new(io::ErrorKind::Interrupted, "not a candidate any more")),
         };
         let result = match &dialled {
@@ -284,7 +327,8 @@ impl<'a> Search<'a> {
         self.router.metrics.connects.with_label_values(&[backend.member.as_str(), result]).inc();
         match dialled {
             Ok(server) => {
-                self.router.metrics.connect_seconds.observe(self.router.clock.now().since(began).as_secs_f64());
+                let seconds = self.router.clock.now().since(began).as_secs_f64();
+                self.router.metrics.connect_seconds.with_label_values(&[backend.member.as_str()]).observe(seconds);
                 Some(server)
             }
             Err(error) => {

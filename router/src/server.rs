@@ -9,7 +9,6 @@
 //! * After a hand-over the waiting can't be avoided, so the process ends itself once it is empty ([`Control`]).
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,10 +21,13 @@ use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora_core::services::Service;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tracing::{error, info, warn};
 
-use crate::router::{Listening, Router};
-use crate::{accept, socket};
+use crate::accept;
+use crate::port::Listening;
+use crate::router::Router;
+use crate::socket::{Address, Bound, Listener};
 
 /// What pingora can hand over: its message has room for this many sockets.
 const HANDED_OVER: usize = 32;
@@ -38,7 +40,7 @@ pub struct Plan {
     /// The router.
     pub router: Arc<Router>,
     /// Its ports.
-    pub ports: Vec<Listening>,
+    pub ports: Vec<Arc<Listening>>,
     /// Threads that move bytes, at least one.
     pub threads: usize,
     /// Follows the cluster and serves the admin port.
@@ -67,7 +69,7 @@ pub fn run(plan: Plan) -> io::Result<()> {
         warn!(threads, ports = ports.len(), limit = HANDED_OVER, "too many sockets to hand them over");
     }
     let services = relays(&router, &ports, threads, handover.take)?;
-    let limit = router.limits.drain_timeout;
+    let limit = router.limits().drain_timeout;
     let conf = ServerConf {
         threads: 1,
         work_stealing: false,
@@ -89,26 +91,29 @@ pub fn run(plan: Plan) -> io::Result<()> {
 }
 
 /// One service, and so one thread, after the other, each with its own listener of every port.
-fn relays(router: &Arc<Router>, ports: &[Listening], threads: usize, inherit: bool) -> io::Result<Vec<Relay>> {
+fn relays(router: &Arc<Router>, ports: &[Arc<Listening>], threads: usize, inherit: bool) -> io::Result<Vec<Relay>> {
     let mut relays: Vec<Relay> = (0..threads).map(|thread| Relay::new(router, thread)).collect();
-    for port in ports {
-        let describe = |error: io::Error| {
-            io::Error::new(error.kind(), format!("port '{}' can't listen on {}: {error}", port.name, port.port.listen))
-        };
-        let mut address = socket::resolve(&port.port.listen).map_err(describe)?;
-        if !inherit {
-            socket::check_free(address).map_err(describe)?;
-        }
-        for relay in &mut relays {
-            let listener = if inherit { None } else { Some(socket::listen(address).map_err(describe)?) };
-            // Port 0 is chosen once, and then shared.
-            if let Some(listener) = &listener {
-                address = listener.local_addr().map_err(describe)?;
+    for listening in ports {
+        let port = listening.settings();
+        for listen in &port.listen {
+            let describe = |error: io::Error| {
+                io::Error::new(error.kind(), format!("port '{}' can't listen on {listen}: {error}", port.name))
+            };
+            let mut address = Address::of(listen).map_err(describe)?;
+            let mut bound = match inherit {
+                true => Vec::new(),
+                false => Bound::listen(&address, threads).map_err(describe)?,
+            };
+            if let Some(first) = bound.first() {
+                address = first.address().map_err(describe)?;
             }
-            let key = format!("{address}#{}", relay.thread);
-            relay.listeners.push(Listener { listening: port.clone(), address, key, bound: listener });
+            for relay in &mut relays {
+                let key = format!("{address}#{}", relay.thread);
+                let (listening, address) = (listening.clone(), address.clone());
+                relay.listeners.push(Socket { listening, address, key, bound: bound.pop() });
+            }
+            info!(port = port.name, %address, target = port.target.as_str(), threads, "listening");
         }
-        info!(port = &*port.name, %address, target = ?port.port.target, threads, "listening");
     }
     Ok(relays)
 }
@@ -118,15 +123,15 @@ struct Relay {
     name: String,
     thread: usize,
     router: Arc<Router>,
-    listeners: Vec<Listener>,
+    listeners: Vec<Socket>,
 }
 
-struct Listener {
-    listening: Listening,
-    address: SocketAddr,
+struct Socket {
+    listening: Arc<Listening>,
+    address: Address,
     /// Its name in the table of inherited sockets.
     key: String,
-    bound: Option<std::net::TcpListener>,
+    bound: Option<Bound>,
 }
 
 impl Relay {
@@ -135,17 +140,17 @@ impl Relay {
     }
 }
 
-impl Listener {
+impl Socket {
     /// The socket: bound before, inherited, or (new in this version of the configuration) bound now.
-    fn open(&mut self, fds: &ListenFds) -> io::Result<tokio::net::TcpListener> {
+    fn open(&mut self, fds: &ListenFds) -> io::Result<Listener> {
         let mut fds = fds.lock();
-        let listener = match (self.bound.take(), fds.get(&self.key)) {
+        let bound = match (self.bound.take(), fds.get(&self.key)) {
             (Some(bound), _) => bound,
-            (None, Some(&fd)) => inherited(fd).into(),
-            (None, None) => socket::listen(self.address)?,
+            (None, Some(&fd)) => Bound::inherited(&self.address, inherited(fd)),
+            (None, None) => Bound::share(&self.address)?,
         };
-        fds.add(self.key.clone(), listener.as_raw_fd());
-        tokio::net::TcpListener::from_std(listener)
+        fds.add(self.key.clone(), bound.as_raw_fd());
+        bound.into_listener()
     }
 }
 
@@ -164,7 +169,7 @@ impl Service for Relay {
             let (router, listening, opened) = (router.clone(), listener.listening.clone(), listener.open(&fds));
             async move {
                 match opened {
-                    Ok(socket) => accept::serve(router, listening, socket).await,
+                    Ok(socket) => accept::serve(router, listening, socket, watch::channel(false).1).await,
                     Err(error) => error!(port = &*listening.name, %error, "can't listen"),
                 }
             }
@@ -199,7 +204,7 @@ impl Service for Control {
         }
         // Only a hand-over gets here with sessions left: all other ways drain first.
         if shutdown.wait_for(|over| *over).await.is_ok() {
-            let ended = self.router.drain(self.router.limits.drain_timeout).await;
+            let ended = self.router.drain(self.router.limits().drain_timeout).await;
             info!(sessions_ended = ended, "drained after the hand-over");
             std::process::exit(0);
         }
@@ -240,7 +245,7 @@ impl ShutdownSignalWatch for Signals {
                 return ShutdownSignal::GracefulUpgrade;
             }
         }
-        let limit: Duration = self.router.limits.drain_timeout;
+        let limit: Duration = self.router.limits().drain_timeout;
         tokio::select! {
             ended = self.router.drain(limit) => info!(sessions_ended = ended, "drained"),
             () = another(&mut term, &mut int) => warn!("not waiting for sessions any more"),

@@ -4,17 +4,18 @@
 //! TLS is passed through: where the server agrees to it, everything behind the request is opaque. Where it does not, the
 //! client's next packet is read as its first one was, and is a first packet again.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::debug;
+use trunkline_config::router::{Port, Target};
 
+use crate::accept::Permit;
+use crate::port::{Listening, Peer};
 use crate::reply::Refusal;
-use crate::router::{Listening, Router};
+use crate::router::Router;
 use crate::search::{Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
@@ -44,22 +45,19 @@ impl From<Malformed> for No {
     }
 }
 
+/// The setting by which a client asks for another target than that of its port.
+const TARGET: &str = "trunkline.target";
+
 /// Serves one accepted connection from its first byte to its end. The permit is the right to be there.
-pub async fn serve(
-    router: Arc<Router>,
-    listening: Listening,
-    client: TcpStream,
-    peer: SocketAddr,
-    permit: OwnedSemaphorePermit,
-) {
-    let connection = router.connection();
+pub async fn serve(router: Arc<Router>, listening: Arc<Listening>, client: TcpStream, peer: Peer, permit: Permit) {
+    let port = listening.settings();
     router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
-    if let Err(error) = socket::tune_client(&client) {
+    if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
         debug!(port = &*listening.name, %peer, %error, "socket options refused");
     }
     let client = Arc::new(client);
-    let mut search = Search::new(&router, &listening, &client);
-    let outcome = converse(&router, &listening, &client, &mut search).await;
+    let mut search = Search::new(&router, &listening, port.clone(), &client, peer);
+    let outcome = converse(&router, &listening, &port, &client, peer, &mut search).await;
     let awaits_answer = search.awaits_answer();
     drop(search);
     let ended = match outcome {
@@ -68,39 +66,60 @@ pub async fn serve(
         Err(No::Refused(refusal)) => {
             // No session was begun, so nobody else holds the socket.
             if let Some(mut client) = Arc::into_inner(client) {
-                let denials = if awaits_answer && refusal != Refusal::EarlyData { DENIALS } else { 0 };
-                refuse(&mut client, refusal, denials, router.limits.startup_timeout).await;
+                let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
+                let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
+                refuse(&mut client, refusal, denials, port.startup_timeout).await;
             }
             Ended::Refused(refusal)
         }
     };
     debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
     router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
-    drop((connection, permit));
+    drop(permit);
 }
 
 /// From the first packet to the end of the session.
 async fn converse(
     router: &Router,
     listening: &Listening,
+    port: &Port,
     client: &Arc<TcpStream>,
+    peer: Peer,
     search: &mut Search<'_>,
 ) -> Result<Ended, No> {
+    let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
     // Bounded: a request for encryption is denied once, after which only another kind of packet gets on.
     loop {
-        let request = first_packet(client, router.limits.startup_timeout).await?;
+        let request = first_packet(client, port.startup_timeout).await?;
         if request.packet == Packet::Cancel {
-            return Ok(Ended::Cancel(cancel::forward(router, listening, &request.bytes).await));
+            return Ok(Ended::Cancel(cancel::forward(router, listening, port, &request.bytes).await));
         }
-        match search.run(request).await? {
+        search.take(request);
+        if counted.as_ref().is_some_and(Option::is_none) {
+            return Err(No::Refused(Refusal::TooManyOfClient));
+        }
+        if let Some(target) = chosen(port, search.request())? {
+            search.redirect(port.with_target(target));
+        }
+        match search.run().await? {
             Outcome::Denied => socket::write_all(client, b"N").await.map_err(|_| No::ClientGone)?,
             Outcome::Begun(found) => {
                 let unread = search.has_looked();
-                let end = relay::relay(client, &found.server, unread, &router.pipes, &listening.meter).await;
+                let end = relay::relay(client, &found.server, unread, &router.pipes, &found.meter).await;
                 return Ok(found.session.cut().map_or(Ended::Relayed(end), Ended::Cut));
             }
         }
     }
+}
+
+/// The target that a start-up packet asks for, where the port lets clients choose.
+fn chosen(port: &Port, request: &Request) -> Result<Option<Target>, No> {
+    if !port.choice || !matches!(request.packet, Packet::Startup { .. }) {
+        return Ok(None);
+    }
+    let Some(word) = startup::setting(&request.bytes, TARGET) else { return Ok(None) };
+    let target = Target::parse(&word).ok_or(No::Refused(Refusal::UnknownTarget))?;
+    Ok(Some(target).filter(|target| *target != port.target))
 }
 
 /// Reads one packet and not one byte more.
@@ -172,9 +191,12 @@ impl Ended {
             Ended::Relayed(relay::End::ServerLost) => "server_lost",
             Ended::Cut(Cut::LeaderChanged) => "leader_changed",
             Ended::Cut(Cut::Drained) => "drained",
+            Ended::Cut(Cut::Lag) => "lag",
             Ended::Refused(Refusal::NoServer) => "no_server",
             Ended::Refused(Refusal::ShuttingDown) => "shutdown",
             Ended::Refused(Refusal::TooManyHeld) => "too_many_held",
+            Ended::Refused(Refusal::TooManyOfClient) => "too_many_of_client",
+            Ended::Refused(Refusal::UnknownTarget) => "unknown_target",
             Ended::Refused(Refusal::Malformed(_)) => "malformed",
             Ended::Refused(Refusal::EarlyData) => "early_data",
             Ended::Refused(Refusal::TooSlow) => "too_slow",

@@ -9,13 +9,15 @@
 //! host with a healthy-looking connection makes no difference. The relay notices by itself and cleans up.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use trunkline_common::MemberName;
+use trunkline_common::{Instant, MemberName};
 
+use crate::port::Peer;
 use crate::socket;
 use crate::table::{Backend, Epoch};
 
@@ -27,6 +29,8 @@ pub enum Cut {
     LeaderChanged = 1,
     /// The router stops, and the time for draining is over.
     Drained = 2,
+    /// Its server is too far behind.
+    Lag = 3,
 }
 
 /// All sessions that have a server.
@@ -46,13 +50,30 @@ struct Inner {
 #[derive(Debug)]
 struct Live {
     port: Arc<str>,
+    peer: Peer,
     backend: Arc<Backend>,
     /// The epoch the session belongs to: that of its opening, or the one its standby began by being promoted.
     epoch: Option<Epoch>,
+    began: Instant,
     /// `None` until the server has taken the session.
     client: Option<Arc<TcpStream>>,
     server: Arc<TcpStream>,
     cut: Arc<AtomicU8>,
+}
+
+/// What is told of a session.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// The port it came by.
+    pub port: Arc<str>,
+    /// The client.
+    pub client: Peer,
+    /// The server.
+    pub backend: Arc<Backend>,
+    /// What the server takes for the client's address, as in `pg_stat_activity`.
+    pub from: Option<SocketAddr>,
+    /// When its server was connected to.
+    pub began: Instant,
 }
 
 /// A registered session; dropping it ends the registration.
@@ -82,6 +103,7 @@ impl Session {
         match self.cut.load(Ordering::Acquire) {
             1 => Some(Cut::LeaderChanged),
             2 => Some(Cut::Drained),
+            3 => Some(Cut::Lag),
             _ => None,
         }
     }
@@ -102,8 +124,10 @@ impl Sessions {
     pub fn begin(
         self: &Arc<Self>,
         port: &Arc<str>,
+        peer: Peer,
         backend: &Arc<Backend>,
         server: &Arc<TcpStream>,
+        now: Instant,
     ) -> Option<Session> {
         let mut inner = self.inner.lock();
         if backend.epoch.is_some() && backend.epoch != inner.reign {
@@ -116,8 +140,10 @@ impl Sessions {
         let cut = Arc::new(AtomicU8::new(0));
         let live = Live {
             port: port.clone(),
+            peer,
             backend: backend.clone(),
             epoch,
+            began: now,
             client: None,
             server: server.clone(),
             cut: cut.clone(),
@@ -147,6 +173,13 @@ impl Sessions {
             }
         }
         ended
+    }
+
+    /// Ends the sessions of a port on a member that `is_over` says yes to, and says how many.
+    pub fn end_where(&self, cut: Cut, is_over: impl Fn(&str, &MemberName) -> bool) -> usize {
+        let inner = self.inner.lock();
+        let over = |live: &&Live| live.cut.load(Ordering::Acquire) == 0 && is_over(&live.port, &live.backend.member);
+        inner.live.values().filter(over).map(|session| session.end(cut)).count()
     }
 
     /// Ends every session, and says how many.
@@ -179,6 +212,28 @@ impl Sessions {
             }
         }
         found
+    }
+
+    /// Up to `limit` of the sessions that `wanted` says yes to, and how many more there are.
+    pub fn list(&self, limit: usize, wanted: impl Fn(&Line) -> bool) -> (Vec<Line>, usize) {
+        let inner = self.inner.lock();
+        let line = |live: &Live| Line {
+            port: live.port.clone(),
+            client: live.peer,
+            backend: live.backend.clone(),
+            // Gone already where it is not known.
+            from: live.server.local_addr().ok(),
+            began: live.began,
+        };
+        let (mut lines, mut more) = (Vec::new(), 0);
+        for line in inner.live.values().map(line).filter(wanted) {
+            if lines.len() < limit {
+                lines.push(line);
+            } else {
+                more += 1;
+            }
+        }
+        (lines, more)
     }
 
     /// How many sessions there are.

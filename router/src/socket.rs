@@ -2,27 +2,48 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
+use trunkline_config::router::Listen;
+
+use crate::port::Peer;
 
 /// Connections the kernel completes before they are accepted; it cuts this to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// A silent server is noticed after `IDLE + PROBES × INTERVAL`, 8 seconds.
-const SERVER_IDLE: Duration = Duration::from_secs(5);
-const SERVER_INTERVAL: Duration = Duration::from_secs(1);
-const SERVER_PROBES: u32 = 3;
-/// … and so is one that does not acknowledge what it was sent. See [`forget_user_timeout`].
-const SERVER_USER_TIMEOUT: Duration = Duration::from_secs(8);
+/// An address to listen on, resolved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// Host and port.
+    Tcp(SocketAddr),
+    /// A file.
+    Unix(PathBuf),
+}
 
-/// A vanished client costs a session of the server, no data: minutes will do.
-const CLIENT_IDLE: Duration = Duration::from_secs(60);
-const CLIENT_INTERVAL: Duration = Duration::from_secs(10);
-const CLIENT_PROBES: u32 = 6;
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Tcp(address) => address.fmt(f),
+            Address::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Address {
+    /// Resolves a name.
+    pub fn of(listen: &Listen) -> io::Result<Self> {
+        match listen {
+            Listen::Tcp(text) => resolve(text).map(Address::Tcp),
+            Listen::Unix(path) => Ok(Address::Unix(path.clone())),
+        }
+    }
+}
 
 /// Resolves `host:port`; `*` and an empty host mean every address.
 pub fn resolve(listen: &str) -> io::Result<SocketAddr> {
@@ -34,8 +55,115 @@ pub fn resolve(listen: &str) -> io::Result<SocketAddr> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::AddrNotAvailable, "no address"))
 }
 
-/// A listening socket that others may share the address with (`SO_REUSEPORT`): one per thread, and the kernel spreads the
-/// connections, so that a session never changes its thread.
+/// A listening socket outside of any runtime.
+#[derive(Debug)]
+pub enum Bound {
+    /// By TCP.
+    Tcp(std::net::TcpListener),
+    /// In the file system.
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl Bound {
+    /// As many sockets as there are threads. By TCP each has a queue of its own (`SO_REUSEPORT`), among which the kernel
+    /// spreads the connections; by a unix socket they share one. Fails if somebody else listens there.
+    pub fn listen(address: &Address, threads: usize) -> io::Result<Vec<Self>> {
+        match address {
+            Address::Tcp(address) => {
+                check_free(*address)?;
+                let mut bound = vec![listen(*address)?];
+                // Port 0 is chosen once, and then shared.
+                let address = bound[0].local_addr()?;
+                for _ in 1..threads {
+                    bound.push(listen(address)?);
+                }
+                Ok(bound.into_iter().map(Bound::Tcp).collect())
+            }
+            Address::Unix(path) => {
+                let first = listen_unix(path)?;
+                let mut bound = Vec::with_capacity(threads);
+                for _ in 1..threads {
+                    bound.push(Bound::Unix(first.try_clone()?));
+                }
+                bound.push(Bound::Unix(first));
+                Ok(bound)
+            }
+        }
+    }
+
+    /// One more socket of an address that this process listens on.
+    pub fn share(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Tcp(address) => listen(*address).map(Bound::Tcp),
+            Address::Unix(path) => listen_unix(path).map(Bound::Unix),
+        }
+    }
+
+    /// A socket that another process has listened on.
+    pub fn inherited(address: &Address, fd: OwnedFd) -> Self {
+        match address {
+            Address::Tcp(_) => Bound::Tcp(fd.into()),
+            Address::Unix(_) => Bound::Unix(fd.into()),
+        }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> io::Result<Address> {
+        match self {
+            Bound::Tcp(listener) => listener.local_addr().map(Address::Tcp),
+            Bound::Unix(listener) => {
+                let path = listener.local_addr()?.as_pathname().map(Path::to_owned);
+                path.map(Address::Unix).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+            }
+        }
+    }
+
+    /// For accepting on the runtime that this is called in.
+    pub fn into_listener(self) -> io::Result<Listener> {
+        match self {
+            Bound::Tcp(listener) => TcpListener::from_std(listener).map(Listener::Tcp),
+            Bound::Unix(listener) => UnixListener::from_std(listener).map(Listener::Unix),
+        }
+    }
+}
+
+impl AsRawFd for Bound {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Bound::Tcp(listener) => listener.as_raw_fd(),
+            Bound::Unix(listener) => listener.as_raw_fd(),
+        }
+    }
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// By TCP.
+    Tcp(TcpListener),
+    /// In the file system.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// The next connection.
+    pub async fn accept(&self) -> io::Result<(TcpStream, Peer)> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok((stream, Peer::Tcp(peer)))
+            }
+            Listener::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // To the relay all stream sockets are alike: nothing it asks of one knows addresses.
+                let fd = OwnedFd::from(stream.into_std()?);
+                Ok((TcpStream::from_std(fd.into())?, Peer::Unix))
+            }
+        }
+    }
+}
+
+/// A listening socket that others may share the address with (`SO_REUSEPORT`).
 pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -45,6 +173,22 @@ pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
+}
+
+/// A listening socket in the file system, for everybody, as PostgreSQL's own. What a router that is gone has left there is
+/// removed.
+fn listen_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    use std::os::unix::net;
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        match net::UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
+            _ => return Err(io::ErrorKind::AddrInUse.into()),
+        }
+    }
+    let listener = net::UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Fails if somebody who does not share the address has it: with `SO_REUSEPORT` alone, a second router of the same user
@@ -60,12 +204,13 @@ pub fn check_free(address: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a connection to a server, trying each address of a name in turn, all within `timeout`.
-pub async fn dial(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
+/// Opens a connection to a server, trying each address of a name in turn, all within `timeout`. For `silence` see
+/// [`notice_silence`].
+pub async fn dial(host: &str, port: u16, timeout: Duration, silence: Option<Duration>) -> io::Result<TcpStream> {
     let attempt = async {
         let mut last = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
         for address in tokio::net::lookup_host((host, port)).await? {
-            match dial_address(address).await {
+            match dial_address(address, silence).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
             }
@@ -78,26 +223,41 @@ pub async fn dial(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStr
     }
 }
 
-async fn dial_address(address: SocketAddr) -> io::Result<TcpStream> {
+async fn dial_address(address: SocketAddr, silence: Option<Duration>) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_nodelay(true)?;
-    keepalive(&socket, SERVER_IDLE, SERVER_INTERVAL, SERVER_PROBES)?;
-    sockopt::set_tcp_user_timeout(&socket, SERVER_USER_TIMEOUT.as_millis() as u32)?;
+    notice_silence(&socket, silence)?;
     socket.connect(address).await
 }
 
 /// Prepares an accepted connection.
-pub fn tune_client(client: &TcpStream) -> io::Result<()> {
+pub fn tune_client(client: &TcpStream, peer: Peer, silence: Option<Duration>) -> io::Result<()> {
+    if peer == Peer::Unix {
+        return Ok(());
+    }
     client.set_nodelay(true)?;
-    keepalive(client, CLIENT_IDLE, CLIENT_INTERVAL, CLIENT_PROBES)
+    notice_silence(client, silence)
 }
 
-fn keepalive(socket: impl std::os::fd::AsFd, idle: Duration, interval: Duration, probes: u32) -> io::Result<()> {
+/// A peer that acknowledges nothing for `silence` is given up: an idle one by keepalive, one that was sent something by
+/// `TCP_USER_TIMEOUT` (see [`forget_user_timeout`]).
+fn notice_silence(socket: impl AsFd, silence: Option<Duration>) -> io::Result<()> {
+    let Some(silence) = silence else { return Ok(()) };
+    let (idle, interval, probes) = probes(silence);
     sockopt::set_socket_keepalive(&socket, true)?;
     sockopt::set_tcp_keepidle(&socket, idle)?;
     sockopt::set_tcp_keepintvl(&socket, interval)?;
     sockopt::set_tcp_keepcnt(&socket, probes)?;
+    sockopt::set_tcp_user_timeout(&socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
+}
+
+/// When the first probe is sent, the distance of the others, and their number; the kernel counts whole seconds.
+fn probes(silence: Duration) -> (Duration, Duration, u32) {
+    const PROBES: u32 = 3;
+    let interval = (silence.as_secs() / 8).max(1);
+    let idle = silence.as_secs().saturating_sub(interval * u64::from(PROBES)).max(1);
+    (Duration::from_secs(idle), Duration::from_secs(interval), PROBES)
 }
 
 /// Fills `buffer`, and takes nothing beyond it.
@@ -129,9 +289,10 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Turns `TCP_USER_TIMEOUT` off. Linux ends a connection by it also when the peer is alive and acknowledges every probe,
-/// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die.
-pub fn forget_user_timeout(server: &TcpStream) {
-    if let Err(error) = sockopt::set_tcp_user_timeout(server, 0) {
+/// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die, and so would a client
+/// that reads its rows slowly.
+pub fn forget_user_timeout(stream: &TcpStream) {
+    if let Err(error) = sockopt::set_tcp_user_timeout(stream, 0) {
         tracing::debug!(%error, "TCP_USER_TIMEOUT can't be turned off");
     }
 }
@@ -165,6 +326,31 @@ mod tests {
             assert_eq!(resolve(listen).unwrap(), expected.parse().unwrap(), "{listen}");
         }
         assert!(resolve("127.0.0.1").is_err());
+    }
+
+    #[test]
+    fn silence_is_noticed_in_its_time() {
+        for (silence, expected) in [(4, (1, 1)), (8, (5, 1)), (20, (14, 2)), (60, (39, 7))] {
+            let (idle, interval, probes) = probes(Duration::from_secs(silence));
+            assert_eq!((idle.as_secs(), interval.as_secs(), probes), (expected.0, expected.1, 3), "{silence}");
+            assert_eq!(idle + interval * probes, Duration::from_secs(silence));
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_left_is_used_again_and_one_in_use_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let address = Address::Unix(path.clone());
+        let bound = Bound::listen(&address, 2).unwrap();
+        assert_eq!((bound.len(), bound[0].address().unwrap()), (2, address.clone()));
+        assert!(Bound::listen(&address, 1).is_err(), "in use");
+        drop(bound);
+        assert!(path.exists() && Bound::listen(&address, 1).is_ok(), "left over");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        assert!(Bound::listen(&address, 1).is_err(), "no socket");
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 
     #[test]

@@ -124,6 +124,64 @@ fn version(code: u32) -> Result<u16, Malformed> {
     }
 }
 
+/// The parameters of a start-up packet, without what follows a pair that has no end.
+pub fn parameters(packet: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    let mut texts = packet.get(MIN_PACKET..).unwrap_or_default().split(|byte| *byte == 0);
+    std::iter::from_fn(move || {
+        let name = texts.next().filter(|name| !name.is_empty())?;
+        Some((name, texts.next()?))
+    })
+}
+
+/// The last value that a start-up packet gives to a setting, by a parameter of that name or in `options` (`-c name=value`,
+/// `--name=value`), which PostgreSQL splits at white space unless a backslash stands before it.
+pub fn setting(packet: &[u8], wanted: &str) -> Option<String> {
+    let mut found = None;
+    for (name, value) in parameters(packet) {
+        if name.eq_ignore_ascii_case(wanted.as_bytes()) {
+            found = Some(String::from_utf8_lossy(value).into_owned());
+        } else if name == b"options" {
+            found = option(&String::from_utf8_lossy(value), wanted).or(found);
+        }
+    }
+    found
+}
+
+fn option(options: &str, wanted: &str) -> Option<String> {
+    let words = words(options);
+    let mut words = words.iter().map(String::as_str);
+    let mut found = None;
+    while let Some(word) = words.next() {
+        let assignment = match word.strip_prefix("--") {
+            Some(assignment) => Some(assignment),
+            None if word == "-c" => words.next(),
+            None => word.strip_prefix("-c"),
+        };
+        let Some((name, value)) = assignment.and_then(|assignment| assignment.split_once('=')) else { continue };
+        if name.eq_ignore_ascii_case(wanted) {
+            found = Some(value.to_owned());
+        }
+    }
+    found
+}
+
+fn words(options: &str) -> Vec<String> {
+    let (mut words, mut word, mut escaped) = (Vec::new(), String::new(), false);
+    for c in options.chars() {
+        match c {
+            '\\' if !escaped => escaped = true,
+            c if c.is_ascii_whitespace() && !escaped => words.push(std::mem::take(&mut word)),
+            c => {
+                word.push(c);
+                escaped = false;
+            }
+        }
+    }
+    words.push(word);
+    words.retain(|word| !word.is_empty());
+    words
+}
+
 #[cfg(test)]
 mod tests {
     use bytes::BytesMut;
@@ -136,6 +194,10 @@ mod tests {
 
     fn request(length: u32, code: u32, body: &[u8]) -> Vec<u8> {
         [&length.to_be_bytes()[..], &code.to_be_bytes(), body].concat()
+    }
+
+    fn parameters_of(packet: &[u8], wanted: &str) -> Option<Vec<u8>> {
+        parameters(packet).find(|(name, _)| *name == wanted.as_bytes()).map(|(_, value)| value.to_vec())
     }
 
     #[test]
@@ -172,7 +234,36 @@ mod tests {
         }
     }
 
+    #[test]
+    fn settings_are_found_where_postgresql_finds_them() {
+        for (parameters, expected) in [
+            (&[("options", "-c trunkline.target=replica")][..], Some("replica")),
+            (&[("options", "-ctrunkline.target=any -c work_mem=1MB")], Some("any")),
+            (&[("options", "--trunkline.target=sync")], Some("sync")),
+            (&[("options", "-c TRUNKLINE.target=a -c trunkline.target=b")], Some("b")),
+            (&[("trunkline.target", "leader")], Some("leader")),
+            (&[("options", "-c search_path=a\\ -c\\ trunkline.target=b")], None),
+            (&[("options", "-c trunkline.target=a\\ b\\\\")], Some("a b\\")),
+            (&[("options", "-c trunkline.target")], None),
+            (&[("options", "-c")], None),
+            (&[("user", "trunkline.target"), ("database", "-c trunkline.target=x")], None),
+        ] {
+            let pairs: String = parameters.iter().map(|(name, value)| format!("{name}\0{value}\0")).collect();
+            let body = format!("user\0me\0{pairs}\0");
+            let packet = request(body.len() as u32 + 8, 0x3_0000, body.as_bytes());
+            assert_eq!(setting(&packet, "trunkline.target").as_deref(), expected, "{parameters:?}");
+        }
+        assert_eq!(setting(b"\0\0\0\x0c\0\x03\0\0user", "user"), None);
+        assert_eq!(setting(b"", "user"), None);
+    }
+
     proptest! {
+        #[test]
+        fn any_bytes_have_settings_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..200), options in ".{0,60}") {
+            let _ = setting(&bytes, "trunkline.target");
+            let _ = option(&options, "trunkline.target");
+        }
+
         #[test]
         fn any_bytes_get_an_answer_and_needs_are_bounded(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
             if let Ok(Progress::Need(more)) = read(&bytes) {
@@ -191,6 +282,10 @@ mod tests {
             let mut bytes = BytesMut::new();
             message.encode(&mut bytes).unwrap();
             prop_assert_eq!(read(&bytes), Ok(Progress::Packet(Packet::Startup { minor })));
+            for (name, value) in &message.parameters {
+                let found = parameters_of(&bytes, name);
+                prop_assert_eq!(found.as_deref(), Some(value.as_bytes()));
+            }
             let decoded = Startup::decode(&mut bytes, &DecodeContext::default()).unwrap().unwrap();
             prop_assert_eq!(decoded, message);
         }

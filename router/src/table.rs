@@ -13,10 +13,11 @@
 //!     there is just no place for new sessions. Nobody else can have been elected, so what becomes of the old sessions
 //!     is between the client and PostgreSQL.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use trunkline_common::{ClusterView, Lsn, Member, MemberName, Revision, TimelineId};
-use trunkline_config::router::{NoCandidate, Port, Target};
+use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, Revision, TimelineId};
+use trunkline_config::tags;
 
 /// One uninterrupted time of leadership: a leader key as it was created. A key that its holder attaches to a new lease
 /// (a restarted agent) is the same one.
@@ -41,8 +42,12 @@ pub struct Backend {
     pub epoch: Option<Epoch>,
     /// Whether the leader waits for it at commit.
     pub sync: bool,
-    /// Bytes of WAL behind the leader's last published position; `None` where either is unknown.
+    /// Bytes of WAL behind the leader's last known position; `None` where either is unknown.
     pub lag: Option<u64>,
+    /// Since when the leader has been known to have what it lacks; see [`lag`](crate::lag).
+    pub behind_since: Option<Instant>,
+    /// Its tags, as far as they are single values.
+    pub tags: BTreeMap<String, String>,
     /// Its timeline, where known.
     pub timeline: Option<TimelineId>,
 }
@@ -138,6 +143,8 @@ impl RouteTable {
                 sync: view.leader.as_ref().is_some_and(|leader| view.sync.leader.as_ref() == Some(&leader.name))
                     && view.sync.lists(name),
                 lag: lag(view.status.optime, member),
+                behind_since: None,
+                tags: member.tags.iter().filter_map(|(tag, value)| Some((tag.clone(), tags::text(value)?))).collect(),
                 timeline: member.timeline,
             });
             match view.is_leader(name) {
@@ -156,27 +163,6 @@ impl RouteTable {
         }
         self
     }
-
-    /// The servers that a new session of `port` may go to, none of which is better than another.
-    pub fn candidates(&self, port: &Port) -> Vec<Arc<Backend>> {
-        let near = |backend: &&Arc<Backend>| match (port.max_lag, backend.lag) {
-            (None, _) => true,
-            (Some(limit), Some(lag)) => lag <= limit,
-            (Some(_), None) => false,
-        };
-        let standbys = self.standbys.iter().filter(near);
-        let chosen: Vec<_> = match port.target {
-            Target::Leader => return self.leader.iter().cloned().collect(),
-            Target::Replica => standbys.cloned().collect(),
-            Target::Sync => standbys.filter(|backend| backend.sync).cloned().collect(),
-            Target::Async => standbys.filter(|backend| !backend.sync).cloned().collect(),
-            Target::Any => standbys.chain(&self.leader).cloned().collect(),
-        };
-        match port.no_candidate {
-            NoCandidate::Leader if chosen.is_empty() => self.leader.iter().cloned().collect(),
-            _ => chosen,
-        }
-    }
 }
 
 fn reign(view: &ClusterView) -> Option<Epoch> {
@@ -188,9 +174,12 @@ fn reign(view: &ClusterView) -> Option<Epoch> {
     Some(Epoch { member: key.name.clone(), created: key.created })
 }
 
+/// The verdict on a leader that takes sessions.
+pub(crate) const LEADER: &str = "leader";
+
 fn leader_verdict(member: &Member) -> Result<&'static str, &'static str> {
     match member.role.as_str() {
-        _ if member.claims_primary() => Ok("leader"),
+        _ if member.claims_primary() => Ok(LEADER),
         "primary" | "master" => Err("leader, but its server is not running"),
         "standby_leader" => Err("leader of a standby cluster: never writable"),
         _ => Err("leader, but not promoted yet"),
@@ -215,7 +204,7 @@ fn standby_verdict(member: &Member) -> Result<&'static str, &'static str> {
 
 /// Both positions are published at most once per `loop_wait`, so a standby may look ahead of its leader: no lag then.
 fn lag(optime: Lsn, member: &Member) -> Option<u64> {
-    let at = member.xlog_location.or(member.receive_lsn).or(member.replay_lsn)?;
+    let at = member.replay_lsn.or(member.xlog_location).or(member.receive_lsn)?;
     optime.is_valid().then(|| at.lag_behind(optime))
 }
 
@@ -254,10 +243,6 @@ pub(crate) mod tests {
 
     fn epoch(member: &str, created: i64) -> Epoch {
         Epoch { member: member.into(), created: Revision(created) }
-    }
-
-    fn port(target: Target, no_candidate: NoCandidate, max_lag: Option<u64>) -> Port {
-        Port { name: "p".into(), listen: "127.0.0.1:0".into(), target, no_candidate, max_lag }
     }
 
     fn names(backends: &[Arc<Backend>]) -> Vec<&str> {
@@ -332,31 +317,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn ports_choose_by_target_lag_and_fallback() {
-        let far = Member { xlog_location: Some(Lsn(100)), ..member("replica", "running") };
-        let blind = Member { xlog_location: None, ..member("replica", "running") };
-        let mut cluster = view(
-            Some(("a", 7)),
-            &[("a", member("primary", "running")), ("b", member("replica", "running")), ("c", far), ("d", blind)],
-        );
-        cluster.sync = SyncState { leader: Some("a".into()), standbys: vec!["B".into()], ..SyncState::default() };
-        let table = RouteTable::from_view(&cluster);
-        for (target, no_candidate, max_lag, expected) in [
-            (Target::Leader, NoCandidate::Hold, None, vec!["a"]),
-            (Target::Replica, NoCandidate::Hold, None, vec!["b", "c", "d"]),
-            (Target::Replica, NoCandidate::Hold, Some(100), vec!["b"]),
-            (Target::Replica, NoCandidate::Hold, Some(99), vec![]),
-            (Target::Replica, NoCandidate::Leader, Some(99), vec!["a"]),
-            (Target::Sync, NoCandidate::Hold, None, vec!["b"]),
-            (Target::Async, NoCandidate::Hold, None, vec!["c", "d"]),
-            (Target::Any, NoCandidate::Hold, Some(500), vec!["b", "a"]),
-        ] {
-            let port = port(target, no_candidate, max_lag);
-            assert_eq!(names(&table.candidates(&port)), expected, "{port:?}");
+    fn a_sync_list_of_another_leader_says_nothing() {
+        let members = [("a", member("primary", "running")), ("b", member("replica", "running"))];
+        let mut cluster = view(Some(("a", 7)), &members);
+        for (owner, listed) in [("a", true), ("z", false)] {
+            cluster.sync = SyncState { leader: Some(owner.into()), standbys: vec!["B".into()], ..SyncState::default() };
+            assert_eq!(RouteTable::from_view(&cluster).standbys[0].sync, listed, "{owner}");
         }
-        cluster.sync.leader = Some("z".into());
-        let stale = RouteTable::from_view(&cluster);
-        assert!(stale.candidates(&port(Target::Sync, NoCandidate::Hold, None)).is_empty(), "another leader's list");
     }
 
     #[test]

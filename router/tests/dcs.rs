@@ -15,6 +15,7 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::dcs::{Dcs, Op, Txn};
 use trunkline_common::{LeaseId, SystemClock};
 use trunkline_config::router::Target;
+use trunkline_router::socket::Listener;
 use trunkline_router::{Router, accept, follow};
 
 async fn put(dcs: &MemoryDcs<SystemClock>, key: &str, value: &str) {
@@ -42,7 +43,9 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
     ));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rw = listener.local_addr().unwrap();
-    tokio::spawn(accept::serve(router.clone(), router.listening(&port(Target::Leader)), listener));
+    let (_open, closed) = tokio::sync::watch::channel(false);
+    let listening = router.listening(&port(Target::Leader));
+    tokio::spawn(accept::serve(router.clone(), listening, Listener::Tcp(listener), closed));
 
     let (a, b) = (Fake::start().await, Fake::start().await);
     put(&dcs, "members/a", &record("primary", a.at)).await;

@@ -51,9 +51,8 @@ async fn an_elected_standby_is_not_connected_to_before_it_says_primary() {
 
 #[tokio::test]
 async fn expiry_is_told_with_an_sqlstate() {
-    let limits = Limits { hold_timeout: Duration::from_millis(150), ..limits() };
-    let world = World::new(limits);
-    let rw = world.open(port(Target::Leader)).await;
+    let world = World::new(limits());
+    let rw = world.open(Port { hold_timeout: Duration::from_millis(150), ..port(Target::Leader) }).await;
     let mut plain = connect(rw, STARTUP).await;
     assert_eq!(refused(&mut plain).await, "57P03");
     // Who asked for TLS hears "no" and then the reason, in answer to its start-up packet.
@@ -260,8 +259,8 @@ async fn what_a_held_client_has_said_already_is_not_lost() {
 
 #[tokio::test]
 async fn slow_and_senseless_clients_are_bounded() {
-    let world = World::new(Limits { startup_timeout: Duration::from_millis(100), ..limits() });
-    let rw = world.open(port(Target::Leader)).await;
+    let world = World::new(limits());
+    let rw = world.open(Port { startup_timeout: Duration::from_millis(100), ..port(Target::Leader) }).await;
     let mut slow = connect(rw, &STARTUP[..9]).await;
     assert_eq!(refused(&mut slow).await, "08P01");
     let mut silent = connect(rw, b"").await;

@@ -108,8 +108,8 @@ async fn readers_of_standbys_and_of_the_leader_are_told_apart() {
 
 #[tokio::test]
 async fn a_dial_to_a_frozen_host_is_given_up_when_another_leads() {
-    let mut world = World::new(Limits { connect_timeout: PATIENCE, ..limits() });
-    let rw = world.open(port(Target::Leader)).await;
+    let mut world = World::new(limits());
+    let rw = world.open(Port { connect_timeout: PATIENCE, ..port(Target::Leader) }).await;
     // A listener whose queue is full drops what comes: the connect hangs as to a frozen host.
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();

@@ -67,7 +67,7 @@ async fn big_transfers_arrive_whole_in_both_directions_at_once() {
     assert!(up == bytes, "to the server");
     assert!(down == bytes, "to the client");
     let text = world.router.metrics.render().unwrap();
-    let counted = format!("bytes_total{{direction=\"to_client\",port=\"leader\"}} {}\n", bytes.len() + 1);
+    let counted = format!("bytes_total{{direction=\"to_client\",member=\"a\",port=\"leader\"}} {}\n", bytes.len() + 1);
     assert!(text.contains(&counted), "{text}");
     eventually(|| world.router.connections() == 0).await;
 }

@@ -37,8 +37,8 @@ const LINGER: Duration = Duration::from_secs(10);
 /// Steps a session may take before others of its thread get their turn.
 const STEPS: usize = 16;
 
-/// From this many bytes sent without any answer, the server's receive window may be closed by a server that is alive but
-/// busy (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
+/// From this many bytes sent without any answer, the receive window may be closed by a peer that is alive but busy
+/// (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
 const UNANSWERED: u64 = 32 << 10;
 
 /// Who ended the session.
@@ -60,7 +60,8 @@ pub async fn relay(client: &TcpStream, server: &TcpStream, unread: bool, pool: &
     let mut relay = Relay {
         up: Half { unread, ..Half::new(client, server) },
         down: Half::new(server, client),
-        unanswered: Some(0),
+        unanswered_up: Some(0),
+        unanswered_down: Some(0),
         linger: None,
         end: None,
     };
@@ -70,8 +71,10 @@ pub async fn relay(client: &TcpStream, server: &TcpStream, unread: bool, pool: &
 struct Relay<'a> {
     up: Half<'a>,
     down: Half<'a>,
-    /// Bytes sent since the server last said anything; `None` once the user timeout has been turned off.
-    unanswered: Option<u64>,
+    /// Bytes sent since the server last said anything; `None` once its user timeout has been turned off.
+    unanswered_up: Option<u64>,
+    /// The same of the client.
+    unanswered_down: Option<u64>,
     linger: Option<Pin<Box<tokio::time::Sleep>>>,
     end: Option<End>,
 }
@@ -105,12 +108,8 @@ impl Relay<'_> {
         if down > 0 {
             meter.down(down);
         }
-        let Some(unanswered) = self.unanswered.as_mut() else { return };
-        *unanswered = if down > 0 { 0 } else { *unanswered + up };
-        if *unanswered > UNANSWERED {
-            socket::forget_user_timeout(self.up.to);
-            self.unanswered = None;
-        }
+        note_unanswered(&mut self.unanswered_up, up, down, self.up.to);
+        note_unanswered(&mut self.unanswered_down, down, up, self.down.to);
     }
 
     fn note_end(&mut self) {
@@ -145,6 +144,15 @@ impl Relay<'_> {
             Poll::Ready(()) => Poll::Ready(self.end.unwrap_or(End::Server)),
             Poll::Pending => Poll::Pending,
         }
+    }
+}
+
+fn note_unanswered(unanswered: &mut Option<u64>, sent: u64, heard: u64, peer: &TcpStream) {
+    let Some(bytes) = unanswered else { return };
+    *bytes = if heard > 0 { 0 } else { *bytes + sent };
+    if *bytes > UNANSWERED {
+        socket::forget_user_timeout(peer);
+        *unanswered = None;
     }
 }
 

@@ -12,9 +12,10 @@ use tokio::sync::watch;
 use trunkline_common::cluster::{LeaderKey, Status};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, ClusterView, LeaseId, Lsn, Member, Revision, SystemClock};
-use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+use trunkline_config::router::{Limits, Listen, NoCandidate, Port, Target};
 use trunkline_router::probe::Prober;
-use trunkline_router::{Router, accept, follow};
+use trunkline_router::socket::{Address, Bound};
+use trunkline_router::{Router, accept, follow, survey};
 
 /// A start-up packet of protocol 3.0.
 pub const STARTUP: &[u8] = b"\0\0\0\x11\0\x03\0\0user\0me\0\0";
@@ -30,22 +31,20 @@ pub fn limits() -> Limits {
     Limits {
         max_sessions: 1_000,
         max_held: 100,
-        hold_timeout: Duration::from_secs(10),
         release_rate: 0,
-        startup_timeout: Duration::from_secs(5),
-        connect_timeout: Duration::from_secs(2),
         stale_after: Duration::from_secs(600),
         drain_timeout: Duration::from_secs(5),
+        ..Limits::default()
     }
 }
 
 pub fn port(target: Target) -> Port {
     Port {
-        name: format!("{target:?}").to_lowercase(),
-        listen: "127.0.0.1:0".into(),
-        target,
         no_candidate: NoCandidate::Hold,
-        max_lag: None,
+        hold_timeout: Duration::from_secs(10),
+        startup_timeout: Duration::from_secs(5),
+        connect_timeout: Duration::from_secs(2),
+        ..Port::new(target.as_str(), Listen::Tcp("127.0.0.1:0".into()), target)
     }
 }
 
@@ -59,6 +58,7 @@ impl World {
     pub fn new(limits: Limits) -> Self {
         let router = Router::new(limits).unwrap();
         let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
+        tokio::spawn(survey::candidates(router.clone()));
         tokio::spawn(follow::run(router.clone(), Prober::default(), receiver));
         let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
         Self { router, knowledge: sender, view }
@@ -66,10 +66,20 @@ impl World {
 
     /// Opens a port; clients connect to the address.
     pub async fn open(&self, port: Port) -> SocketAddr {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(accept::serve(self.router.clone(), self.router.listening(&port), listener));
-        address
+        let router = self.router.clone();
+        let bound = Bound::listen(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
+        let address = bound.address().unwrap();
+        let (listening, listener) = (self.router.listening(&port), bound.into_listener().unwrap());
+        let (open, closed) = tokio::sync::watch::channel(false);
+        tokio::spawn(async move {
+            accept::serve(router, listening, listener, closed).await;
+            drop(open);
+        });
+        match address {
+            Address::Tcp(address) => address,
+            // Nobody connects to it by an address.
+            Address::Unix(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
+        }
     }
 
     /// Changes the cluster in one step and returns once the router has taken note.
@@ -165,6 +175,13 @@ pub async fn connect(to: SocketAddr, first: &[u8]) -> TcpStream {
     stream.set_nodelay(true).unwrap();
     stream.write_all(first).await.unwrap();
     stream
+}
+
+/// A start-up packet with these parameters.
+pub fn startup(parameters: &[(&str, &str)]) -> Vec<u8> {
+    let pairs: String = parameters.iter().map(|(name, value)| format!("{name}\0{value}\0")).collect();
+    let body = [b"\0\x03\0\0user\0me\0", pairs.as_bytes(), b"\0"].concat();
+    [&(body.len() as u32 + 4).to_be_bytes(), &body[..]].concat()
 }
 
 /// A session through the router: the client's end and the server's.

@@ -8,6 +8,7 @@ mod demo;
 mod failover;
 mod guard;
 mod patroni;
+mod ports;
 mod rejoin;
 mod router;
 mod switchover;

@@ -1,0 +1,157 @@
+//! A port as it runs: its settings, which may be replaced, and what is counted for it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use trunkline_common::Instant;
+use trunkline_config::router::Port;
+
+use crate::hold::Pace;
+use crate::places::Places;
+
+/// A port of this router.
+#[derive(Debug)]
+pub struct Listening {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Connections at once.
+    pub places: Arc<Places>,
+    /// Connections of each client address.
+    pub clients: Clients,
+    settings: RwLock<Arc<Port>>,
+    pace: Mutex<Pace>,
+    turn: AtomicUsize,
+}
+
+impl Listening {
+    /// With the settings of `port`.
+    pub fn new(port: Port) -> Arc<Self> {
+        Arc::new(Self {
+            name: port.name.as_str().into(),
+            places: Places::new(port.max_sessions.unwrap_or(usize::MAX)),
+            clients: Clients::default(),
+            pace: Mutex::new(Pace::new(port.accept_rate.unwrap_or(0))),
+            turn: AtomicUsize::new(0),
+            settings: RwLock::new(Arc::new(port)),
+        })
+    }
+
+    /// Its settings now. A connection keeps those it was accepted under.
+    pub fn settings(&self) -> Arc<Port> {
+        self.settings.read().clone()
+    }
+
+    /// Other settings, from now on.
+    pub fn set(&self, port: Port) {
+        self.places.resize(port.max_sessions.unwrap_or(usize::MAX));
+        self.pace.lock().set_rate(port.accept_rate.unwrap_or(0));
+        *self.settings.write() = Arc::new(port);
+    }
+
+    /// When the next connection may be accepted, if not at once.
+    pub fn accept_at(&self, now: Instant) -> Option<Instant> {
+        Some(self.pace.lock().turn(now)).filter(|turn| *turn > now)
+    }
+
+    /// The next number of a round.
+    pub fn turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Who is at the other end of a client's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// By TCP, from this address.
+    Tcp(SocketAddr),
+    /// By a unix socket.
+    Unix,
+}
+
+impl Peer {
+    /// The address, without the port.
+    pub fn ip(self) -> Option<IpAddr> {
+        match self {
+            Peer::Tcp(address) => Some(address.ip().to_canonical()),
+            Peer::Unix => None,
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Peer::Tcp(address) => address.fmt(f),
+            Peer::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// How many connections each client address has. Those by unix socket count as one client.
+#[derive(Debug, Default)]
+pub struct Clients {
+    counts: Mutex<HashMap<Option<IpAddr>, usize>>,
+}
+
+/// One connection of a client address; dropping it ends the count.
+#[derive(Debug)]
+pub struct Counted<'a> {
+    clients: &'a Clients,
+    ip: Option<IpAddr>,
+}
+
+impl Clients {
+    /// Counts one more, unless there are `limit` already.
+    pub fn enter(&self, ip: Option<IpAddr>, limit: usize) -> Option<Counted<'_>> {
+        let mut counts = self.counts.lock();
+        let count = counts.entry(ip).or_default();
+        // An entry that was just made has a place: limits are at least 1.
+        if *count >= limit.max(1) {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { clients: self, ip })
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        let mut counts = self.clients.counts.lock();
+        if let Some(count) = counts.get_mut(&self.ip) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.ip);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_are_counted_by_address_and_forgotten() {
+        let clients = Clients::default();
+        let ip = |text: &str| Some(text.parse().unwrap());
+        let first = clients.enter(ip("10.0.0.1"), 1);
+        assert!(first.is_some());
+        assert!(clients.enter(ip("10.0.0.1"), 1).is_none());
+        assert!(clients.enter(ip("10.0.0.2"), 1).is_some());
+        assert!(clients.enter(None, 1).is_some());
+        drop(first);
+        assert!(clients.counts.lock().is_empty());
+        assert!(clients.enter(ip("10.0.0.1"), 1).is_some());
+    }
+
+    #[test]
+    fn an_address_is_the_same_by_both_versions_of_ip() {
+        let mapped = Peer::Tcp("[::ffff:10.0.0.1]:5".parse().unwrap());
+        assert_eq!(mapped.ip(), Peer::Tcp("10.0.0.1:6".parse().unwrap()).ip());
+        assert_eq!((mapped.to_string(), Peer::Unix.to_string()), ("[::ffff:10.0.0.1]:5".into(), "unix".into()));
+    }
+}

@@ -1,0 +1,260 @@
+//! Which servers a port's sessions may go to, and why not to the others. Pure.
+//!
+//! The same judgement serves new sessions, `/routes`, `/why` and the log, so they can't disagree.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use trunkline_common::{Instant, MemberName};
+use trunkline_config::router::{Lag, NoCandidate, Port, Target};
+
+use crate::table::{Backend, RouteTable};
+
+/// What a port makes of a member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// New sessions may go to it.
+    Candidate,
+    /// So they may because there is no candidate.
+    Substitute,
+    /// They may not.
+    No(Reason),
+}
+
+/// Why a server is no candidate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// No port sends sessions to it.
+    Member(&'static str),
+    /// The leader has not proven that it leads while the DCS is silent.
+    Unproven,
+    /// It is another kind of server than the port leads to.
+    Kind(Target),
+    /// It lacks this tag, or has another value.
+    Tag(String),
+    /// How far it is behind is not known.
+    LagUnknown,
+    /// It is too many bytes behind.
+    LagBytes(u64, u64),
+    /// It is too long behind.
+    LagTime(Duration, Duration),
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Candidate => f.write_str("candidate"),
+            Verdict::Substitute => f.write_str("used because there is no candidate"),
+            Verdict::No(reason) => reason.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Member(why) => f.write_str(why),
+            Reason::Unproven => f.write_str("leader, but the DCS is silent and it has not proven it"),
+            Reason::Kind(wanted) => write!(f, "not what target {} means", wanted.as_str()),
+            Reason::Tag(tag) => write!(f, "tag {tag} is not as wanted"),
+            Reason::LagUnknown => f.write_str("how far it is behind is not known"),
+            Reason::LagBytes(lag, limit) => write!(f, "{lag} bytes behind, {limit} allowed"),
+            Reason::LagTime(lag, limit) => {
+                write!(f, "{:.1} s behind, {} allowed", lag.as_secs_f64(), limit.as_secs_f64())
+            }
+        }
+    }
+}
+
+/// The servers that a new session of `port` may go to.
+pub fn candidates(table: &RouteTable, port: &Port, now: Instant) -> Vec<Arc<Backend>> {
+    let standbys = table.standbys.iter().filter(|standby| judge(standby, false, port, now).is_ok());
+    let leader = table.leader.iter().filter(|leader| judge(leader, true, port, now).is_ok());
+    let chosen: Vec<_> = standbys.chain(leader).cloned().collect();
+    match port.no_candidate {
+        NoCandidate::Leader if chosen.is_empty() => table.leader.iter().cloned().collect(),
+        _ => chosen,
+    }
+}
+
+/// What `port` makes of every member, by name.
+pub fn explain(table: &RouteTable, port: &Port, now: Instant) -> Vec<(MemberName, Verdict)> {
+    let candidates = candidates(table, port, now);
+    let explain = |(name, verdict): &(MemberName, &'static str)| {
+        let leader = table.leader.iter().find(|leader| leader.member == *name);
+        let standby = table.standbys.iter().find(|standby| standby.member == *name);
+        let judged = match (leader, standby) {
+            (Some(leader), _) => judge(leader, true, port, now),
+            (None, Some(standby)) => judge(standby, false, port, now),
+            (None, None) if *verdict == crate::table::LEADER => Err(Reason::Unproven),
+            (None, None) => Err(Reason::Member(verdict)),
+        };
+        let verdict = match judged {
+            Ok(()) => Verdict::Candidate,
+            Err(_) if candidates.iter().any(|candidate| candidate.member == *name) => Verdict::Substitute,
+            Err(reason) => Verdict::No(reason),
+        };
+        (name.clone(), verdict)
+    };
+    table.verdicts.iter().map(explain).collect()
+}
+
+/// Whether sessions of `port` on `member` must end because it is too far behind. Not knowing is no reason to end any.
+pub fn must_end(table: &RouteTable, port: &Port, member: &MemberName, now: Instant) -> bool {
+    let standby = table.standbys.iter().find(|standby| standby.member == *member);
+    standby.is_some_and(|standby| {
+        matches!(within(standby, &port.end_lag, now), Err(Reason::LagBytes(..) | Reason::LagTime(..)))
+    })
+}
+
+fn judge(server: &Backend, leads: bool, port: &Port, now: Instant) -> Result<(), Reason> {
+    let kind = match port.target {
+        Target::Leader => leads,
+        Target::Replica => !leads,
+        Target::Sync => !leads && server.sync,
+        Target::Async => !leads && !server.sync,
+        Target::Any => true,
+    };
+    if !kind {
+        return Err(Reason::Kind(port.target));
+    }
+    for (tag, wanted) in &port.tags {
+        if !server.tags.get(tag).is_some_and(|value| wanted.contains(value)) {
+            return Err(Reason::Tag(tag.clone()));
+        }
+    }
+    if leads { Ok(()) } else { within(server, &port.max_lag, now) }
+}
+
+fn within(standby: &Backend, limit: &Lag, now: Instant) -> Result<(), Reason> {
+    if *limit == Lag::default() {
+        return Ok(());
+    }
+    let Some(bytes) = standby.lag else { return Err(Reason::LagUnknown) };
+    let time = standby.behind_since.map_or(Duration::ZERO, |since| now.since(since));
+    match (limit.bytes, limit.time) {
+        (Some(limit), _) if bytes > limit => Err(Reason::LagBytes(bytes, limit)),
+        (_, Some(limit)) if time > limit => Err(Reason::LagTime(time, limit)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use trunkline_common::cluster::SyncState;
+    use trunkline_common::{Lsn, Member};
+    use trunkline_config::router::Listen;
+
+    use super::*;
+    use crate::table::tests::{member, view};
+
+    fn port(target: Target, no_candidate: NoCandidate) -> Port {
+        Port { no_candidate, ..Port::new("p", Listen::Tcp("127.0.0.1:0".into()), target) }
+    }
+
+    fn at(seconds: u64) -> Instant {
+        Instant::from_boot(Duration::from_secs(seconds))
+    }
+
+    /// a leads; b is close, in time as well, synchronous and in zone x; c is far behind; of d nothing is known.
+    fn table() -> RouteTable {
+        let far = Member { xlog_location: Some(Lsn(100)), ..member("replica", "running") };
+        let blind = Member { xlog_location: None, ..member("replica", "running") };
+        let mut near = member("replica", "running");
+        near.tags.insert("zone".into(), "x".into());
+        near.tags.insert("tier".into(), 1.into());
+        let mut view = view(
+            Some(("a", 7)),
+            &[
+                ("a", member("primary", "running")),
+                ("b", near),
+                ("c", far),
+                ("d", blind),
+                ("e", member("replica", "starting")),
+            ],
+        );
+        view.sync = SyncState { leader: Some("a".into()), standbys: vec!["B".into()], ..SyncState::default() };
+        let mut table = RouteTable::from_view(&view);
+        for standby in &mut table.standbys {
+            let since = match standby.member.as_str() {
+                "b" => Some(at(98)),
+                "c" => Some(at(40)),
+                _ => None,
+            };
+            *standby = Arc::new(Backend { behind_since: since, ..(**standby).clone() });
+        }
+        table
+    }
+
+    fn names(port: &Port) -> String {
+        candidates(&table(), port, at(100)).iter().map(|server| server.member.as_str()).collect()
+    }
+
+    #[test]
+    fn ports_choose_by_target_tags_lag_and_fallback() {
+        let lag = |bytes, seconds: Option<u64>| Lag { bytes, time: seconds.map(Duration::from_secs) };
+        let tags = |tag: &str, values: &[&str]| {
+            [(tag.to_owned(), values.iter().map(|value| (*value).to_owned()).collect())].into_iter().collect()
+        };
+        let hold = |target| port(target, NoCandidate::Hold);
+        for (port, expected) in [
+            (hold(Target::Leader), "a"),
+            (hold(Target::Replica), "bcd"),
+            (Port { max_lag: lag(Some(100), None), ..hold(Target::Replica) }, "b"),
+            (Port { max_lag: lag(Some(99), None), ..hold(Target::Replica) }, ""),
+            (Port { max_lag: lag(Some(99), None), ..port(Target::Replica, NoCandidate::Leader) }, "a"),
+            (Port { max_lag: lag(Some(99), None), ..port(Target::Replica, NoCandidate::Refuse) }, ""),
+            (Port { max_lag: lag(None, Some(2)), ..hold(Target::Replica) }, "b"),
+            (Port { max_lag: lag(None, Some(1)), ..hold(Target::Replica) }, ""),
+            (Port { max_lag: lag(Some(5_000), Some(60)), ..hold(Target::Replica) }, "bc"),
+            (hold(Target::Sync), "b"),
+            (hold(Target::Async), "cd"),
+            (Port { max_lag: lag(Some(500), None), ..hold(Target::Any) }, "ba"),
+            (Port { tags: tags("zone", &["x", "y"]), ..hold(Target::Any) }, "b"),
+            (Port { tags: tags("tier", &["1"]), ..hold(Target::Replica) }, "b"),
+            (Port { tags: tags("zone", &["z"]), ..hold(Target::Replica) }, ""),
+            (Port { tags: tags("zone", &["z"]), ..port(Target::Replica, NoCandidate::Leader) }, "a"),
+            (Port { tags: tags("zone", &["x"]), ..hold(Target::Leader) }, ""),
+        ] {
+            assert_eq!(names(&port), expected, "{port:?}");
+        }
+    }
+
+    #[test]
+    fn every_member_has_a_reason() {
+        let limited =
+            Port { max_lag: Lag { bytes: Some(500), time: None }, ..port(Target::Replica, NoCandidate::Hold) };
+        let why = |table: &RouteTable, port: &Port| {
+            let line = |(name, verdict): &(MemberName, Verdict)| format!("{}: {verdict}", name.as_str());
+            explain(table, port, at(100)).iter().map(line).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            why(&table(), &limited),
+            [
+                "a: not what target replica means",
+                "b: candidate",
+                "c: 900 bytes behind, 500 allowed",
+                "d: how far it is behind is not known",
+                "e: not running"
+            ]
+        );
+        let nobody = Port { no_candidate: NoCandidate::Leader, max_lag: Lag { bytes: Some(1), time: None }, ..limited };
+        assert_eq!(why(&table(), &nobody)[0], "a: used because there is no candidate");
+        let leader = port(Target::Leader, NoCandidate::Hold);
+        let silent = table().unconfirmed(false);
+        assert_eq!(why(&silent, &leader)[0], "a: leader, but the DCS is silent and it has not proven it");
+    }
+
+    #[test]
+    fn sessions_end_only_by_a_known_lag_beyond_the_second_threshold() {
+        let end_lag = Lag { bytes: Some(500), time: Some(Duration::from_secs(30)) };
+        let port = Port { end_lag, ..port(Target::Replica, NoCandidate::Hold) };
+        let ends: Vec<_> = ["a", "b", "c", "d", "e"]
+            .into_iter()
+            .filter(|name| must_end(&table(), &port, &(*name).into(), at(100)))
+            .collect();
+        assert_eq!(ends, ["c"]);
+        assert!(must_end(&table(), &port, &"b".into(), at(129)), "in time");
+    }
+}

@@ -1,0 +1,109 @@
+//! What is looked at again and again, beside the sessions: who is a candidate of which port, which one line in the log
+//! tells whenever it changes; sessions on standbys that are too far behind, which end; and positions, where a port limits
+//! lag in time.
+
+use std::collections::BTreeMap;
+use std::mem::Discriminant;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+use tracing::{debug, info};
+use trunkline_common::dcs::follow::Knowledge;
+use trunkline_common::{Clock, MemberName};
+
+use crate::lag::Measured;
+use crate::probe::Prober;
+use crate::router::Router;
+use crate::rule::{self, Reason, Verdict};
+use crate::sessions::Cut;
+
+/// How often: lag in time grows by itself.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a member may take to tell its position.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Looks at every new table, and at the last one every second.
+pub async fn candidates(router: Arc<Router>) {
+    let mut tables = router.tables();
+    let mut seen = Seen::default();
+    loop {
+        let _ = tokio::time::timeout(PAUSE, tables.changed()).await;
+        look(&router, &mut seen);
+    }
+}
+
+/// What a port last made of a member, without the numbers.
+type Seen = BTreeMap<(Arc<str>, MemberName), Kind>;
+
+/// What a change of is told in the log.
+type Kind = (Discriminant<Verdict>, Option<Discriminant<Reason>>);
+
+fn look(router: &Router, seen: &mut Seen) {
+    let (table, now) = (router.table(), router.clock.now());
+    let (mut last, mut end_lag) = (std::mem::take(seen), false);
+    for listening in router.ports() {
+        let port = listening.settings();
+        end_lag |= port.end_lag != trunkline_config::router::Lag::default();
+        for (member, verdict) in rule::explain(&table, &port, now) {
+            let key = (listening.name.clone(), member);
+            let kind = kind(&verdict);
+            if last.remove(&key) != Some(kind) {
+                info!(port = &*key.0, member = key.1.as_str(), %verdict, "candidates changed");
+            }
+            seen.insert(key, kind);
+        }
+    }
+    for (port, member) in last.into_keys() {
+        info!(port = &*port, member = member.as_str(), verdict = "not a member", "candidates changed");
+    }
+    if end_lag {
+        end_sessions(router);
+    }
+}
+
+fn kind(verdict: &Verdict) -> Kind {
+    let reason = match verdict {
+        Verdict::No(reason) => Some(std::mem::discriminant(reason)),
+        Verdict::Candidate | Verdict::Substitute => None,
+    };
+    (std::mem::discriminant(verdict), reason)
+}
+
+fn end_sessions(router: &Router) {
+    let (table, now) = (router.table(), router.clock.now());
+    let ports: BTreeMap<_, _> = router.ports().into_iter().map(|port| (port.name.clone(), port.settings())).collect();
+    let is_over =
+        |port: &str, member: &MemberName| ports.get(port).is_some_and(|port| rule::must_end(&table, port, member, now));
+    let ended = router.sessions.end_where(Cut::Lag, is_over);
+    if ended > 0 {
+        info!(sessions_ended = ended, "their servers are too far behind");
+    }
+}
+
+/// Asks the members for their positions every second, while a port has to know them.
+pub async fn positions(router: Arc<Router>, prober: Prober, knowledge: watch::Receiver<Knowledge>) {
+    loop {
+        router.clock.sleep_until(router.clock.now() + PAUSE).await;
+        let needed = router.ports().iter().any(|port| port.settings().needs_lag_time());
+        let view = knowledge.borrow().view.clone().filter(|_| needed);
+        let members = view.iter().flat_map(|view| &view.members);
+        let ask = async |name: &MemberName, url: &str| match prober.position(url, PROBE_LIMIT).await {
+            Ok(position) => Some((name.clone(), position)),
+            Err(error) => {
+                debug!(member = name.as_str(), error, "position not known");
+                None
+            }
+        };
+        let asked = members.filter_map(|(name, member)| Some(ask(name, member.api_url.as_deref()?)));
+        let measured: Measured = join_all(asked).await.into_iter().flatten().collect();
+        let changed = |before: &mut Arc<Measured>| {
+            let changed = **before != measured;
+            *before = Arc::new(measured);
+            changed
+        };
+        router.measured.send_if_modified(changed);
+    }
+}
