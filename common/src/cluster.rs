@@ -16,6 +16,8 @@ pub struct ClusterView {
     pub revision: Revision,
     /// The `initialize` key: whether there is a cluster, and which.
     pub initialize: Initialize,
+    /// Its revision, 0 while it is absent; what a compare-and-set has to name.
+    pub initialize_revision: Revision,
     /// The `config` key, `None` while it is absent.
     pub config: Option<ConfigRecord>,
     /// What `config` says, with Patroni's defaults for what it doesn't; the last good one where the key is malformed.

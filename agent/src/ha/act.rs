@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde_json::json;
 use tracing::{info, warn};
-use trunkline_common::cluster::{LeaderKey, SyncState};
-use trunkline_common::dcs::store::{Outcome, Seen, SyncWrite};
+use trunkline_common::cluster::{Initialize, LeaderKey, SyncState};
+use trunkline_common::dcs::store::{Alongside, Outcome, Seen, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError};
 use trunkline_common::{Clock, MemberName, Revision};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
@@ -76,6 +76,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.spawn(TaskKind::Start, hands.start(role, names, limit, Some("on_start")));
             }
             Action::CheckDivergence(upstream) => self.spawn(TaskKind::CheckDivergence, hands.compare(upstream)),
+            Action::Discard(system) => self.spawn(TaskKind::Discard, hands.discard(system)),
             Action::Rewind(upstream) => self.spawn(TaskKind::Rewind, hands.rewind(upstream)),
             _ => {}
         }
@@ -87,7 +88,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn acquire(&mut self, write: Option<SyncWrite>) -> Next {
         let (Some(view), Some(lease)) = (self.view.clone(), self.lease.session().lease) else { return Next::Wait };
         let seen = Seen::of(&view);
-        let acquired = self.parts.store.acquire_leader(&self.me.name, lease.id, seen, write.clone()).await;
+        let PgStatus::Running(running) = &self.pg else { return Next::Wait };
+        // Whoever leads first after the DCS was lost, or in it for the first time, says which cluster it is.
+        let system = running.system_id;
+        let initialize = (view.initialize != Initialize::Done(system)).then_some(system);
+        let also = Alongside { sync: write.clone(), initialize };
+        let acquired = self.parts.store.acquire_leader(&self.me.name, lease.id, seen, also).await;
         match acquired {
             Ok(Outcome::Done(revision)) => {
                 if !self.lease.lead(lease) {
@@ -102,6 +108,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 let key =
                     LeaderKey { name: self.me.name.clone(), lease: lease.id, created: revision, modified: revision };
                 view.leader = Some(key);
+                if initialize.is_some() {
+                    view.initialize = Initialize::Done(system);
+                    view.initialize_revision = revision;
+                }
                 if let Some(write) = write {
                     view.sync = written(&self.me.name, &write, revision);
                 }
@@ -254,7 +264,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 return Next::Wait;
             }
             Err(error) => {
-                warn!("the initialize key could not be created: {error}");
+                // It may have been, or may yet be: then the right is ours, and nobody else's while its lease lives.
+                warn!("the initialize key could not be created, if it was it ends with its lease: {error}");
+                self.lease.abandon(lease.id);
                 return Next::Wait;
             }
         }

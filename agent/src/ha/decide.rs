@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use trunkline_common::cluster::{FailoverRequest, Initialize};
 use trunkline_common::dcs::store::SyncWrite;
-use trunkline_common::{ClusterView, MemberName};
+use trunkline_common::{ClusterView, MemberName, SystemId};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::election::{self, Takeover, Verdict};
@@ -68,6 +68,8 @@ pub enum Action {
     Rewind(Upstream),
     /// Replace the diverged data directory by a copy.
     Reclone(Upstream),
+    /// Move half a cluster, with this identity as far as it has one, aside.
+    Discard(Option<SystemId>),
     /// End the agent: going on would do harm, and only a person can tell what is right.
     Exit,
 }
@@ -106,6 +108,7 @@ impl Action {
             Action::CheckDivergence(_) => "check_divergence",
             Action::Rewind(_) => "rewind",
             Action::Reclone(_) => "reclone",
+            Action::Discard(_) => "discard",
             Action::Exit => "exit",
         }
     }
@@ -141,7 +144,7 @@ pub fn decide(s: &Situation) -> Decision {
 }
 
 fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
-    if let Some(decision) = foreign_data(s, view) {
+    if let Some(decision) = half_made(s, view).or_else(|| foreign_data(s, view)) {
         return decision;
     }
     if s.leads() && s.holds_key && !view.is_leader(&s.me.name) {
@@ -176,6 +179,28 @@ fn without_view(s: &Situation) -> Decision {
         );
     }
     is(Action::Wait, "waiting for the DCS")
+}
+
+/// What the bootstrap of an agent before has left: nobody knows it, it may lack users and settings, and another one is
+/// made as soon as the right to make one is free. Neither may it lead, nor is it in the way.
+fn half_made(s: &Situation, view: &ClusterView) -> Option<Decision> {
+    if !s.memory.half_made || s.leads() || view.is_leader(&s.me.name) || s.dcs_away {
+        return None;
+    }
+    let what = "the bootstrap of an earlier agent was cut off";
+    Some(match s.pg {
+        PgStatus::NoData => return None,
+        _ if view.settings.pause => is(Action::Wait, format!("paused: {what}")),
+        // It may be the earlier agent's, whose last request may still be on its way.
+        PgStatus::Stopped(_) | PgStatus::Broken(_) if view.initialize == Initialize::Running => {
+            is(Action::Wait, format!("{what}; waiting for the initialize key"))
+        }
+        PgStatus::Stopped(_) | PgStatus::Broken(_) if s.backing_off() => is(Action::Wait, failed_lately(s, what)),
+        PgStatus::Stopped(_) | PgStatus::Broken(_) => {
+            is(Action::Discard(s.system_id()), format!("{what}; moving its data directory aside"))
+        }
+        _ => is(Action::Demote(DemoteMode::LostKey), format!("{what}; stopping its server")),
+    })
 }
 
 /// Data of another cluster must neither lead nor follow here (ha-loop §2 row 11).

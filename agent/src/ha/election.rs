@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use trunkline_common::cluster::Initialize;
 use trunkline_common::{ClusterView, Lsn, Member, MemberName, TimelineId};
 use trunkline_config::dynamic::SynchronousMode;
 
@@ -33,6 +34,9 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     }
     if settings.standby_cluster.is_some() {
         return Verdict::Yield("standby_cluster is set, and leading a standby cluster is not supported yet".to_owned());
+    }
+    if view.initialize == Initialize::Running {
+        return Verdict::Yield("another member is bootstrapping the cluster".to_owned());
     }
     if !is_in_failsafe(view, &s.me.name) {
         return Verdict::Yield("not in the failsafe key, so a leader without DCS would not ask this node".to_owned());

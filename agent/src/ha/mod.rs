@@ -408,7 +408,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.last_failure = Some(why);
                 return;
             }
-            (TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind, _) => {
+            (TaskKind::Restart, _) if matches!(self.memory.divergence, DivergenceState::RewindFailed(_)) => {
+                // Somebody has looked into it, and wants it to run: once more from the first rung on.
+                self.memory.divergence = DivergenceState::Check;
+            }
+            (TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind | TaskKind::Discard, _) => {
                 self.memory.divergence = DivergenceState::NotAsked;
                 self.memory.was_primary = false;
                 self.memory.demoted = false;

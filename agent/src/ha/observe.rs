@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tracing::{info, warn};
+use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::Dcs;
 use trunkline_common::{Clock, ClusterView};
 use trunkline_config::PostgresConfig;
@@ -86,6 +87,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             && self.parts.postgres.half_rewound()
         {
             self.memory.divergence = DivergenceState::RewindFailed("it was cut off half-way".to_owned());
+        }
+        self.memory.half_made = self.parts.postgres.half_made();
+        let recorded = self.view.as_ref().map(|view| view.initialize.clone());
+        if self.memory.half_made && pg.system_id().is_some_and(|own| recorded == Some(Initialize::Done(own))) {
+            match self.parts.postgres.end_bootstrap() {
+                Ok(()) => self.memory.half_made = false,
+                Err(error) => warn!("{error}"),
+            }
         }
         let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
         if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted && !self.settings.pause {

@@ -21,7 +21,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",
         Some(TaskKind::HandOver | TaskKind::Demote) => return "stopping",
-        Some(TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind) | None => {}
+        Some(TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind | TaskKind::Discard) | None => {}
     }
     match pg {
         PgStatus::Running(_) => "running",

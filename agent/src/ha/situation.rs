@@ -79,6 +79,8 @@ pub struct Memory {
     pub divergence: DivergenceState,
     /// The server took writes when it was last seen running.
     pub was_primary: bool,
+    /// The data directory belongs to a bootstrap that was not brought to its end.
+    pub half_made: bool,
     /// It is down because this node demoted it.
     pub demoted: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
@@ -211,11 +213,7 @@ impl Situation<'_> {
 
     /// Identity of the local data.
     pub fn system_id(&self) -> Option<SystemId> {
-        match self.pg {
-            PgStatus::Running(running) => Some(running.system_id),
-            PgStatus::Stopped(control) => Some(control.system_id),
-            _ => None,
-        }
+        self.pg.system_id()
     }
 
     /// Whether divergence can be mended at all: if not, nobody asks for it (ha-loop §11.1).

@@ -8,11 +8,12 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
-use trunkline_common::cluster::Status;
+use trunkline_common::cluster::{Initialize, Status};
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
-use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, TimelineId};
+use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, SystemId, TimelineId};
+use trunkline_config::dynamic::{Settings, SynchronousMode};
 
 use super::lease::LeaseHandle;
 use crate::peer::Peers;
@@ -43,6 +44,8 @@ pub enum TaskKind {
     Rewind,
     /// Copying logical slots from the primary, for which a standby is restarted.
     CopySlots,
+    /// Moving half a cluster aside.
+    Discard,
 }
 
 impl TaskKind {
@@ -60,6 +63,7 @@ impl TaskKind {
             TaskKind::CheckDivergence => "comparing histories",
             TaskKind::Rewind => "pg_rewind",
             TaskKind::CopySlots => "copying logical slots",
+            TaskKind::Discard => "moving half a cluster aside",
         }
     }
 }
@@ -150,14 +154,40 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
         // From here on this is a whole cluster, and may be the one that `initialize` names: never thrown away, unless
         // somebody else certainly has made another.
-        match self.store.finish_bootstrap(&self.name, lease.id, running.system_id).await {
-            Ok(Outcome::Done(_)) if self.lease.lead(lease) => {}
-            Ok(Outcome::Done(_)) => info!("the lease was replaced during the bootstrap; the loop looks for the key"),
+        let synchronous = Settings::from_value(&plan.config).0.synchronous_mode != SynchronousMode::Off;
+        match self.store.finish_bootstrap(&self.name, lease.id, running.system_id, synchronous).await {
+            Ok(Outcome::Done(_)) => {
+                if !self.lease.lead(lease) {
+                    info!("the lease was replaced during the bootstrap; the loop looks for the key");
+                }
+                if let Err(error) = self.postgres.end_bootstrap() {
+                    warn!("{error}");
+                }
+            }
             Ok(Outcome::Conflict) => return Err("the right to bootstrap was lost meanwhile".to_owned()),
             Err(error) => warn!("it is not known whether the bootstrap was recorded: {error}"),
         }
         self.postgres.callback("on_start", "primary");
         Ok(())
+    }
+
+    /// Moves the data directory of a bootstrap that was cut off aside, once it is certain that nobody has been told of it:
+    /// the right to finish it is over, and with that every request that could.
+    pub async fn discard(self, system: Option<SystemId>) -> TaskEnd {
+        let initialize = match self.store.read().await {
+            Ok(view) => view.initialize,
+            Err(error) => return TaskEnd::Failed { why: error.to_string(), damaged: false },
+        };
+        match initialize {
+            Initialize::Done(cluster) if Some(cluster) == system => TaskEnd::Done,
+            Initialize::Running => {
+                TaskEnd::Failed { why: "somebody is bootstrapping the cluster".to_owned(), damaged: false }
+            }
+            _ => match self.postgres.move_data_aside().await {
+                Ok(()) => TaskEnd::Done,
+                Err(error) => error.into(),
+            },
+        }
     }
 
     /// Copies from `source`; the next turn starts the copy.

@@ -7,9 +7,10 @@ use tokio_postgres::Client;
 use trunkline_config::PostgresConfig;
 use trunkline_config::postgres::Credentials;
 
+use super::files::{self, Unfinished};
 use super::instance::Instance;
 use super::pidfile::PidFile;
-use super::{PgError, conninfo, files, program, query};
+use super::{PgError, conninfo, program, query};
 
 /// Options that initdb gets from us or that make no sense here.
 const FORBIDDEN: [&str; 5] = ["pgdata", "nosync", "pwfile", "sync-only", "version"];
@@ -39,7 +40,11 @@ impl Instance {
             }
         }
         let data_dir = config.data_dir.clone();
-        self.in_pool(move |_| files::create_private_dir(&data_dir)).await?;
+        self.in_pool(move |_| {
+            files::create_private_dir(&data_dir)?;
+            files::begin(Unfinished::Bootstrap, &data_dir)
+        })
+        .await?;
         let mut command = tokio::process::Command::new(program::path(&config, "initdb"));
         command.arg("--pgdata").arg(&config.data_dir).args(&options);
         command.arg(format!("--username={}", query::user(&config)));
@@ -55,7 +60,7 @@ impl Instance {
         }
         tracing::info!("initdb in {}", config.data_dir.display());
         program::run_within(INITDB_LIMIT, &mut command).await?;
-        files::end_rewind(&config.data_dir)?;
+        files::end(Unfinished::Rewind, &config.data_dir)?;
         self.reset_managed();
         if config.pg_hba.is_none() && !config.parameters.contains_key("hba_file") {
             files::append(&config.data_dir.join("pg_hba.conf"), &hba)?;

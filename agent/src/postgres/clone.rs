@@ -36,7 +36,7 @@ impl Instance {
             match result {
                 Ok(()) => {
                     self.reset_managed();
-                    files::end_rewind(&config.data_dir)?;
+                    files::end_all(&config.data_dir)?;
                     return Ok(());
                 }
                 Err(error) => {

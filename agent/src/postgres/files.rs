@@ -144,9 +144,19 @@ pub fn remove_data(data_dir: &Path) -> Result<(), PgError> {
     clear(data_dir).map_err(|error| unwritable(data_dir, &error))
 }
 
-/// Says, beside the data directory (pg_rewind removes what it does not know inside), that pg_rewind is at work on it.
-pub fn begin_rewind(data_dir: &Path) -> Result<(), PgError> {
-    let marker = rewind_marker(data_dir);
+/// What is said beside a data directory (pg_rewind removes what it does not know inside) while it is neither the old one
+/// nor the new: whoever comes after a crash must not take it for either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfinished {
+    /// pg_rewind is at work on it; it must not be started.
+    Rewind,
+    /// It belongs to a cluster that is being made, and that nobody has been told of.
+    Bootstrap,
+}
+
+/// Says so, durably.
+pub fn begin(what: Unfinished, data_dir: &Path) -> Result<(), PgError> {
+    let marker = marker(what, data_dir);
     let write = || {
         let file = fs::File::create(&marker)?;
         file.sync_all()?;
@@ -155,20 +165,29 @@ pub fn begin_rewind(data_dir: &Path) -> Result<(), PgError> {
     write().map_err(|error| unwritable(&marker, &error))
 }
 
-/// pg_rewind has come to its end, or the data directory is another one now.
-pub fn end_rewind(data_dir: &Path) -> Result<(), PgError> {
-    let marker = rewind_marker(data_dir);
+/// It has come to its end.
+pub fn end(what: Unfinished, data_dir: &Path) -> Result<(), PgError> {
+    let marker = marker(what, data_dir);
     remove(&marker).map_err(|error| unwritable(&marker, &error))
 }
 
-/// Whether pg_rewind was cut off at work: what is there now is neither the old nor the new state, and must not be started.
-pub fn half_rewound(data_dir: &Path) -> bool {
-    rewind_marker(data_dir).exists()
+/// The data directory is another one now.
+pub fn end_all(data_dir: &Path) -> Result<(), PgError> {
+    end(Unfinished::Rewind, data_dir)?;
+    end(Unfinished::Bootstrap, data_dir)
 }
 
-fn rewind_marker(data_dir: &Path) -> PathBuf {
+/// Whether it was cut off.
+pub fn is_unfinished(what: Unfinished, data_dir: &Path) -> bool {
+    marker(what, data_dir).exists()
+}
+
+fn marker(what: Unfinished, data_dir: &Path) -> PathBuf {
     let mut name = data_dir.file_name().unwrap_or_default().to_owned();
-    name.push(".rewinding");
+    name.push(match what {
+        Unfinished::Rewind => ".rewinding",
+        Unfinished::Bootstrap => ".bootstrapping",
+    });
     data_dir.with_file_name(name)
 }
 
@@ -178,7 +197,7 @@ pub fn move_aside(data_dir: &Path) -> Result<PathBuf, PgError> {
         rename_aside(&target).map_err(|error| unwritable(&target, &error))?;
     }
     let moved = rename_aside(data_dir).map_err(|error| unwritable(data_dir, &error))?;
-    end_rewind(data_dir)?;
+    end_all(data_dir)?;
     Ok(moved)
 }
 

@@ -14,7 +14,7 @@ use trunkline_config::PostgresConfig;
 
 use super::callback::Callbacks;
 use super::control::{ControlError, ControlFile, has_standby_signal};
-use super::files::{self, DataDir};
+use super::files::{self, DataDir, Unfinished};
 use super::pidfile::{PidFile, PidFileStatus};
 use super::process::Supervisor;
 use super::query::{self, Connection, Session, Sessions};
@@ -297,7 +297,15 @@ impl Postgres for Instance {
     }
 
     fn half_rewound(&self) -> bool {
-        files::half_rewound(&self.config_now().data_dir)
+        files::is_unfinished(Unfinished::Rewind, &self.config_now().data_dir)
+    }
+
+    fn half_made(&self) -> bool {
+        files::is_unfinished(Unfinished::Bootstrap, &self.config_now().data_dir)
+    }
+
+    fn end_bootstrap(&self) -> Result<(), PgError> {
+        files::end(Unfinished::Bootstrap, &self.config_now().data_dir)
     }
 
     async fn remove_data(&self) -> Result<(), PgError> {

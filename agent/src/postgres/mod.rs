@@ -73,6 +73,17 @@ pub enum PgStatus {
     Unresponsive,
 }
 
+impl PgStatus {
+    /// Which cluster the data belongs to, where that can be seen.
+    pub fn system_id(&self) -> Option<SystemId> {
+        match self {
+            PgStatus::Running(running) => Some(running.system_id),
+            PgStatus::Stopped(control) => Some(control.system_id),
+            _ => None,
+        }
+    }
+}
+
 /// The parts of `global/pg_control` that decisions need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlData {
@@ -359,6 +370,16 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Whether the stopped server's data directory is half rewound: pg_rewind was cut off with an earlier agent.
     fn half_rewound(&self) -> bool {
         false
+    }
+
+    /// Whether the data directory belongs to a cluster that was being made, and that nobody has said to be finished.
+    fn half_made(&self) -> bool {
+        false
+    }
+
+    /// Says so: the cluster that initdb began is recorded in the DCS.
+    fn end_bootstrap(&self) -> Result<(), PgError> {
+        Ok(())
     }
 
     /// Removes the data directory's content.

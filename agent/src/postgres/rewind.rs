@@ -6,9 +6,10 @@ use tokio::process::Command;
 use trunkline_common::{History, Lsn, TimelineId};
 
 use super::control::{ControlFile, has_standby_signal};
+use super::files::{self, Unfinished};
 use super::instance::Instance;
 use super::walsender::{Identity, Purpose, Wire, WireError};
-use super::{ControlState, Divergence, PgError, PgRole, PgStatus, Upstream, conninfo, files, program, settings, wal};
+use super::{ControlState, Divergence, PgError, PgRole, PgStatus, Upstream, conninfo, program, settings, wal};
 
 /// The bound on asking the upstream who it is.
 const ASK_LIMIT: Duration = Duration::from_secs(3);
@@ -119,10 +120,10 @@ impl Instance {
         }
         command.args(&config.rewind_options);
         tracing::info!("pg_rewind to {} at {}:{}", upstream.name, upstream.host, upstream.port);
-        files::begin_rewind(&config.data_dir)?;
+        files::begin(Unfinished::Rewind, &config.data_dir)?;
         let result = program::run(&mut command).await;
         // What it says of its own end is known; only one that was cut off with this agent leaves the mark behind.
-        files::end_rewind(&config.data_dir)?;
+        files::end(Unfinished::Rewind, &config.data_dir)?;
         result
     }
 

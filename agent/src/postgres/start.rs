@@ -8,7 +8,7 @@ use serde_json::Value;
 use trunkline_common::Clock;
 use trunkline_config::PostgresConfig;
 
-use super::files::{self, DataDir};
+use super::files::{self, DataDir, Unfinished};
 use super::instance::Instance;
 use super::pidfile::PidFileStatus;
 use super::ready::{Changes, Ended};
@@ -22,7 +22,7 @@ impl Instance {
         if self.process().find().is_some() {
             return Err(PgError::Failed("it is already running".to_owned()));
         }
-        if files::half_rewound(&self.config_now().data_dir) {
+        if files::is_unfinished(Unfinished::Rewind, &self.config_now().data_dir) {
             return Err(PgError::Unusable("pg_rewind was cut off here; the data directory is of no use".to_owned()));
         }
         let until = self.inner.clock.now() + limit;

@@ -26,7 +26,10 @@ pub fn view(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterView>) 
     for entry in &snapshot.entries {
         let Some(key) = entry.key.strip_prefix(paths.prefix()) else { continue };
         match key {
-            "initialize" => view.initialize = initialize(&entry.value),
+            "initialize" => {
+                view.initialize = initialize(&entry.value);
+                view.initialize_revision = entry.modified;
+            }
             "leader" => view.leader = Some(leader(entry)),
             "config" => reader.config(entry, &mut view),
             "history" => {

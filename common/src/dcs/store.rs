@@ -59,13 +59,24 @@ pub struct Seen {
     pub sync: Revision,
     /// The revision of `failsafe`.
     pub failsafe: Revision,
+    /// The revision of `initialize`: somebody may be making another cluster.
+    pub initialize: Revision,
 }
 
 impl Seen {
     /// As `view` shows it.
     pub fn of(view: &ClusterView) -> Self {
-        Self { sync: view.sync.revision, failsafe: view.failsafe_revision }
+        Self { sync: view.sync.revision, failsafe: view.failsafe_revision, initialize: view.initialize_revision }
     }
+}
+
+/// What is written in the transaction that makes a leader, besides its key.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Alongside {
+    /// The new `sync`.
+    pub sync: Option<SyncWrite>,
+    /// Which cluster this is, where `initialize` does not say so yet.
+    pub initialize: Option<SystemId>,
 }
 
 impl<D: Dcs> ClusterStore<D> {
@@ -93,9 +104,10 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(view)
     }
 
-    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync` and `failsafe` still are what the
-    /// decision was made on; `sync`, where given, is written in the same step. So a stale view can't elect a node that has
-    /// been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime.
+    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync`, `failsafe` and `initialize` still
+    /// are what the decision was made on; `also` is written in the same step. So a stale view can't elect a node that has
+    /// been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime, nor one
+    /// beside which another cluster is being made.
     ///
     /// A request of ours that was carried out although its answer got lost counts as done.
     pub async fn acquire_leader(
@@ -103,11 +115,13 @@ impl<D: Dcs> ClusterStore<D> {
         name: &MemberName,
         lease: LeaseId,
         seen: Seen,
-        sync: Option<SyncWrite>,
+        also: Alongside,
     ) -> Result<Outcome, DcsError> {
-        let leader = self.paths.key("leader");
+        let (leader, initialize) = (self.paths.key("leader"), self.paths.key("initialize"));
         let mut then = vec![Op::Put(leader.clone(), name.as_str().into(), lease)];
-        then.extend(sync.map(|write| self.sync_op(write.value)));
+        then.extend(also.sync.map(|write| self.sync_op(write.value)));
+        let identity = |system: SystemId| Op::Put(initialize.clone(), system.to_string().into_bytes(), LeaseId(0));
+        then.extend(also.initialize.map(identity));
         let result = self
             .dcs
             .txn(Txn {
@@ -115,6 +129,7 @@ impl<D: Dcs> ClusterStore<D> {
                     Compare::Absent(leader.clone()),
                     Compare::Modified(self.paths.key("sync"), seen.sync),
                     Compare::Modified(self.paths.key("failsafe"), seen.failsafe),
+                    Compare::Modified(initialize, seen.initialize),
                 ],
                 then,
                 otherwise: vec![Op::Get(leader)],
@@ -199,7 +214,8 @@ impl<D: Dcs> ClusterStore<D> {
     }
 
     /// Ends a bootstrap: `initialize` and `leader` in one step, if the right to bootstrap still is ours. An agent that was
-    /// frozen meanwhile must not put its cluster over another's.
+    /// frozen meanwhile must not put its cluster over another's. `synchronous`: `sync` says from the first moment on that
+    /// nobody but this node has its commits.
     ///
     /// Tried again where no answer came: whoever gives up here has made a cluster that nobody may ever bootstrap again.
     pub async fn finish_bootstrap(
@@ -207,18 +223,17 @@ impl<D: Dcs> ClusterStore<D> {
         name: &MemberName,
         lease: LeaseId,
         system: SystemId,
+        synchronous: bool,
     ) -> Result<Outcome, DcsError> {
         const ATTEMPTS: usize = 5;
         let (initialize, leader) = (self.paths.key("initialize"), self.paths.key("leader"));
         let system = system.to_string().into_bytes();
-        let txn = Txn {
-            when: self.bootstrapping(lease),
-            then: vec![
-                Op::Put(initialize.clone(), system.clone(), LeaseId(0)),
-                Op::Put(leader.clone(), name.as_str().into(), lease),
-            ],
-            otherwise: vec![Op::Get(initialize), Op::Get(leader)],
-        };
+        let mut then = vec![
+            Op::Put(initialize.clone(), system.clone(), LeaseId(0)),
+            Op::Put(leader.clone(), name.as_str().into(), lease),
+        ];
+        then.extend(synchronous.then(|| self.sync_op(Some(codec::encode_sync(Some(name), 0, &[])))));
+        let txn = Txn { when: self.bootstrapping(lease), then, otherwise: vec![Op::Get(initialize), Op::Get(leader)] };
         let mut outcome = self.dcs.txn(txn.clone()).await;
         for _ in 1..ATTEMPTS {
             if !matches!(outcome, Err(DcsError::Timeout(_) | DcsError::Unavailable(_))) {
@@ -362,13 +377,25 @@ mod tests {
         let written = codec::encode_sync(Some(&name("a")), 0, &["b".into()]);
         let first = store.put_sync(SyncWrite { value: Some(written), seen: Revision(0) }).await.unwrap();
         let Outcome::Done(seen) = first else { panic!("{first:?}") };
-        assert_eq!(store.acquire_leader(&name("c"), b, Seen::default(), None).await, Ok(Outcome::Conflict));
+        assert_eq!(
+            store.acquire_leader(&name("c"), b, Seen::default(), Alongside::default()).await,
+            Ok(Outcome::Conflict)
+        );
         let write = SyncWrite { value: Some(codec::encode_sync(Some(&name("b")), 0, &[])), seen };
-        assert!(store.acquire_leader(&name("b"), b, at(seen), Some(write)).await.unwrap().is_done());
+        assert!(
+            store
+                .acquire_leader(&name("b"), b, at(seen), Alongside { sync: Some(write), ..Alongside::default() })
+                .await
+                .unwrap()
+                .is_done()
+        );
         let view = store.read().await.unwrap();
         assert_eq!((view.sync.leader, view.sync.standbys), (Some(name("b")), vec![]));
         assert_eq!(view.leader.unwrap().modified, view.sync.revision, "in one step");
-        assert_eq!(store.acquire_leader(&name("a"), a, at(view.sync.revision), None).await, Ok(Outcome::Conflict));
+        assert_eq!(
+            store.acquire_leader(&name("a"), a, at(view.sync.revision), Alongside::default()).await,
+            Ok(Outcome::Conflict)
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -378,16 +405,17 @@ mod tests {
         store.dcs().set_faults(|faults| faults.lost_answers = 1);
         assert!(store.begin_bootstrap(a).await.is_err());
         assert!(store.begin_bootstrap(a).await.unwrap().is_done());
+        store.cancel_bootstrap(a).await.unwrap();
         store.dcs().set_faults(|faults| faults.lost_answers = 1);
-        assert!(store.acquire_leader(&name("a"), a, Seen::default(), None).await.is_err());
-        assert!(store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap().is_done());
+        assert!(store.acquire_leader(&name("a"), a, Seen::default(), Alongside::default()).await.is_err());
+        assert!(store.acquire_leader(&name("a"), a, Seen::default(), Alongside::default()).await.unwrap().is_done());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_leader_key_follows_its_name_to_a_new_lease() {
         let store = store();
         let (old, new) = (lease(&store).await, lease(&store).await);
-        store.acquire_leader(&name("a"), old, Seen::default(), None).await.unwrap();
+        store.acquire_leader(&name("a"), old, Seen::default(), Alongside::default()).await.unwrap();
         let created = store.read().await.unwrap().leader.unwrap().created;
         assert!(store.confirm_leader(&name("a"), old).await.unwrap().is_done());
         assert_eq!(store.read().await.unwrap().leader.unwrap().modified, created, "confirming writes nothing");
@@ -404,7 +432,7 @@ mod tests {
         let store = store();
         let (a, other) = (lease(&store).await, lease(&store).await);
         assert_eq!(store.put_initialize(&name("a"), SystemId(1_000_000_001)).await, Ok(Outcome::Conflict));
-        store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap();
+        store.acquire_leader(&name("a"), a, Seen::default(), Alongside::default()).await.unwrap();
         assert!(store.put_initialize(&name("a"), SystemId(1_000_000_001)).await.unwrap().is_done());
         let status = json!({"optime": 7});
         assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
@@ -424,15 +452,35 @@ mod tests {
         let (a, b) = (lease(&store).await, lease(&store).await);
         let members = BTreeMap::from([(name("a"), "http://a/patroni".to_owned())]);
         assert_eq!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await, Ok(Outcome::Conflict), "no leader");
-        store.acquire_leader(&name("a"), a, Seen::default(), None).await.unwrap();
+        store.acquire_leader(&name("a"), a, Seen::default(), Alongside::default()).await.unwrap();
         assert_eq!(store.put_failsafe(&name("a"), b, &members, Revision(0)).await, Ok(Outcome::Conflict), "not by it");
         assert!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await.unwrap().is_done());
         assert_eq!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await, Ok(Outcome::Conflict), "changed");
         let view = store.read().await.unwrap();
         assert_eq!(view.failsafe, Some(members));
         store.release_leader(&name("a"), a, None).await.unwrap();
-        assert_eq!(store.acquire_leader(&name("b"), b, Seen::default(), None).await, Ok(Outcome::Conflict));
-        assert!(store.acquire_leader(&name("b"), b, Seen::of(&view), None).await.unwrap().is_done());
+        assert_eq!(
+            store.acquire_leader(&name("b"), b, Seen::default(), Alongside::default()).await,
+            Ok(Outcome::Conflict)
+        );
+        assert!(store.acquire_leader(&name("b"), b, Seen::of(&view), Alongside::default()).await.unwrap().is_done());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_is_one_cluster_the_new_one_or_the_old_one() {
+        let store = store();
+        let (making, leading) = (lease(&store).await, lease(&store).await);
+        let before = store.read().await.unwrap();
+        let also = Alongside { initialize: Some(SystemId(1_000_000_001)), ..Alongside::default() };
+        assert!(store.begin_bootstrap(making).await.unwrap().is_done());
+        let beside = store.acquire_leader(&name("b"), leading, Seen::of(&before), also.clone()).await;
+        assert_eq!(beside, Ok(Outcome::Conflict), "decided before the other one began");
+        store.cancel_bootstrap(making).await.unwrap();
+        assert!(store.acquire_leader(&name("b"), leading, Seen::of(&before), also).await.unwrap().is_done());
+        assert_eq!(store.begin_bootstrap(making).await, Ok(Outcome::Conflict));
+        let view = store.read().await.unwrap();
+        assert_eq!(view.initialize, crate::cluster::Initialize::Done(SystemId(1_000_000_001)));
+        assert_eq!(view.initialize_revision, view.leader.unwrap().created, "in one step");
     }
 
     #[tokio::test(start_paused = true)]
@@ -444,11 +492,11 @@ mod tests {
         tokio::time::advance(Duration::from_secs(6)).await;
         assert!(store.begin_bootstrap(next).await.unwrap().is_done());
         // The first one wakes up.
-        let late = store.finish_bootstrap(&name("a"), frozen, SystemId(1_000_000_001)).await;
+        let late = store.finish_bootstrap(&name("a"), frozen, SystemId(1_000_000_001), true).await;
         assert!(!matches!(late, Ok(Outcome::Done(_))), "{late:?}");
         assert_eq!(store.cancel_bootstrap(frozen).await, Ok(Outcome::Conflict));
         store.dcs().set_faults(|faults| faults.lost_answers = 2);
-        assert!(store.finish_bootstrap(&name("b"), next, SystemId(1_000_000_002)).await.unwrap().is_done());
+        assert!(store.finish_bootstrap(&name("b"), next, SystemId(1_000_000_002), true).await.unwrap().is_done());
         let view = store.read().await.unwrap();
         assert_eq!(view.initialize, Initialize::Done(SystemId(1_000_000_002)));
         assert_eq!(leader(&store).await, Some(("b".to_owned(), next)));

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use trunkline_tests::{LIMIT, Scene, rest, wait};
+use serde_json::Value;
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn empty_nodes_become_one_leader_and_streaming_replicas() -> Result<()> {
@@ -47,5 +48,39 @@ async fn empty_nodes_become_one_leader_and_streaming_replicas() -> Result<()> {
         ensure!((answer.status == 200) == (node != leader), "GET /replica of node {node} is {}", answer.status);
     }
     scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_a_cluster_is_moved_aside_and_made_anew() -> Result<()> {
+    let lab = Lab::new("half-made")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), Spec::new(2, &Program::agent()?))?;
+    // The first bootstrap does not come to its end.
+    let begun = lab.make_dir("begun")?;
+    let stuck = format!("sh -c 'mkdir {0}/once 2>/dev/null || exit 0; sleep 600' --", begun.display());
+    for node in &mut cluster.nodes {
+        let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+        config["bootstrap"]["post_bootstrap"] = Value::from(stuck.as_str());
+        node.configure(&config.to_string())?;
+    }
+    cluster.nodes[0].start()?;
+    wait::until("the script of the first bootstrap", LIMIT, async || {
+        ensure!(begun.join("once").exists());
+        Ok(())
+    })
+    .await?;
+    cluster.nodes[0].kill();
+    for node in &mut cluster.nodes {
+        node.start()?;
+    }
+    // The other one may have been first, and copies need the users that the first bootstrap had not made.
+    cluster.settled(LIMIT).await?;
+    let data_dir = cluster.nodes[0].data_dir();
+    let aside = data_dir.with_file_name(format!("{}.failed", data_dir.file_name().unwrap_or_default().display()));
+    ensure!(aside.join("PG_VERSION").exists(), "{} is not there", aside.display());
+    let log = cluster.nodes[0].log()?;
+    ensure!(log.contains("the bootstrap of an earlier agent was cut off"), "{log}");
+    lab.success();
     Ok(())
 }

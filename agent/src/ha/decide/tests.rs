@@ -618,6 +618,42 @@ fn an_empty_node_bootstraps_or_copies() {
 }
 
 #[test]
+fn half_a_cluster_neither_leads_nor_is_in_the_way() {
+    let at_rest = stopped(ControlState::InProduction, false);
+    let aside = || Action::Discard(Some(SYSTEM));
+    for (initialize, pg, action) in [
+        (Initialize::Absent, at_rest.clone(), aside()),
+        (Initialize::Done(SystemId(1_234_567_890)), at_rest.clone(), aside()),
+        // The right to finish it may be the earlier agent's, whose last request is still on its way.
+        (Initialize::Running, at_rest.clone(), Action::Wait),
+        (Initialize::Absent, PgStatus::Broken("no pg_control".to_owned()), Action::Discard(None)),
+        (Initialize::Absent, primary(1000), Action::Demote(DemoteMode::LostKey)),
+        (Initialize::Running, primary(1000), Action::Demote(DemoteMode::LostKey)),
+        (Initialize::Absent, PgStatus::NoData, Action::Wait),
+    ] {
+        let mut half = world().leaderless();
+        half.memory.half_made = true;
+        half.view().initialize = initialize.clone();
+        half.pg = pg.clone();
+        assert_eq!(half.decide().action, action, "{initialize:?} {pg:?}");
+        half.view().settings.pause = true;
+        assert_eq!(half.decide().action, Action::Wait, "paused, {initialize:?} {pg:?}");
+        half.view().settings.pause = false;
+        half.dcs_away = true;
+        assert!(!matches!(half.decide().action, Action::Discard(_)), "what is known may be old");
+    }
+}
+
+#[test]
+fn nobody_leads_while_a_cluster_is_being_made() {
+    let mut beside = world().leaderless().answers(&[("c", peer(1000))]);
+    assert!(matches!(beside.decide().action, Action::Acquire(_)));
+    beside.view().initialize = Initialize::Running;
+    assert_eq!(beside.decide().reason, "another member is bootstrapping the cluster");
+    assert_eq!(beside.decide().action, Action::Abstain);
+}
+
+#[test]
 fn data_of_another_cluster_ends_the_agent() {
     let mut foreign = world();
     foreign.view().initialize = Initialize::Done(SystemId(1_234_567_890));

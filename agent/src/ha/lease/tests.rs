@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::paths::Paths;
-use trunkline_common::dcs::store::Seen;
+use trunkline_common::dcs::store::{Alongside, Seen};
 use trunkline_common::{LeaseId, TokioClock};
 
 use super::*;
@@ -65,7 +65,7 @@ async fn leading() -> Bench {
     let handle = Keeper::spawn(store.clone(), recorder, clock, "a".into(), timing, told, stopped);
     let mut session = handle.subscribe();
     let lease = session.wait_for(|session| session.lease.is_some()).await.unwrap().lease.unwrap();
-    let won = store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap();
+    let won = store.acquire_leader(&"a".into(), lease.id, Seen::default(), Alongside::default()).await.unwrap();
     assert!(won.is_done() && handle.lead(lease));
     Bench { clock, dcs, store, fences, handle, guard, stop }
 }
@@ -249,7 +249,14 @@ async fn with_the_members_word_a_lost_key_is_no_reason_to_fence_and_can_be_won_b
     let session = bench.handle.session();
     assert_eq!((session.leading, session.leader_until()), (false, Some(now + TTL)));
     let lease = session.lease.unwrap();
-    assert!(bench.store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap().is_done());
+    assert!(
+        bench
+            .store
+            .acquire_leader(&"a".into(), lease.id, Seen::default(), Alongside::default())
+            .await
+            .unwrap()
+            .is_done()
+    );
     assert!(bench.handle.lead(lease));
     bench.live(TTL * 3).await;
     assert!(bench.handle.session().leading && bench.fences.lock().is_empty() && bench.key_is_there());
@@ -370,7 +377,14 @@ async fn a_release_without_answer_cannot_remove_the_key_that_is_won_next() {
     bench.live(Duration::from_secs(1)).await;
     let lease = bench.handle.session().lease.unwrap();
     assert!(lease.id != old);
-    assert!(bench.store.acquire_leader(&"a".into(), lease.id, Seen::default(), None).await.unwrap().is_done());
+    assert!(
+        bench
+            .store
+            .acquire_leader(&"a".into(), lease.id, Seen::default(), Alongside::default())
+            .await
+            .unwrap()
+            .is_done()
+    );
     // It was carried out, or is now.
     assert!(!bench.store.release_leader(&"a".into(), old, None).await.unwrap().is_done());
     assert!(bench.key_is_there());
