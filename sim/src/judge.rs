@@ -79,6 +79,11 @@ impl Judge {
         Reign(self.reigns)
     }
 
+    /// Where a client's write was acknowledged last.
+    pub fn newest_host(&self) -> Option<usize> {
+        self.newest.map(|(_, host)| host)
+    }
+
     /// A server begins to take writes at `own`, and `known` is the last position that the store has of a leader; nobody
     /// has asked for this one.
     pub fn elected(&mut self, now: Duration, name: &str, own: Lsn, known: Lsn) {

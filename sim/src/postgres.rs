@@ -167,6 +167,7 @@ impl Postgres for ModelPostgres {
                 wal,
                 standby: false,
                 damage: None,
+                half_made: true,
                 names: String::new(),
                 upstream: None,
             });
@@ -197,6 +198,7 @@ impl Postgres for ModelPostgres {
             wal: begun.wal,
             standby: true,
             damage: Some(HALF_A_COPY),
+            half_made: false,
             names: String::new(),
             upstream: None,
         };
@@ -350,6 +352,19 @@ impl Postgres for ModelPostgres {
         self.server(|server| server.data.as_ref().is_some_and(|data| data.damage == Some(HALF_REWOUND)))
     }
 
+    fn half_made(&self) -> bool {
+        self.server(|server| server.data.as_ref().is_some_and(|data| data.half_made))
+    }
+
+    fn end_bootstrap(&self) -> Result<(), PgError> {
+        self.server(|server| {
+            if let Some(data) = &mut server.data {
+                data.half_made = false;
+            }
+        });
+        Ok(())
+    }
+
     async fn remove_data(&self) -> Result<(), PgError> {
         self.judge_removal("asked to");
         self.work(10..100).await;
@@ -358,6 +373,12 @@ impl Postgres for ModelPostgres {
     }
 
     async fn move_data_aside(&self) -> Result<(), PgError> {
+        // Half a cluster may go; what `initialize` names is a whole one.
+        let system = self.server(|server| server.data.as_ref().map(|data| data.system.0));
+        let recorded = self.stage.key("initialize").and_then(|id| id.as_u64());
+        if !self.half_made() || recorded.is_some() && recorded == system {
+            self.judge_removal("it is taken for half a cluster");
+        }
         self.work(1..5).await;
         self.server(|server| server.data = None);
         Ok(())

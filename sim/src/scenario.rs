@@ -43,9 +43,22 @@ pub struct Node {
 pub struct Event {
     /// Milliseconds after the world's beginning.
     pub at: u64,
+    /// Whom it hits, where that is known only then; `None`: whom it names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub aim: Option<Aim>,
     /// What.
     #[serde(flatten)]
     pub what: Fault,
+}
+
+/// A node by its part at that moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aim {
+    /// The holder of the leader key.
+    Leader,
+    /// The first of the synchronous standbys.
+    Synchronous,
 }
 
 /// Where a message comes from or goes to.
@@ -115,6 +128,41 @@ pub enum Fault {
     Reinitialize { node: usize },
     /// `trunklinectl edit-config`.
     Configure { patch: Value },
+}
+
+impl Fault {
+    /// The same at another node, where it has one.
+    pub fn at(mut self, target: usize) -> Self {
+        match &mut self {
+            Self::KillAgent { node, .. }
+            | Self::StopAgent { node, .. }
+            | Self::KillPostgres { node }
+            | Self::CrashHost { node, .. }
+            | Self::FreezeAgent { node, .. }
+            | Self::FreezePostgres { node, .. }
+            | Self::FreezeHost { node, .. }
+            | Self::Isolate { node, .. }
+            | Self::LoseAnswers { node, .. }
+            | Self::SlowDcs { node, .. }
+            | Self::SlowWatch { node, .. }
+            | Self::DiskFull { node, .. }
+            | Self::SlowDisk { node, .. }
+            | Self::WallJump { node, .. }
+            | Self::Restart { node }
+            | Self::Reinitialize { node } => *node = target,
+            Self::Cut { from: End::Agent(one), to: End::Agent(other), .. }
+            | Self::Cut { from: End::Postgres(one), to: End::Postgres(other), .. } => {
+                if *other == target {
+                    *other = *one;
+                }
+                *one = target;
+            }
+            Self::Cut { from: End::Agent(node) | End::Postgres(node), .. }
+            | Self::Cut { to: End::Agent(node) | End::Postgres(node), .. } => *node = target,
+            _ => (),
+        }
+        self
+    }
 }
 
 impl Event {
@@ -227,16 +275,28 @@ impl Draw {
         let pace = *[500u64, 2_000, 5_000].choose(&mut self.rng).unwrap_or(&2_000);
         while at < chaos {
             at += self.rng.random_range(1..pace * 2);
-            let what = self.fault();
-            events.push(Event { at, what });
-            // Trouble seldom comes alone.
-            if self.rng.random_ratio(1, 4) {
-                let what = self.fault();
-                events.push(Event { at: at + self.rng.random_range(0..200), what });
+            let first = self.event(at);
+            let lasts = first.ends() - at;
+            events.push(first);
+            // Trouble seldom comes alone: right after it, or while it lasts.
+            let within = *[0, 0, 200, lasts.max(1)].choose(&mut self.rng).unwrap_or(&0);
+            if within > 0 {
+                let at = at + self.rng.random_range(0..within);
+                events.push(self.event(at));
             }
         }
         events.sort_by_key(|event| event.at);
         events
+    }
+
+    /// Most faults hit anybody; what decides over a cluster is what happens to its leader.
+    fn event(&mut self, at: u64) -> Event {
+        let aim = match self.rng.random_range(0..8) {
+            0..2 => Some(Aim::Leader),
+            2 => Some(Aim::Synchronous),
+            _ => None,
+        };
+        Event { at, aim, what: self.fault() }
     }
 
     fn fault(&mut self) -> Fault {

@@ -27,9 +27,9 @@ use crate::executor::{Drift, Executor, Livelock, ProcessId, SimClock};
 use crate::guard::ModelGuard;
 use crate::peers::{Api, ModelPeers};
 use crate::postgres::{HALF_REWOUND, ModelPostgres};
-use crate::scenario::{End, Fault, Scenario};
+use crate::scenario::{Aim, End, Fault, Scenario};
 use crate::server::{self, Server};
-use crate::stage::{Stage, name};
+use crate::stage::{Stage, host_of, name};
 
 /// What became of a world.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,11 +191,27 @@ impl World {
             let acting = world.clone();
             world.stage.executor().spawn(process, async move {
                 acting.stage.executor().sleep(Duration::from_millis(event.at)).await;
-                tracing::info!("FAULT {:?}", event.what);
-                acting.happen(event.what).await;
+                let what = match event.aim.and_then(|aim| acting.aimed_at(aim)) {
+                    Some(node) => event.what.at(node),
+                    None => event.what,
+                };
+                tracing::info!("FAULT {what:?}");
+                acting.happen(what).await;
             });
         }
         world
+    }
+
+    /// Who that is now.
+    fn aimed_at(&self, aim: Aim) -> Option<usize> {
+        let name = match aim {
+            Aim::Leader => self.stage.holder()?,
+            Aim::Synchronous => {
+                let sync = self.stage.key("sync")?;
+                sync["sync_standby"].as_str()?.split(',').next()?.to_owned()
+            }
+        };
+        host_of(&name).filter(|host| *host < self.scenario.nodes.len())
     }
 
     fn go_on(&self, until: Duration) -> Result<(), Livelock> {
@@ -608,13 +624,8 @@ impl World {
                 return (false, Some(format!("{leader} holds the leader key and takes no writes")));
             }
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
-            let system = primary.data.as_ref().map(|data| data.system);
             for server in servers.iter().filter(|server| server.name.0 != leader) {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
-                if Some(data.system) != system {
-                    // A bootstrap was cut off by a crash, and another node was first then: a person decides what goes.
-                    continue;
-                }
                 let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
                 if follows && data.wal.is_prefix_of(wal) {
                     continue;
