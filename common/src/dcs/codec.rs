@@ -17,9 +17,16 @@ pub use super::json::{compact, deep_compare, python_json};
 
 /// Reads a snapshot as a cluster. A malformed value is logged once with its key, and what `previous` had for it stays.
 pub fn view(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterView>) -> ClusterView {
+    view_after(paths, snapshot, previous, Revision(0))
+}
+
+/// The same where the snapshot has grown out of the one that `previous` shows by events alone: what was not written after
+/// the revision `since` is taken from there, unread.
+pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterView>, since: Revision) -> ClusterView {
     let nothing = ClusterView::default();
     let before = previous.unwrap_or(&nothing);
-    let mut reader = Reader { before, malformed: BTreeMap::new() };
+    let since = previous.map_or(Revision(0), |_| since);
+    let mut reader = Reader { before, since, malformed: BTreeMap::new() };
     let mut view = ClusterView { revision: snapshot.revision, ..ClusterView::default() };
     let mut legacy_optime = None;
     let mut has_status = false;
@@ -33,38 +40,40 @@ pub fn view(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterView>) 
             "leader" => view.leader = Some(leader(entry)),
             "config" => reader.config(entry, &mut view),
             "history" => {
-                let lines = history(&entry.value);
-                view.has_history = lines.is_ok() || before.has_history;
-                view.history = reader.read(entry, lines, || before.history.clone());
+                let read = |value: &[u8]| history(value).map(|lines| (true, lines));
+                let kept = || (before.has_history, before.history.clone());
+                (view.has_history, view.history) = reader.read(entry, read, kept);
             }
             "status" => {
-                view.status = reader.read(entry, status(&entry.value), || before.status.clone());
+                view.status = reader.read(entry, status, || before.status.clone());
                 has_status = true;
             }
             "optime/leader" => legacy_optime = Some(entry),
             "failover" => {
-                view.failover = reader.read(entry, failover(&entry.value), || before.failover.clone());
+                view.failover = reader.read(entry, failover, || before.failover.clone());
                 view.failover_revision = entry.modified;
             }
             "sync" => {
-                view.sync = reader.read(entry, sync(&entry.value), || before.sync.clone());
+                view.sync = reader.read(entry, sync, || before.sync.clone());
                 view.sync.revision = entry.modified;
             }
             "failsafe" => {
-                view.failsafe = reader.read(entry, failsafe(&entry.value).map(Some), || before.failsafe.clone());
+                view.failsafe = reader.read(entry, |value| failsafe(value).map(Some), || before.failsafe.clone());
                 view.failsafe_revision = entry.modified;
             }
             _ => {
                 let Some(name) = key.strip_prefix("members/").filter(|name| is_member_name(name)) else { continue };
                 let name = MemberName::from(name);
                 let kept = || before.members.get(&name).cloned().unwrap_or_else(unknown_member);
-                let member = Member { lease: entry.lease, ..reader.read(entry, member(&entry.value), kept) };
+                let member = Member { lease: entry.lease, ..reader.read(entry, member, kept) };
                 view.members.insert(name, member);
             }
         }
     }
     if let Some(entry) = legacy_optime.filter(|_| !has_status) {
-        view.status = reader.read(entry, status(&entry.value), || before.status.clone());
+        // What `previous` has may be of the newer key, which has just gone.
+        reader.since = Revision(0);
+        view.status = reader.read(entry, status, || before.status.clone());
     }
     view.malformed = reader.malformed;
     view
@@ -158,12 +167,23 @@ type Malformed = String;
 /// Keeps count of what could not be read, so that it is said once.
 struct Reader<'a> {
     before: &'a ClusterView,
+    /// What was written up to here is in `before`.
+    since: Revision,
     malformed: BTreeMap<String, Revision>,
 }
 
 impl Reader<'_> {
-    fn read<T>(&mut self, entry: &KeyValue, value: Result<T, Malformed>, kept: impl FnOnce() -> T) -> T {
-        value.unwrap_or_else(|why| {
+    fn read<T>(
+        &mut self,
+        entry: &KeyValue,
+        read: impl FnOnce(&[u8]) -> Result<T, Malformed>,
+        kept: impl FnOnce() -> T,
+    ) -> T {
+        if entry.modified <= self.since {
+            self.malformed.extend(self.before.malformed.get_key_value(&entry.key).map(|(k, v)| (k.clone(), *v)));
+            return kept();
+        }
+        read(&entry.value).unwrap_or_else(|why| {
             self.report(entry, &why);
             kept()
         })
@@ -188,7 +208,7 @@ impl Reader<'_> {
                 }
             }
             before => {
-                let parsed = json_object(&entry.value).map(Value::Object);
+                let parsed = |value: &[u8]| json_object(value).map(Value::Object);
                 let kept = || before.as_ref().map_or_else(|| json!({}), |config| config.value.clone());
                 let value = self.read(entry, parsed, kept);
                 view.settings = settings(&entry.key, &value);

@@ -82,7 +82,7 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
             );
         }
         self.snapshot = snapshot;
-        self.publish_view(asked);
+        self.publish_view(asked, Revision(0));
         let from = Revision(self.snapshot.revision.0 + 1);
         let mut watch = self.store.dcs().watch(self.store.paths().prefix(), from).await?;
         loop {
@@ -95,16 +95,18 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
                     known.trouble = None;
                 }),
                 WatchEvent::Changes { revision, changes } => {
+                    let since = self.snapshot.revision;
                     self.snapshot.apply(revision, changes);
-                    self.publish_view(now);
+                    self.publish_view(now, since);
                 }
             }
         }
     }
 
-    fn publish_view(&self, confirmed_at: Instant) {
+    /// `since`: what the published view shows of up to this revision is still right.
+    fn publish_view(&self, confirmed_at: Instant, since: Revision) {
         let previous = self.publish.borrow().view.clone();
-        let view = Arc::new(codec::view(self.store.paths(), &self.snapshot, previous.as_deref()));
+        let view = Arc::new(codec::view_after(self.store.paths(), &self.snapshot, previous.as_deref(), since));
         self.publish.send_modify(|known| {
             if let Some(trouble) = &known.trouble {
                 tracing::info!("the DCS can be followed again at revision {} (was: {trouble})", view.revision);

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::host_port;
+use crate::dcs::Change;
 
 const KEYS: [&str; 10] = [
     "initialize",
@@ -193,6 +194,32 @@ proptest! {
         value in r#"[\[\]{}:,"0-9a-z\\. -]{0,40}"#,
     ) {
         view(&paths(), &one(key, value.as_bytes(), 1), None);
+    }
+
+    /// What is taken from the view before is what reading it again would give, whatever was written and removed.
+    #[test]
+    fn a_view_after_events_is_the_view(writes in proptest::collection::vec((0..KEYS.len(), 0..6usize), 1..30)) {
+        const VALUES: [&str; 5] = [
+            r#"{"ttl": 20, "leader": "pg-a", "sync_standby": "b", "optime": 7, "pg-a": "http://a"}"#,
+            r#"{"optime": "9", "leader": "b", "member": "c", "quorum": 1, "state": "running"}"#,
+            r#"[[1, 67108864, "no recovery target specified"]]"#,
+            "12345678901234",
+            "nonsense {",
+        ];
+        let key = |at: usize| format!("{}{}", paths().prefix(), KEYS[at]);
+        let (mut snapshot, mut previous) = (Snapshot::default(), ClusterView::default());
+        for (at, value) in writes {
+            let since = snapshot.revision;
+            let revision = Revision(since.0 + 1);
+            let change = match VALUES.get(value) {
+                Some(value) => Change::Put(entry(&key(at), value.as_bytes(), revision.0)),
+                None => Change::Delete(key(at)),
+            };
+            snapshot.apply(revision, vec![change]);
+            let after = view_after(&paths(), &snapshot, Some(&previous), since);
+            prop_assert_eq!(&after, &view(&paths(), &snapshot, Some(&previous)));
+            previous = after;
+        }
     }
 
     #[test]
