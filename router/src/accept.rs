@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tracing::warn;
 use trunkline_common::Clock;
 
+use crate::listeners::Slot;
 use crate::places::Place;
 use crate::port::Listening;
 use crate::router::Router;
@@ -31,12 +32,7 @@ pub struct Permit {
 /// Accepts until the router drains or the port is `closed`. At a limit nothing more is accepted until there is a place for
 /// the one accepted last: clients wait in the kernel's queue. At the end, those that the kernel has accepted already are
 /// served: closing the listener would reset them.
-pub async fn serve(
-    router: Arc<Router>,
-    listening: Arc<Listening>,
-    listener: Listener,
-    mut closed: watch::Receiver<bool>,
-) {
+pub async fn serve(router: Arc<Router>, slot: Slot, listener: Listener, mut closed: watch::Receiver<bool>) {
     let over = async {
         tokio::select! {
             () = router.drain_begun() => {}
@@ -47,8 +43,9 @@ pub async fn serve(
     tokio::select! {
         biased;
         () = over => {}
-        () = accept(&router, &listening, &listener) => {}
+        () = accept(&router, &slot, &listener) => {}
     }
+    let listening = slot.read().clone();
     for _ in 0..LEFT_OVERS {
         let Some(permit) = permit_now(&router, &listening) else { break };
         let Some(Ok((client, peer))) = listener.accept().now_or_never() else { break };
@@ -56,10 +53,12 @@ pub async fn serve(
     }
 }
 
-async fn accept(router: &Arc<Router>, listening: &Arc<Listening>, listener: &Listener) {
+async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener) {
     let mut pause = FIRST_PAUSE;
     loop {
-        match listener.accept().await {
+        let accepted = listener.accept().await;
+        let listening = slot.read().clone();
+        match accepted {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
                 let permit = Permit { _of_port: listening.places.take().await, _of_router: router.places.take().await };

@@ -197,6 +197,7 @@ impl Admin {
             "trouble": self.knowledge.borrow().trouble.clone(),
             "revision": table.revision.0,
             "leader": table.leader.as_ref().map(|leader| leader.member.as_str()),
+            "configuration": self.router.config_trouble().map_or("in force".to_owned(), |why| format!("refused: {why}")),
             "draining": self.router.is_draining(),
             "connections": self.router.connections(),
             "sessions": self.router.sessions.len(),

@@ -9,7 +9,8 @@
 //! | where do bytes move? | [`relay`] |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
 //! | how many at once? | [`places`], [`port`], [`hold`] |
-//! | who listens, and how does the process stop or hand over? | [`accept`], [`server`] |
+//! | who listens, and what does a changed configuration change? | [`accept`], [`listeners`], [`reload`], [`socket`] |
+//! | how does the process stop or hand over? | [`server`], [`handover`] |
 //! | what does an operator see? | [`admin`], [`metrics`] |
 //!
 //! The router reads the DCS and never writes to it, knows no password and speaks no SQL: it looks at the first packet of
@@ -21,14 +22,17 @@ pub mod answer;
 pub mod balance;
 pub mod cancel;
 pub mod follow;
+pub mod handover;
 pub mod heard;
 pub mod hold;
 pub mod lag;
+pub mod listeners;
 pub mod metrics;
 pub mod places;
 pub mod port;
 pub mod probe;
 pub mod relay;
+pub mod reload;
 pub mod reply;
 pub mod router;
 pub mod rule;

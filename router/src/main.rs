@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,8 +16,11 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::telemetry;
 use trunkline_config::{Env, RouterConfig};
 use trunkline_router::admin::Admin;
+use trunkline_router::handover::Taker;
+use trunkline_router::listeners::{Inherited, Listeners};
 use trunkline_router::probe::Prober;
-use trunkline_router::server::{Background, Handover, Plan};
+use trunkline_router::reload::Reloader;
+use trunkline_router::server::{Background, Plan};
 use trunkline_router::{Router, admin, follow, server, socket, survey};
 
 /// How long a request to etcd may take, over all endpoints, before knowledge counts as doubtful.
@@ -33,15 +37,16 @@ struct Arguments {
     validate: bool,
     /// Unix socket by which a new process takes the listening sockets of this one over.
     #[arg(long, value_name = "PATH")]
-    upgrade_sock: Option<String>,
-    /// Take them over from the running process, which is to be sent SIGQUIT.
+    upgrade_sock: Option<PathBuf>,
+    /// Take them over from the process that runs with the same socket, which then drains and ends.
     #[arg(long, requires = "upgrade_sock")]
     upgrade: bool,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let config = match RouterConfig::load(arguments.config.as_deref(), &Env::of_process()) {
+    let read = RouterConfig::load(arguments.config.as_deref(), &Env::of_process());
+    let config = match read {
         Ok((config, notices)) => {
             notices.iter().for_each(|notice| eprintln!("{notice}"));
             config
@@ -54,8 +59,7 @@ fn main() -> ExitCode {
     if arguments.validate {
         return ExitCode::SUCCESS;
     }
-    let handover = Handover { socket: arguments.upgrade_sock, take: arguments.upgrade };
-    match run(config, handover) {
+    match run(config, arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Said here and not in the log: that may be what could not be opened.
@@ -65,23 +69,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(config: RouterConfig, handover: Handover) -> anyhow::Result<()> {
+fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
     let _log = telemetry::init(&config.log).context("the log can't be opened")?;
     let router = Router::new(config.limits)?;
-    let ports = config.ports.iter().map(|port| router.listening(port)).collect();
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
     // With a hand-over the old process has the admin port until it ends.
-    let admin = match (&config.admin, handover.take) {
-        (Some(listen), take) => Some((listen.clone(), bind_admin(listen, take)?)),
-        (None, _) => None,
+    let admin = match &config.admin {
+        Some(listen) => Some((listen.clone(), bind_admin(listen, arguments.upgrade)?)),
+        None => None,
     };
     check_etcd(&config)?;
     let prober = Prober::new(&config.ctl).context("ctl")?;
-    let background = background(config, router.clone(), prober, admin);
-    server::run(Plan { router, ports, threads, background, handover })?;
+    let (taker, inherited) = match arguments.upgrade_sock.as_deref().filter(|_| arguments.upgrade) {
+        Some(path) => {
+            let taken = Taker::take(path).with_context(|| format!("no sockets from {}", path.display()));
+            taken.map(|(taker, inherited)| (Some(taker), inherited))?
+        }
+        None => (None, Inherited::new()),
+    };
+    let (listeners, threads) = Listeners::new(router.clone(), threads);
+    listeners.apply(&config.ports, inherited)?;
+    let listeners = Arc::new(listeners);
+    let reloader = Reloader {
+        router: router.clone(),
+        listeners: listeners.clone(),
+        path: arguments.config,
+        config: config.clone(),
+    };
+    let background = background(config, router.clone(), prober, admin, reloader);
+    let upgrade_sock = arguments.upgrade_sock;
+    server::run(Plan { router, listeners, threads, background, upgrade_sock, taker })?;
     Ok(())
 }
 
@@ -103,12 +123,13 @@ fn check_etcd(config: &RouterConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Follows the cluster and serves the admin port.
+/// Follows the cluster, serves the admin port, reloads.
 fn background(
     config: RouterConfig,
-    router: std::sync::Arc<Router>,
+    router: Arc<Router>,
     prober: Prober,
     admin: Option<(String, std::net::TcpListener)>,
+    reloader: Reloader,
 ) -> Background {
     Box::pin(async move {
         let dcs = match EtcdDcs::connect(&config.etcd, SystemClock, DCS_TIMEOUT).await {
@@ -116,6 +137,7 @@ fn background(
             // The same has just worked in `check_etcd`.
             Err(error) => return error!(%error, "etcd3"),
         };
+        tokio::spawn(reloader.run());
         tokio::spawn(survey::candidates(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");

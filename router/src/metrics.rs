@@ -51,6 +51,10 @@ pub struct Metrics {
     pub outage_seconds: Histogram,
     /// How long the last such event was.
     pub last_outage: Gauge,
+    /// Times that the configuration was read again, by result (`applied`, `unchanged`, `refused`).
+    pub reloads: IntCounterVec,
+    /// 1 while the configuration file is wrong, so that the one before is in force.
+    pub config_refused: IntGauge,
     /// Changes of leadership seen.
     pub leader_changes: IntCounter,
     /// Revision of the DCS that the routes were made of.
@@ -146,6 +150,14 @@ impl Metrics {
             last_outage: add(
                 r,
                 Gauge::with_opts(opts("last_outage_seconds", "How long there was no server for writes the last time.")),
+            )?,
+            reloads: add(
+                r,
+                IntCounterVec::new(opts("reloads_total", "Times that the configuration was read again."), &["result"]),
+            )?,
+            config_refused: add(
+                r,
+                IntGauge::with_opts(opts("config_refused", "1 while the file is wrong and the one before in force.")),
             )?,
             leader_changes: add(r, IntCounter::with_opts(opts("leader_changes_total", "Changes of leadership seen.")))?,
             revision: add(r, IntGauge::with_opts(opts("revision", "Revision of the DCS that the routes show.")))?,

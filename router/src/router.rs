@@ -47,6 +47,7 @@ pub struct Router {
     tables: watch::Sender<Arc<RouteTable>>,
     draining: watch::Sender<bool>,
     outage: Mutex<Outage>,
+    config_trouble: Mutex<Option<String>>,
 }
 
 /// What the router saw of the last outage.
@@ -75,6 +76,7 @@ impl Router {
             tables: watch::Sender::new(Arc::new(RouteTable::unknown())),
             draining: watch::Sender::new(false),
             outage: Mutex::default(),
+            config_trouble: Mutex::default(),
         }))
     }
 
@@ -166,6 +168,17 @@ impl Router {
                 outage.last = Some(leader);
             }
         }
+    }
+
+    /// What is wrong with the configuration file, if it is not the one in force.
+    pub fn config_trouble(&self) -> Option<String> {
+        self.config_trouble.lock().clone()
+    }
+
+    /// The file has been read again.
+    pub fn set_config_trouble(&self, trouble: Option<String>) {
+        self.metrics.config_refused.set(i64::from(trouble.is_some()));
+        *self.config_trouble.lock() = trouble;
     }
 
     /// Returns once the router drains.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -91,11 +91,19 @@ impl Bound {
         }
     }
 
-    /// One more socket of an address that this process listens on.
-    pub fn share(address: &Address) -> io::Result<Self> {
+    /// One more socket beside `other` of the same address.
+    pub fn share(address: &Address, other: &Self) -> io::Result<Self> {
         match address {
             Address::Tcp(address) => listen(*address).map(Bound::Tcp),
-            Address::Unix(path) => listen_unix(path).map(Bound::Unix),
+            Address::Unix(_) => other.try_clone(),
+        }
+    }
+
+    /// The same socket once more.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        match self {
+            Bound::Tcp(listener) => listener.try_clone().map(Bound::Tcp),
+            Bound::Unix(listener) => listener.try_clone().map(Bound::Unix),
         }
     }
 
@@ -127,11 +135,11 @@ impl Bound {
     }
 }
 
-impl AsRawFd for Bound {
-    fn as_raw_fd(&self) -> RawFd {
-        match self {
-            Bound::Tcp(listener) => listener.as_raw_fd(),
-            Bound::Unix(listener) => listener.as_raw_fd(),
+impl From<Bound> for OwnedFd {
+    fn from(bound: Bound) -> Self {
+        match bound {
+            Bound::Tcp(listener) => listener.into(),
+            Bound::Unix(listener) => listener.into(),
         }
     }
 }

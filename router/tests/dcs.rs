@@ -44,8 +44,8 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rw = listener.local_addr().unwrap();
     let (_open, closed) = tokio::sync::watch::channel(false);
-    let listening = router.listening(&port(Target::Leader));
-    tokio::spawn(accept::serve(router.clone(), listening, Listener::Tcp(listener), closed));
+    let slot = std::sync::Arc::new(parking_lot::RwLock::new(router.listening(&port(Target::Leader))));
+    tokio::spawn(accept::serve(router.clone(), slot, Listener::Tcp(listener), closed));
 
     let (a, b) = (Fake::start().await, Fake::start().await);
     put(&dcs, "members/a", &record("primary", a.at)).await;

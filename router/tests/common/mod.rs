@@ -69,10 +69,11 @@ impl World {
         let router = self.router.clone();
         let bound = Bound::listen(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
         let address = bound.address().unwrap();
-        let (listening, listener) = (self.router.listening(&port), bound.into_listener().unwrap());
+        let slot = Arc::new(parking_lot::RwLock::new(self.router.listening(&port)));
+        let listener = bound.into_listener().unwrap();
         let (open, closed) = tokio::sync::watch::channel(false);
         tokio::spawn(async move {
-            accept::serve(router, listening, listener, closed).await;
+            accept::serve(router, slot, listener, closed).await;
             drop(open);
         });
         match address {

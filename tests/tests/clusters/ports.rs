@@ -1,10 +1,15 @@
 //! What a router's port can be told, in front of a real cluster.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_postgres::{Client, Config, NoTls};
+use trunkline_tests::process::Proc;
+use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, proxy, rest, wait};
 
 /// Two nodes behind a router with these ports beside the usual ones.
@@ -91,6 +96,115 @@ async fn readers_leave_a_standby_that_stops_replaying() -> Result<()> {
     let metrics = metrics.as_str().context("no text")?;
     ensure!(metrics.contains("ended_total{port=\"ro\",reason=\"lag\"} 1"), "{metrics}");
     scene.node(1 - leader).execute("SELECT pg_wal_replay_resume()", LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}
+
+/// The state of the configuration, as the router tells it.
+async fn configuration(admin: u16) -> Result<String> {
+    let health = rest::get(admin, "/health").await?.body;
+    Ok(health["configuration"].as_str().context("no word of it")?.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_file_is_in_force_and_a_wrong_one_is_not() -> Result<()> {
+    let mut scene = scene("reload", |_| Ok(Vec::new())).await?;
+    let ports = scene.router.ports();
+    let client = connect(&scene, ports.read_write, "").await?;
+    let file = scene.lab.dir().join("etc/router.yml");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+    let good = |config: &Value| scene.lab.write_config("router.yml", &config.to_string());
+
+    // Found by itself: another port, and one that is gone.
+    let new = scene.lab.port()?;
+    let list = config["ports"].as_array_mut().context("no ports")?;
+    list[1] = json!({"name": "new", "listen": format!("127.0.0.1:{new}"), "target": "any"});
+    good(&config)?;
+    let known = wait::until("the new port to serve", LIMIT, async || connect(&scene, new, "").await);
+    known.await?;
+    ensure!(std::net::TcpStream::connect(("127.0.0.1", ports.read_only)).is_err(), "the old port is still there");
+
+    // Refused whole: the other half of it would have been good.
+    let wrong = json!({"ports": [{"name": "new", "listen": "nowhere", "target": "any"}], "limits": {"max_held": 1}});
+    scene.lab.write_config("router.yml", &wrong.to_string())?;
+    let refused = wait::until("the file to be refused", LIMIT, async || {
+        let now = configuration(ports.admin).await?;
+        ensure!(now.starts_with("refused: ") && now.contains("ports[0].listen"), "{now}");
+        Ok(())
+    });
+    refused.await?;
+    connect(&scene, new, "").await?;
+
+    config["limits"] = json!({"max_held": 77});
+    good(&config)?;
+    scene.router.process().signal(Signal::HUP);
+    let in_force = wait::until("the limit to be in force", LIMIT, async || {
+        let metrics = rest::get(ports.admin, "/metrics").await?.body;
+        ensure!(metrics.as_str().is_some_and(|text| text.contains("limit{limit=\"max_held\"} 77")), "{metrics}");
+        ensure!(configuration(ports.admin).await? == "in force");
+        Ok(())
+    });
+    in_force.await?;
+    ensure!(!is_standby(&client).await?, "the session from before all this");
+    scene.lab.success();
+    Ok(())
+}
+
+/// Opens sessions, one after the other, until told to stop.
+async fn visitors(target: Target, stop: Arc<AtomicBool>, served: Arc<AtomicUsize>) -> Result<()> {
+    while !stop.load(Ordering::Relaxed) {
+        target.query_one("SELECT 1", LIMIT).await?;
+        served.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn upgrades_refuse_nobody_and_end_with_the_last_session() -> Result<()> {
+    let mut scene = scene("upgrade", |_| Ok(Vec::new())).await?;
+    let ports = scene.router.ports();
+    scene.router.process().kill();
+    let start = |number: usize| -> Result<Proc> {
+        let cwd = scene.lab.make_dir("router")?;
+        let mut command = scene.lab.command(&Program::router()?, &cwd)?;
+        command.arg("--upgrade-sock").arg(cwd.join("upgrade")).arg(scene.lab.dir().join("etc/router.yml"));
+        if number > 0 {
+            command.arg("--upgrade");
+        }
+        scene.lab.spawn(&format!("router-{number}"), command)
+    };
+    let mut running = start(0)?;
+    let target = Target::new(ports.read_write, &scene.cluster.spec().password);
+    wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+
+    let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let visiting = (0..4).map(|_| tokio::spawn(visitors(target.clone(), stop.clone(), served.clone())));
+    let visiting: Vec<_> = visiting.collect();
+    for number in 1..=4 {
+        let stays = connect(&scene, ports.read_write, "").await?;
+        let mut next = start(number)?;
+        let before = served.load(Ordering::Relaxed);
+        let more = wait::until("more to be served", LIMIT, async || {
+            ensure!(next.ended().is_none(), "the new router has ended");
+            ensure!(served.load(Ordering::Relaxed) > before + 20);
+            Ok(())
+        });
+        more.await?;
+        ensure!(!is_standby(&stays).await?);
+        ensure!(running.ended().is_none(), "it had a session");
+        drop(stays);
+        let ended = wait::until("the old router to end", Duration::from_secs(10), async || {
+            running.ended().context("it is still there")
+        });
+        ensure!(ended.await?.success());
+        running = next;
+    }
+    stop.store(true, Ordering::Relaxed);
+    for visitor in visiting {
+        if let Err(error) = visitor.await? {
+            bail!("somebody was refused: {error:#}");
+        }
+    }
     scene.lab.success();
     Ok(())
 }

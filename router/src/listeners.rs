@@ -1,0 +1,161 @@
+//! The sockets that the router listens on: opened at the start, opened and closed when the configuration changes, handed
+//! over to the next process.
+//!
+//! By TCP every thread has a socket of its own for every address, among which the kernel spreads the connections: a
+//! session never changes its thread.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{mpsc, watch};
+use tracing::info;
+use trunkline_config::router::{Listen, Port};
+
+use crate::port::Listening;
+use crate::router::Router;
+use crate::socket::{Address, Bound};
+
+/// Sockets that a thread has not begun to accept from yet.
+const QUEUE: usize = 4_096;
+
+/// Sockets of an earlier process, by [`key`].
+pub type Inherited = BTreeMap<String, OwnedFd>;
+
+/// All listening sockets.
+#[derive(Debug)]
+pub struct Listeners {
+    router: Arc<Router>,
+    threads: Vec<mpsc::Sender<Opened>>,
+    open: Mutex<BTreeMap<Listen, Open>>,
+}
+
+/// The port that an address belongs to, which a change of the configuration may change.
+pub type Slot = Arc<RwLock<Arc<Listening>>>;
+
+/// A socket that a thread shall accept from.
+#[derive(Debug)]
+pub struct Opened {
+    /// The socket.
+    pub bound: Bound,
+    /// Its port.
+    pub slot: Slot,
+    /// When to stop.
+    pub closed: watch::Receiver<bool>,
+}
+
+/// An address that is listened on.
+#[derive(Debug)]
+struct Open {
+    address: Address,
+    /// One for each thread, for handing over.
+    sockets: Vec<Bound>,
+    slot: Slot,
+    close: watch::Sender<bool>,
+}
+
+impl Listeners {
+    /// Listens nowhere; what it will open goes to the receivers, one for each thread.
+    pub fn new(router: Arc<Router>, threads: usize) -> (Self, Vec<mpsc::Receiver<Opened>>) {
+        let (threads, receivers) = (0..threads.max(1)).map(|_| mpsc::channel(QUEUE)).unzip();
+        (Self { router, threads, open: Mutex::default() }, receivers)
+    }
+
+    /// Listens for exactly these ports from now on. What cannot be listened on leaves everything as it was. Sessions are
+    /// not touched.
+    ///
+    /// # Errors
+    /// The port and why.
+    pub fn apply(&self, ports: &[Port], mut inherited: Inherited) -> io::Result<()> {
+        let mut open = self.open.lock();
+        let addresses = ports.iter().flat_map(|port| port.listen.iter().map(move |listen| (port, listen)));
+        let mut bound = Vec::new();
+        for (port, listen) in addresses.clone().filter(|(_, listen)| !open.contains_key(listen)) {
+            let sockets = self.bind(listen, &mut inherited).map_err(|error| {
+                io::Error::new(error.kind(), format!("port '{}' can't listen on {listen}: {error}", port.name))
+            })?;
+            bound.push((port, listen, sockets));
+        }
+        // Nothing can fail any more.
+        let listening: BTreeMap<&str, Arc<Listening>> =
+            ports.iter().map(|port| (port.name.as_str(), self.router.listening(port))).collect();
+        for (port, listen) in addresses.clone() {
+            if let (Some(open), Some(listening)) = (open.get(listen), listening.get(port.name.as_str())) {
+                *open.slot.write() = listening.clone();
+            }
+        }
+        for (port, listen, (address, sockets, copies)) in bound {
+            let Some(listening) = listening.get(port.name.as_str()) else { continue };
+            let (slot, close) = (Slot::new(RwLock::new(listening.clone())), watch::Sender::new(false));
+            for (thread, bound) in self.threads.iter().zip(sockets) {
+                let opened = Opened { bound, slot: slot.clone(), closed: close.subscribe() };
+                // Full only if a thread has hung for thousands of changes; its share of connections hangs as well then.
+                let _ = thread.try_send(opened);
+            }
+            let threads = self.threads.len();
+            info!(port = port.name, %address, target = port.target.as_str(), threads, "listening");
+            open.insert(listen.clone(), Open { address, sockets: copies, slot, close });
+        }
+        let wanted: BTreeSet<&Listen> = addresses.map(|(_, listen)| listen).collect();
+        open.retain(|listen, open| {
+            let keep = wanted.contains(listen);
+            if !keep {
+                info!(port = &*open.slot.read().name, address = %open.address, "not listening any more");
+                open.close.send_replace(true);
+            }
+            keep
+        });
+        let gone = self.router.ports().into_iter().filter(|port| !listening.contains_key(&*port.name));
+        gone.for_each(|port| self.router.forget(&port.name));
+        Ok(())
+    }
+
+    /// A socket for each thread, inherited where there is one, and a copy of each.
+    fn bind(&self, listen: &Listen, inherited: &mut Inherited) -> io::Result<(Address, Vec<Bound>, Vec<Bound>)> {
+        let mut address = Address::of(listen)?;
+        let threads = self.threads.len();
+        let mut sockets: Vec<Bound> = (0..threads)
+            .map_while(|thread| inherited.remove(&key(&address, thread)))
+            .map(|fd| Bound::inherited(&address, fd))
+            .collect();
+        match sockets.first() {
+            None => sockets = Bound::listen(&address, threads)?,
+            Some(first) => {
+                // More threads than before.
+                let more: io::Result<Vec<Bound>> =
+                    (sockets.len()..threads).map(|_| Bound::share(&address, first)).collect();
+                sockets.extend(more?);
+            }
+        }
+        if let Some(first) = sockets.first() {
+            address = first.address()?;
+        }
+        let copies = sockets.iter().map(Bound::try_clone).collect::<io::Result<_>>()?;
+        Ok((address, sockets, copies))
+    }
+
+    /// Every socket, by its [`key`], for the next process.
+    ///
+    /// # Errors
+    /// Out of file descriptors.
+    pub fn copies(&self) -> io::Result<Inherited> {
+        let open = self.open.lock();
+        let of = |open: &Open| -> io::Result<Vec<(String, OwnedFd)>> {
+            let copy = |(thread, socket): (usize, &Bound)| Ok((key(&open.address, thread), socket.try_clone()?.into()));
+            open.sockets.iter().enumerate().map(copy).collect()
+        };
+        Ok(open.values().map(of).collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    /// Where a port listens, ports that the kernel has chosen included.
+    pub fn addresses(&self) -> Vec<(Arc<str>, Address)> {
+        self.open.lock().values().map(|open| (open.slot.read().name.clone(), open.address.clone())).collect()
+    }
+}
+
+/// How a socket is named to the next process.
+fn key(address: &Address, thread: usize) -> String {
+    format!("{address}#{thread}")
+}
