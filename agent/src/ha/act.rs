@@ -17,7 +17,7 @@ use super::situation::DivergenceState;
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, TaskKind};
 use super::{Ha, Next, sync};
 use crate::peer::Peers;
-use crate::postgres::{PgStatus, Postgres, StartAs};
+use crate::postgres::{CustomBootstrap, PgStatus, Postgres, StartAs};
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn act(&mut self, decision: Decision) -> Next {
@@ -62,6 +62,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.spawn(TaskKind::Demote, hands.demote(until));
             }
             Action::Clone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, false)),
+            Action::RestoreReplica => self.spawn(TaskKind::Clone, hands.restore_replica()),
             Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
@@ -196,6 +197,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn release(&mut self) -> Next {
+        if matches!(self.pg, PgStatus::Stopped(_)) && self.memory.was_primary && !self.memory.demoted {
+            self.parts.postgres.callback("on_role_change", "demoted");
+        }
         let session = self.lease.session();
         let held = session.lease.filter(|_| session.leading).map(|lease| lease.id);
         let named = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.lease);
@@ -274,7 +278,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             warn!("the right to bootstrap came with a lease that is lost already");
             return Next::Wait;
         }
+        let section = bootstrap.raw.get(&bootstrap.method).and_then(|section| section.as_object().cloned());
+        let method = section.filter(|_| bootstrap.method != "initdb");
+        let method = method.map(|section| CustomBootstrap { name: bootstrap.method.clone(), section });
+        let kind = if method.is_some() { TaskKind::CustomBootstrap } else { TaskKind::Bootstrap };
         let plan = BootstrapPlan {
+            method,
             initdb: bootstrap.initdb.clone(),
             hba: bootstrap.pg_hba.clone(),
             post_bootstrap: bootstrap.post_bootstrap.clone(),
@@ -282,7 +291,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             config_seen: self.view.as_ref().and_then(|view| view.config.as_ref()).map_or(Revision(0), |c| c.revision),
         };
         let hands = self.hands();
-        self.spawn(TaskKind::Bootstrap, hands.bootstrap(plan, lease));
+        self.spawn(kind, hands.bootstrap(plan, lease));
         Next::Wait
     }
 
@@ -314,7 +323,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// `sync` key promises to have everything; a standby waits for nobody.
     pub(super) fn names_at_start(&self, role: &StartAs) -> String {
         match (&self.view, role) {
-            (Some(view), StartAs::Primary) => sync::names_in_key(view, &self.configured_names()),
+            (Some(view), StartAs::Primary) => sync::names_in_key(view, &self.me.name, &self.configured_names()),
             _ => String::new(),
         }
     }
@@ -355,5 +364,6 @@ fn written(me: &MemberName, write: &SyncWrite, revision: Revision) -> SyncState 
     let Some(value) = &write.value else { return SyncState::default() };
     let listed = value.get("sync_standby").and_then(|names| names.as_str()).unwrap_or_default();
     let standbys = listed.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-    SyncState { leader: Some(me.clone()), standbys, quorum: 0, revision }
+    let quorum = value.get("quorum").and_then(|quorum| quorum.as_u64()).and_then(|quorum| quorum.try_into().ok());
+    SyncState { leader: Some(me.clone()), standbys, quorum: quorum.unwrap_or(0), revision }
 }

@@ -58,6 +58,8 @@ pub enum Action {
     Bootstrap,
     /// Copy a data directory.
     Clone(Upstream),
+    /// Make a data directory by a method that needs no running server to copy from.
+    RestoreReplica,
     /// Start the stopped server.
     Start(StartAs),
     /// Let the running standby follow another server.
@@ -103,6 +105,7 @@ impl Action {
             Action::ClearFailover => "clear_failover",
             Action::Bootstrap => "bootstrap",
             Action::Clone(_) => "clone",
+            Action::RestoreReplica => "restore_replica",
             Action::Start(_) => "start",
             Action::Follow(_) => "follow",
             Action::CheckDivergence(_) => "check_divergence",
@@ -506,8 +509,9 @@ fn clone(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
 /// The server is down and somebody else leads: find out whether it can follow, mend it if not, start it.
 fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     let divergence = &s.memory.divergence;
-    // In pause what somebody stopped stays stopped; what this node demoted follows.
-    if view.settings.pause && !s.memory.demoted && !matches!(divergence, DivergenceState::Rewind(_)) {
+    // In pause what somebody stopped stays stopped; what this node demoted, copied or rewound follows.
+    let ours = s.memory.demoted || s.memory.fresh_copy || matches!(divergence, DivergenceState::Rewind(_));
+    if view.settings.pause && !ours {
         return is(Action::Wait, "paused: PostgreSQL is not started");
     }
     if s.backing_off() {
@@ -620,6 +624,9 @@ fn leaderless(s: &Situation, view: &ClusterView) -> Decision {
 }
 
 fn race(s: &Situation, view: &ClusterView) -> Decision {
+    if let Some(why) = primary_is_active(s, view) {
+        return is(Action::Abstain, why);
+    }
     match election::may_race(s, view) {
         Verdict::Ask(members) => is(Action::Ask(members), "nobody leads"),
         Verdict::Race(why) => is(Action::Acquire(sync::on_promotion(view, &s.me.name)), why),
@@ -628,6 +635,27 @@ fn race(s: &Situation, view: &ClusterView) -> Decision {
         }
         Verdict::Yield(why) => is(Action::Abstain, why),
     }
+}
+
+/// `primary_race_backoff`: nobody holds the key, but WAL goes on arriving, so there is a primary that works and may only be
+/// unable to reach the DCS. For the first `loop_wait` it is not known yet whether it does.
+fn primary_is_active(s: &Situation, view: &ClusterView) -> Option<String> {
+    let settings = &view.settings;
+    let requested = view.failover.as_ref().is_some_and(|request| request.candidate.is_some());
+    if settings.primary_race_backoff.is_zero() || settings.pause || settings.standby_cluster.is_some() || requested {
+        return None;
+    }
+    let streams = s.running().is_some_and(|running| running.replication_state.as_deref() == Some("streaming"));
+    let waited = s.now.since(s.memory.leaderless_since?);
+    let left = settings.primary_race_backoff.checked_sub(waited).filter(|left| streams && !left.is_zero())?;
+    let moved = s.memory.position_since.is_some_and(|(_, since)| s.now.since(since) < settings.loop_wait);
+    let name = &s.me.name;
+    (moved || waited < settings.loop_wait).then(|| {
+        format!(
+            "My ({name}) wal position moved since last heart beat loop, {} seconds until leader race",
+            left.as_secs()
+        )
+    })
 }
 
 /// No data and no leader: initialise the cluster, if there is none yet.
@@ -651,7 +679,9 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
             None => is(Action::Bootstrap, "trying to bootstrap a new cluster"),
         },
         Initialize::Running => is(Action::Wait, "another member is bootstrapping the cluster"),
-        _ => is(Action::Wait, "waiting for a leader to copy from"),
+        _ if !s.me.restores_alone || view.settings.pause => is(Action::Wait, "waiting for a leader to copy from"),
+        _ if s.backing_off() => is(Action::Wait, failed_lately(s, "the copy failed")),
+        _ => is(Action::RestoreReplica, "no data here and nobody leads; restoring a replica without a leader"),
     }
 }
 

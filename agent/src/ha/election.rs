@@ -144,13 +144,13 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
         if !electorate.is_empty() {
             return Verdict::Ask(electorate);
         }
-        return if synchronous && view.settings.synchronous_mode == SynchronousMode::Quorum {
+        return if synchronous && by_votes(view) {
             quorum(s, view, &PeerAnswers::new())
         } else {
             Verdict::Race("no other member could lead".to_owned())
         };
     };
-    let quorum_mode = synchronous && view.settings.synchronous_mode == SynchronousMode::Quorum;
+    let quorum_mode = synchronous && by_votes(view);
     let (own, priority) = (s.lsn(), s.me.failover_priority());
     for name in electorate.keys().filter(|name| counts(name)) {
         let Some(peer) = answer(peers, name) else { continue };
@@ -236,6 +236,8 @@ pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName
     let Some(peers) = s.peers else { return Takeover::Ask(ask) };
     let end = s.lsn().max(view.status.optime);
     let mut why = Vec::new();
+    // Whoever takes over needs votes besides its own.
+    let mut votes = if synchronous && candidate.is_none() && by_votes(view) { view.sync.quorum as usize } else { 0 };
     for name in ask.keys() {
         let Some(peer) = answer(peers, name) else {
             why.push(format!("{name} did not answer"));
@@ -251,6 +253,9 @@ pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName
         } else if behind {
             let known = view.timeline().unwrap_or_default();
             why.push(format!("{name} is on timeline {}, not {known}", peer.timeline.unwrap_or_default()));
+        } else if votes > 0 {
+            votes -= 1;
+            why.push(format!("{name} needs more votes"));
         } else {
             return Takeover::Possible(format!("{name} (at {}, {lag} bytes behind)", peer.lsn));
         }
@@ -261,7 +266,7 @@ pub fn takeover(s: &Situation, view: &ClusterView, candidate: Option<&MemberName
 /// The members whose word counts: not this node, reachable by REST, allowed to lead (or voting), and in the synchronous
 /// set where there is one.
 fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<MemberName, String> {
-    let quorum = view.settings.synchronous_mode == SynchronousMode::Quorum;
+    let quorum = by_votes(view);
     let counts = |(name, member): (&MemberName, &Member)| {
         let votes = synchronous && quorum && view.sync.includes(name);
         let may = is_in_failsafe(view, name) && (!synchronous || view.sync.includes(name));
@@ -269,6 +274,12 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
         (*name != s.me.name && eligible).then(|| Some((name.clone(), member.api_url.clone()?)))?
     };
     view.members.iter().filter_map(counts).collect()
+}
+
+/// Whether a node that is on the key may lack commits, and needs the word of others: in mode `quorum`, and after it until the
+/// key has been written anew.
+fn by_votes(view: &ClusterView) -> bool {
+    view.settings.synchronous_mode == SynchronousMode::Quorum || view.sync.quorum > 0
 }
 
 /// Whether a leader without DCS would ask this member for its word, where failsafe mode is in use: nobody else may lead.

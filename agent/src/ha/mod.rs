@@ -9,6 +9,7 @@ pub mod decide;
 pub mod election;
 pub mod lease;
 pub mod publish;
+pub mod quorum;
 pub mod situation;
 pub mod slots;
 pub mod sync;
@@ -44,7 +45,7 @@ use self::task::{Hands, TaskEnd, TaskKind};
 use crate::guard::Guard;
 use crate::node::{Board, Command, Noted};
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, SlotPlan};
+use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, SlotPlan, needs_no_leader};
 
 /// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
 const MAX_STEPS: usize = 8;
@@ -110,6 +111,8 @@ pub struct Ha<D, P, C, R> {
     slots_copied: Option<Instant>,
     /// The postmaster (by its start) and the `synchronous_standby_names` that it has been proven to wait by.
     names_proven: Option<(String, String)>,
+    /// Strict synchronous mode makes commits wait for nobody.
+    waits_in_vain: bool,
     scheduled_restart: Option<Value>,
     /// How often what happened, and why: metric labels.
     transitions: BTreeMap<(&'static str, &'static str), u64>,
@@ -183,6 +186,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             slots_seen: slots::Seen::new(),
             slots_copied: None,
             names_proven: None,
+            waits_in_vain: false,
             scheduled_restart: None,
             transitions: BTreeMap::new(),
             decisions: Arc::default(),
@@ -416,6 +420,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::NotAsked;
                 self.memory.was_primary = false;
                 self.memory.demoted = false;
+                self.memory.fresh_copy = true;
             }
             (_, TaskEnd::Promoted(timeline)) => {
                 info!("promoted, on timeline {timeline}");
@@ -425,6 +430,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             (
                 TaskKind::Bootstrap
+                | TaskKind::CustomBootstrap
                 | TaskKind::Start
                 | TaskKind::Restart
                 | TaskKind::Promote
@@ -594,6 +600,7 @@ fn me(local: &Local, config: &PostgresConfig) -> Me {
         may_bootstrap: local.bootstrap.is_some(),
         use_pg_rewind: config.use_pg_rewind,
         use_slots: config.use_slots,
+        restores_alone: config.create_replica_methods.iter().any(|method| needs_no_leader(config, method)),
         reclone_diverged: config.remove_data_directory_on_diverged_timelines,
         reclone_unrewindable: config.remove_data_directory_on_rewind_failure,
     }

@@ -65,6 +65,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             PgStatus::Running(running) => {
                 self.memory.was_primary = running.role == PgRole::Primary;
                 self.memory.demoted = false;
+                self.memory.fresh_copy = false;
                 self.memory.down_since = None;
             }
             PgStatus::NoData | PgStatus::Refusing(_) => self.memory.down_since = None,
@@ -101,6 +102,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.up_since = None;
             self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
         }
+        let leaderless = self.view.as_ref().is_some_and(|view| view.leader.is_none());
+        self.memory.leaderless_since = leaderless.then(|| self.memory.leaderless_since.unwrap_or(now));
+        self.memory.position_since = match (&pg, self.memory.position_since) {
+            (PgStatus::Running(running), Some((lsn, since))) if lsn == running.lsn => Some((lsn, since)),
+            (PgStatus::Running(running), _) => Some((running.lsn, now)),
+            _ => None,
+        };
         let request = self.view.as_ref().filter(|view| view.leader.is_none() && view.failover.is_some());
         self.memory.unfulfilled = match (request.map(|view| view.failover_revision), self.memory.unfulfilled) {
             (Some(revision), Some((same, since))) if revision == same => Some((revision, since)),

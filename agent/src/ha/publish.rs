@@ -17,6 +17,7 @@ use crate::postgres::{ControlState, PgRole, PgStatus, WantedSlot};
 pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, paused: bool) -> &'static str {
     match task {
         Some(TaskKind::Bootstrap) => return "initializing new cluster",
+        Some(TaskKind::CustomBootstrap) => return "running custom bootstrap script",
         Some(TaskKind::Clone | TaskKind::Reinitialize) => return "creating replica",
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",

@@ -72,7 +72,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 return;
             }
         }
-        if aborted == Some(TaskKind::Bootstrap) {
+        if matches!(aborted, Some(TaskKind::Bootstrap | TaskKind::CustomBootstrap)) {
             self.undo_bootstrap().await;
         }
         self.lease.resign();

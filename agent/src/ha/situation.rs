@@ -59,6 +59,8 @@ pub struct Me {
     pub use_pg_rewind: bool,
     /// Slots for members are used.
     pub use_slots: bool,
+    /// A method makes replicas without a running server to copy from.
+    pub restores_alone: bool,
     /// A diverged data directory may be replaced by a copy.
     pub reclone_diverged: bool,
     /// A data directory that could not be rewound may be replaced by a copy.
@@ -83,10 +85,16 @@ pub struct Memory {
     pub half_made: bool,
     /// It is down because this node demoted it.
     pub demoted: bool,
+    /// It is down because its data directory was made just now.
+    pub fresh_copy: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
     pub down_since: Option<Instant>,
     /// Since when it is a running standby that does not stream.
     pub dry_since: Option<Instant>,
+    /// Since when nobody leads, as far as this node has seen.
+    pub leaderless_since: Option<Instant>,
+    /// Our position, and since when it has been the same.
+    pub position_since: Option<(Lsn, Instant)>,
     /// The failover request (by its revision) that is there without a leader, and since when: whoever is to fulfil it may
     /// turn out to be unable to.
     pub unfulfilled: Option<(Revision, Instant)>,
@@ -174,10 +182,11 @@ impl Situation<'_> {
         self.memory.promise.as_ref().filter(|promise| self.now < promise.until && !self.is_primary() && !self.leads())
     }
 
-    /// An agent that has just started does not know what the one before it has promised to a leader without DCS.
+    /// An agent that has just started does not know what the one before it has promised to a leader without DCS. Only who is
+    /// on the failsafe key leads without DCS, and nobody takes it off there who has not waited for the promises to end.
     pub fn may_have_promised(&self, view: &ClusterView) -> bool {
-        let in_use = view.settings.failsafe_mode || view.failsafe.as_ref().is_some_and(|members| !members.is_empty());
-        in_use && !self.is_primary() && self.now.since(self.memory.started_at) < view.settings.ttl
+        let others = view.failsafe.iter().flat_map(BTreeMap::keys).any(|name| *name != self.me.name);
+        others && !self.is_primary() && self.now.since(self.memory.started_at) < view.settings.ttl
     }
 
     /// Who has to agree before this leader may go on without the DCS (this node not among them). `None`: it may not.

@@ -194,6 +194,7 @@ mod tests {
             may_bootstrap: true,
             use_pg_rewind: true,
             use_slots: true,
+            restores_alone: false,
             reclone_diverged: false,
             reclone_unrewindable: false,
         }

@@ -12,6 +12,7 @@ use trunkline_common::{ClusterView, Lsn, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::tags;
 
+use super::quorum::{self, Names, Quorum};
 use crate::postgres::{Running, WalSender};
 
 /// Stands in `synchronous_standby_names` where strict mode has nobody to name: commits wait (Patroni's name for it).
@@ -33,15 +34,22 @@ pub fn on_promotion(view: &ClusterView, me: &MemberName) -> Option<SyncWrite> {
     if view.settings.synchronous_mode == SynchronousMode::Off {
         return (seen.0 != 0).then_some(SyncWrite { value: None, seen });
     }
+    if view.settings.synchronous_mode == SynchronousMode::Quorum && view.sync.is_active() {
+        // The votes that it was elected by stay what they are until commits wait for those who gave them.
+        return None;
+    }
     let standbys = inherited(view, me);
     let unchanged = view.sync.leader.as_ref() == Some(me) && view.sync.standbys == standbys;
-    (!unchanged).then(|| SyncWrite { value: Some(key(me, &standbys)), seen })
+    (!unchanged).then(|| SyncWrite { value: Some(key(me.as_str(), 0, &standbys)), seen })
 }
 
 /// `synchronous_standby_names` at the moment of promotion: whom the first commits wait for.
 pub fn names_on_promotion(view: &ClusterView, me: &MemberName, configured: &str) -> String {
     if view.settings.synchronous_mode == SynchronousMode::Off {
         return configured.to_owned();
+    }
+    if view.settings.synchronous_mode == SynchronousMode::Quorum {
+        return any_on_promotion(view, me);
     }
     let standbys = inherited(view, me);
     match standbys.is_empty() && view.settings.synchronous_mode_strict {
@@ -50,11 +58,40 @@ pub fn names_on_promotion(view: &ClusterView, me: &MemberName, configured: &str)
     }
 }
 
+/// In mode `quorum`: of those who could have voted, as many have to confirm as leave no majority without one of them.
+fn any_on_promotion(view: &ClusterView, me: &MemberName) -> String {
+    let before = view.sync.standbys.iter().chain(view.sync.leader.iter().map(|leader| &leader.0));
+    let before: Names = if view.sync.is_active() { before.cloned().collect() } else { Names::new() };
+    let others: Names = before.iter().filter(|name| !me.matches(name)).cloned().collect();
+    let outsider = usize::from(others.len() == before.len());
+    let count = (before.len() + outsider).saturating_sub(view.sync.quorum as usize + 1);
+    any_or_strict(view, count, &others)
+}
+
+/// `ANY count (names)`; in strict mode somebody has to confirm, whoever it may be.
+fn any_or_strict(view: &ClusterView, count: usize, names: &Names) -> String {
+    let strict = view.settings.synchronous_mode_strict;
+    match (names.is_empty(), strict) {
+        (true, true) => any_text(1, &Names::from([STRICT_PLACEHOLDER.to_owned()])),
+        (true, false) => String::new(),
+        (false, _) => any_text(count.max(usize::from(strict)).min(names.len()), names),
+    }
+}
+
 /// `synchronous_standby_names` for a primary that comes back in place: everybody on the key is waited for, because
 /// everybody on the key may be promoted.
-pub fn names_in_key(view: &ClusterView, configured: &str) -> String {
+pub fn names_in_key(view: &ClusterView, me: &MemberName, configured: &str) -> String {
     if view.settings.synchronous_mode == SynchronousMode::Off {
         return configured.to_owned();
+    }
+    if view.settings.synchronous_mode == SynchronousMode::Quorum {
+        return match view.sync.leader.as_ref() == Some(me) {
+            true => {
+                let voters: Names = view.sync.standbys.iter().cloned().collect();
+                any_or_strict(view, voters.len().saturating_sub(view.sync.quorum as usize), &voters)
+            }
+            false => any_on_promotion(view, me),
+        };
     }
     match view.sync.standbys.is_empty() && view.settings.synchronous_mode_strict {
         true => quoted(STRICT_PLACEHOLDER),
@@ -85,7 +122,7 @@ pub fn step(
     let (settings, sync) = (&view.settings, &view.sync);
     let in_force = running.synchronous_standby_names.as_str();
     let write = |standbys: &[String], why: String| {
-        Some(SyncStep::Key(SyncWrite { value: Some(key(me, standbys)), seen: sync.revision }, why))
+        Some(SyncStep::Key(SyncWrite { value: Some(key(me.as_str(), 0, standbys)), seen: sync.revision }, why))
     };
     let set = |names: String, why: String| (names != in_force).then_some(SyncStep::Names(names, why));
 
@@ -96,10 +133,17 @@ pub fn step(
         }
         return set(configured.to_owned(), "synchronous mode is off".to_owned());
     }
+    if settings.synchronous_mode == SynchronousMode::Quorum && sync.is_active() {
+        return quorum_step(view, running, since, me);
+    }
     if sync.leader.as_ref() != Some(me) {
         return write(&[], "this node leads now".to_owned());
     }
 
+    // What mode `quorum` left behind: not each of those named has every commit.
+    let by_votes = sync.quorum > 0;
+    let all_confirm = InForce::parse(in_force).all_confirm();
+    let listed = if by_votes { &[] } else { sync.standbys.as_slice() };
     let active = active(view, running, me);
     if active.is_empty() && settings.synchronous_mode_strict {
         // Nobody can confirm, and commits shall wait: keep waiting for those that were synchronous, so that the first
@@ -109,13 +153,13 @@ pub fn step(
     }
     let confirmed: Vec<String> = active
         .iter()
-        .filter(|sender| waits_for(in_force, sender) && caught_up(sync.standbys.as_slice(), since, sender))
+        .filter(|sender| all_confirm && waits_for(in_force, sender) && caught_up(listed, since, sender))
         .map(|sender| member_name(view, sender))
         .collect();
     let active: Vec<String> = active.iter().map(|sender| member_name(view, sender)).collect();
 
     let kept: Vec<String> = sync.standbys.iter().filter(|name| confirmed.contains(name)).cloned().collect();
-    if kept.len() < sync.standbys.len() {
+    if kept.len() < sync.standbys.len() || by_votes {
         let lost: Vec<&str> = sync.standbys.iter().filter(|name| !kept.contains(name)).map(String::as_str).collect();
         return write(&kept, format!("{} no longer confirms commits", lost.join(", ")));
     }
@@ -131,6 +175,89 @@ pub fn step(
         return write(&confirmed, why);
     }
     None
+}
+
+/// The next step in mode `quorum`; this node or its predecessor is on the key.
+fn quorum_step(
+    view: &ClusterView,
+    running: &Running,
+    since: &BTreeMap<String, Lsn>,
+    me: &MemberName,
+) -> Option<SyncStep> {
+    let (settings, sync) = (&view.settings, &view.sync);
+    let text = running.synchronous_standby_names.as_str();
+    let set = |names: String, why: &str| (names != text).then(|| SyncStep::Names(names, why.to_owned()));
+    let voters: Names = sync.standbys.iter().cloned().collect();
+    let active = active(view, running, me);
+    let ours = sync.leader.as_ref() == Some(me);
+    if active.is_empty() && ours && settings.synchronous_mode_strict {
+        let count = voters.len().saturating_sub(sync.quorum as usize);
+        let why = "no standby can confirm commits, and synchronous_mode_strict is set";
+        return set(any_or_strict(view, count, &voters), why);
+    }
+    if active.is_empty() && ours && voters.is_empty() {
+        return set(String::new(), "no standby can confirm commits");
+    }
+    let in_force = InForce::parse(text);
+    let confirms = |sender: &&&WalSender| waits_for(text, sender) && caught_up(&[], since, sender);
+    let confirmed = active.iter().filter(confirms).count();
+    let state = Quorum {
+        leader: sync.leader.as_ref().map_or_else(|| me.0.clone(), |leader| leader.0.clone()),
+        quorum: sync.quorum as usize,
+        voters,
+        count: in_force.count,
+        names: in_force.names.iter().map(|name| spelled(view, name)).collect(),
+        confirmed,
+        active: active.iter().map(|sender| member_name(view, sender)).collect(),
+        wanted: settings.synchronous_node_count,
+        me: me.0.clone(),
+    };
+    match quorum::steps(&state).into_iter().next() {
+        Some(quorum::Step::Key { leader, quorum, voters }) => {
+            let list: Vec<String> = voters.into_iter().collect();
+            let why = format!("Setting leader to {leader}, quorum to {quorum} of ({})", list.join(", "));
+            let write = SyncWrite { value: Some(key(&leader, quorum, &list)), seen: sync.revision };
+            Some(SyncStep::Key(write, why))
+        }
+        Some(quorum::Step::Names { count, names }) => set(any_text(count, &names), "quorum commit"),
+        Some(quorum::Step::Wait) => None,
+        None if in_force.any => None,
+        None => set(any_text(in_force.count, &state.names), "any of them may confirm"),
+    }
+}
+
+/// Whether strict mode makes commits wait for somebody who is not there.
+pub fn waits_in_vain(view: &ClusterView, running: &Running, me: &MemberName) -> bool {
+    let settings = &view.settings;
+    settings.synchronous_mode != SynchronousMode::Off
+        && settings.synchronous_mode_strict
+        && view.sync.leader.as_ref() == Some(me)
+        && active(view, running, me).is_empty()
+}
+
+/// A value of `synchronous_standby_names`.
+struct InForce {
+    /// `ANY`: whoever is first.
+    any: bool,
+    count: usize,
+    names: Vec<String>,
+}
+
+impl InForce {
+    fn parse(text: &str) -> Self {
+        let mut names = crate::postgres::standby_names(text);
+        // Nobody is called that.
+        names.retain(|name| name != STRICT_PLACEHOLDER && name != "*");
+        let method = text.split_once('(').map_or("", |(method, _)| method);
+        let count = method.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(1);
+        let any = names.is_empty() || method.trim_start().to_ascii_lowercase().starts_with("any");
+        Self { any, count: usize::min(count, names.len()), names }
+    }
+
+    /// Whether a commit waits for each of the names.
+    fn all_confirm(&self) -> bool {
+        self.count == self.names.len()
+    }
 }
 
 /// The standbys that should confirm commits: streaming members that may be synchronous, the best ones first.
@@ -168,8 +295,19 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
         seen.push(name);
         new
     });
-    senders.truncate(settings.synchronous_node_count.max(1));
-    senders
+    let count = settings.synchronous_node_count.max(1);
+    if settings.synchronous_mode != SynchronousMode::Quorum {
+        senders.truncate(count);
+        return senders;
+    }
+    // Everybody may confirm; those that can't be promoted only where there are too few of the others.
+    let may_lead = |sender: &&WalSender| {
+        view.members.iter().any(|(name, member)| name.matches(&sender.application_name) && !member.nofailover())
+    };
+    let (mut chosen, others): (Vec<_>, Vec<_>) = senders.into_iter().partition(may_lead);
+    let fill = count.saturating_sub(chosen.len());
+    chosen.extend(others.into_iter().take(fill));
+    chosen
 }
 
 /// How far a standby has got with what commits wait for (`synchronous_commit`).
@@ -196,8 +334,13 @@ fn caught_up(listed: &[String], since: &BTreeMap<String, Lsn>, sender: &WalSende
 
 /// The member's name as the DCS has it (PostgreSQL may have folded its case).
 fn member_name(view: &ClusterView, sender: &WalSender) -> String {
-    let member = view.members.keys().find(|name| name.matches(&sender.application_name));
-    member.map_or_else(|| sender.application_name.clone(), |name| name.0.clone())
+    spelled(view, &sender.application_name)
+}
+
+fn spelled(view: &ClusterView, name: &str) -> String {
+    let member = view.members.keys().find(|member| member.matches(name));
+    let listed = || view.sync.standbys.iter().find(|listed| listed.eq_ignore_ascii_case(name)).cloned();
+    member.map(|member| member.0.clone()).or_else(listed).unwrap_or_else(|| name.to_owned())
 }
 
 /// Whether `synchronous_standby_names` mentions a standby.
@@ -206,11 +349,19 @@ pub fn mentions(names: &str, standby: &str) -> bool {
 }
 
 /// The `sync` key's value. `quorum` is 0 in mode `on`: each listed node has everything.
-fn key(leader: &MemberName, standbys: &[String]) -> Value {
+fn key(leader: &str, quorum: usize, standbys: &[String]) -> Value {
     let mut sorted = standbys.to_vec();
     sorted.sort();
     let listed = if sorted.is_empty() { Value::Null } else { Value::from(sorted.join(",")) };
-    json!({ "leader": leader.as_str(), "quorum": 0, "sync_standby": listed })
+    json!({ "leader": leader, "quorum": quorum, "sync_standby": listed })
+}
+
+/// The text of `synchronous_standby_names` where any `count` of the names are enough.
+fn any_text(count: usize, names: &Names) -> String {
+    if names.is_empty() {
+        return String::new();
+    }
+    format!("ANY {count} ({})", names.iter().map(|name| quoted(name)).collect::<Vec<_>>().join(","))
 }
 
 /// The text of `synchronous_standby_names` (ha-loop §15.6): one bare name, or `N (a,b)` when all of them must confirm.

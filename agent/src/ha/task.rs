@@ -17,13 +17,15 @@ use trunkline_config::dynamic::{Settings, SynchronousMode};
 
 use super::lease::LeaseHandle;
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgError, Postgres, StartAs, StopMode, Upstream, WantedSlot};
+use crate::postgres::{CustomBootstrap, Divergence, PgError, Postgres, StartAs, StopMode, Upstream, WantedSlot};
 
 /// What is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TaskKind {
     /// initdb and first start of a new cluster.
     Bootstrap,
+    /// The same by a method of the user's own.
+    CustomBootstrap,
     /// Copying a data directory.
     Clone,
     /// The same because an operator asked for it.
@@ -52,7 +54,7 @@ impl TaskKind {
     /// What status documents and refusals call it.
     pub fn label(self) -> &'static str {
         match self {
-            TaskKind::Bootstrap => "bootstrap",
+            TaskKind::Bootstrap | TaskKind::CustomBootstrap => "bootstrap",
             TaskKind::Clone => "creating replica",
             TaskKind::Reinitialize => "reinitialize",
             TaskKind::Start => "starting",
@@ -139,14 +141,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     async fn try_bootstrap(&self, plan: &BootstrapPlan, lease: Lease) -> Result<(), String> {
         let pg = |error: PgError| error.to_string();
         let dcs = |error: DcsError| error.to_string();
-        self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
-        // initdb takes its time, and this host may have stood still meanwhile.
-        let now = self.clock.now();
-        if self.lease.session().lease.is_none_or(|held| held.id != lease.id || held.until <= now) {
-            return Err("the right to bootstrap ended with its lease".to_owned());
+        match &plan.method {
+            None => {
+                self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
+                self.still_bootstraps(lease)?;
+                self.postgres.start(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
+            }
+            Some(method) => self.postgres.restore(method.clone()).await.map_err(pg)?,
         }
-        self.postgres.start(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
+        self.still_bootstraps(lease)?;
         self.postgres.create_users(plan.post_bootstrap.clone()).await.map_err(pg)?;
+        if plan.method.is_some() {
+            self.postgres.end_restore().await.map_err(pg)?;
+        }
         let status = self.postgres.observe(Duration::from_secs(5)).await;
         let crate::postgres::PgStatus::Running(running) = status else {
             return Err("the new server does not answer".to_owned());
@@ -187,6 +194,23 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 Ok(()) => TaskEnd::Done,
                 Err(error) => error.into(),
             },
+        }
+    }
+
+    /// What takes its time may take too much of it: this host may have stood still meanwhile.
+    fn still_bootstraps(&self, lease: Lease) -> Result<(), String> {
+        let now = self.clock.now();
+        match self.lease.session().lease {
+            Some(held) if held.id == lease.id && held.until > now => Ok(()),
+            _ => Err("the right to bootstrap ended with its lease".to_owned()),
+        }
+    }
+
+    /// Copies without a running server to copy from; the next turn starts the copy.
+    pub async fn restore_replica(self) -> TaskEnd {
+        match self.postgres.clone_without_source().await {
+            Ok(()) => TaskEnd::Done,
+            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
         }
     }
 
@@ -321,14 +345,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return;
         }
         let give_up = self.clock.now() + plan.candidate_limit;
+        let mut first = None;
         while self.clock.now() < give_up {
             let statuses = self.peers.status(plan.candidates.clone(), Duration::from_millis(500)).await;
-            let caught_up = |(name, status): (&MemberName, &Option<crate::peer::PeerStatus>)| {
-                status.as_ref().is_some_and(|peer| peer.in_recovery && peer.lsn > position).then(|| name.clone())
-            };
-            if let Some(name) = statuses.iter().find_map(caught_up) {
-                info!("{name} has the shutdown checkpoint at {position}");
-                return;
+            if let Some((name, best)) = caught_up(&statuses, position) {
+                let since = *first.get_or_insert_with(|| self.clock.now());
+                if best || self.clock.now().since(since) >= BETTER_CANDIDATE {
+                    info!("{name} has the shutdown checkpoint at {position}");
+                    return;
+                }
             }
             // The standby has been sent the record before the postmaster can exit; it needs a moment to write it. Where
             // nobody answers there is nothing to be quick for.
@@ -421,9 +446,27 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     }
 }
 
+/// How long one that has everything is kept waiting for another one that is preferred (`failover_priority`).
+const BETTER_CANDIDATE: Duration = Duration::from_millis(250);
+
+/// The most preferred member that has the record at `position`, and whether nobody who answers is preferred to it.
+fn caught_up(
+    statuses: &BTreeMap<MemberName, Option<crate::peer::PeerStatus>>,
+    position: Lsn,
+) -> Option<(&MemberName, bool)> {
+    let standbys = || {
+        let answered = statuses.iter().filter_map(|(name, status)| Some((name, status.as_ref()?)));
+        answered.filter(|(_, peer)| peer.in_recovery)
+    };
+    let (name, peer) = standbys().filter(|(_, peer)| peer.lsn > position).max_by_key(|(_, p)| p.failover_priority)?;
+    Some((name, standbys().all(|(_, other)| other.failover_priority <= peer.failover_priority)))
+}
+
 /// What a bootstrap needs to know.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BootstrapPlan {
+    /// Not by initdb, but by a method of the user's own.
+    pub method: Option<CustomBootstrap>,
     /// Options of initdb.
     pub initdb: Vec<String>,
     /// Lines for its pg_hba.conf.
@@ -449,4 +492,26 @@ pub struct HandOverPlan {
     pub stop_limit: Duration,
     /// How long to wait for a candidate to have the shutdown checkpoint.
     pub candidate_limit: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::PeerStatus;
+
+    #[test]
+    fn the_preferred_candidate_is_waited_for() {
+        let peer = |lsn: u64, failover_priority: i64| {
+            let timeline = Some(TimelineId(1));
+            Some(PeerStatus { in_recovery: true, lsn: Lsn(lsn), timeline, failover_priority, watchdog_failed: false })
+        };
+        let verdict = |peers: &[(&str, Option<PeerStatus>)]| {
+            let statuses = peers.iter().map(|(name, peer)| ((*name).into(), peer.clone())).collect();
+            caught_up(&statuses, Lsn(100)).map(|(name, best)| (name.to_string(), best))
+        };
+        assert_eq!(verdict(&[("b", peer(100, 1)), ("c", None)]), None, "the record begins there");
+        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(90, 1))]), Some(("b".to_owned(), true)));
+        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(90, 2))]), Some(("b".to_owned(), false)));
+        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(101, 2))]), Some(("c".to_owned(), true)));
+    }
 }

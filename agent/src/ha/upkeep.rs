@@ -244,6 +244,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             // The first sight of a name in force: from this position on every commit waits for it.
             self.memory.sync_since.entry(sender.application_name.clone()).or_insert(running.lsn);
         }
+        let in_vain = sync::waits_in_vain(&view, &running, &self.me.name);
+        if in_vain && !std::mem::replace(&mut self.waits_in_vain, in_vain) {
+            // Patroni's words: operators have alarms for them.
+            warn!(
+                "No active replication connections from Patroni members and synchronous_mode_strict is requested. Commits will be delayed."
+            );
+        }
+        self.waits_in_vain = in_vain;
         let configured = self.configured_names();
         match sync::step(&view, &running, &self.memory.sync_since, &self.me.name, &configured) {
             None => Next::Wait,

@@ -3,14 +3,18 @@
 use std::io::Write as _;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio_postgres::Client;
+use trunkline_common::Clock;
 use trunkline_config::PostgresConfig;
 use trunkline_config::postgres::Credentials;
 
 use super::files::{self, Unfinished};
 use super::instance::Instance;
 use super::pidfile::PidFile;
-use super::{PgError, conninfo, program, query};
+use super::settings::{self, Managed};
+use super::start::{Way, check_version};
+use super::{CustomBootstrap, PgError, StartAs, StopMode, conninfo, program, query};
 
 /// Options that initdb gets from us or that make no sense here.
 const FORBIDDEN: [&str; 5] = ["pgdata", "nosync", "pwfile", "sync-only", "version"];
@@ -20,6 +24,11 @@ const USERS_LIMIT: Duration = Duration::from_secs(60);
 
 /// The bounds on initdb and on the user's script: what hangs must not keep the cluster from coming to be by another node.
 const INITDB_LIMIT: Duration = Duration::from_secs(600);
+/// A restore from a backup far away, and recovery after it, take hours.
+const RESTORE_LIMIT: Duration = Duration::from_secs(24 * 3600);
+
+/// Keys of a method that are ours and not arguments of its command.
+const RESTORE_KEYS: [&str; 4] = ["command", "no_params", "keep_existing_recovery_conf", "recovery_conf"];
 const POST_BOOTSTRAP_LIMIT: Duration = Duration::from_secs(3600);
 
 /// What pg_rewind reads with on the source, for a user who isn't a superuser (PostgreSQL's documentation of pg_rewind).
@@ -66,6 +75,55 @@ impl Instance {
             files::append(&config.data_dir.join("pg_hba.conf"), &hba)?;
         }
         Ok(())
+    }
+
+    pub(super) async fn run_restore(&self, method: &CustomBootstrap) -> Result<(), PgError> {
+        let config = self.config_now();
+        let section = &method.section;
+        let command = section.get("command").and_then(Value::as_str).unwrap_or_default();
+        let mut command = program::shell_words(command)?;
+        if !program::flag(section, "no_params") {
+            command.args(program::arguments(section, &RESTORE_KEYS));
+            command.arg(format!("--scope={}", self.scope()));
+            command.arg(format!("--datadir={}", config.data_dir.display()));
+        }
+        files::remove_empty(&config.data_dir);
+        files::begin(Unfinished::Bootstrap, &config.data_dir)?;
+        tracing::info!("running custom bootstrap script: {}", method.name);
+        program::run_within(RESTORE_LIMIT, &mut command).await?;
+        files::end(Unfinished::Rewind, &config.data_dir)?;
+        self.reset_managed();
+        let keep = program::flag(section, "keep_existing_recovery_conf");
+        let recovery = section.get("recovery_conf").and_then(Value::as_object).filter(|_| !keep);
+        let recovery: settings::Values =
+            recovery.into_iter().flatten().map(|(key, value)| (key.clone(), program::plain(value))).collect();
+        let recovers = keep || !recovery.is_empty();
+        match (keep, recovers) {
+            (true, _) => {}
+            (false, true) => files::set_recovery_signal(&config.data_dir)?,
+            (false, false) => files::set_standby_signal(&config.data_dir, false)?,
+        }
+        check_version(&config, self.version())?;
+        self.rewrite(|managed| {
+            *managed = Managed { role: "primary", recovery, open: true, keep_recovery: keep, ..Managed::default() };
+        })?;
+        let way = if recovers { Way::Restored } else { Way::Primary };
+        self.spawn_until(way, self.inner.clock.now() + RESTORE_LIMIT).await
+    }
+
+    pub(super) async fn run_end_restore(&self) -> Result<(), PgError> {
+        self.rewrite(|managed| *managed = Managed { role: "primary", ..Managed::default() })?;
+        let raised = self.inner.pending_restart.lock().clone();
+        if raised.is_empty() {
+            if let Some(postmaster) = self.process().find() {
+                postmaster.signal(rustix::process::Signal::HUP);
+            }
+            return Ok(());
+        }
+        tracing::info!("restarting with the settings of this cluster: {:?}", raised.keys().collect::<Vec<_>>());
+        let limit = self.config_now().pg_ctl_timeout;
+        self.run_stop(StopMode::Fast, limit, None).await?;
+        self.run_start(StartAs::Primary, limit).await
     }
 
     pub(super) async fn run_create_users(&self, post_bootstrap: Option<String>) -> Result<(), PgError> {

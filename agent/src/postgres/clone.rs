@@ -21,17 +21,23 @@ const CUSTOM_LIMIT: Duration = Duration::from_secs(24 * 3600);
 const METHOD_KEYS: [&str; 4] = ["command", "keep_data", "no_params", "no_leader"];
 
 impl Instance {
-    pub(super) async fn run_clone(&self, source: &Upstream) -> Result<(), PgError> {
+    /// Without a `source` by the methods that need none.
+    pub(super) async fn run_clone(&self, source: Option<&Upstream>) -> Result<(), PgError> {
         if self.process().find().is_some() {
             return Err(PgError::Failed("a clone needs a stopped server".to_owned()));
         }
         let config = self.config_now();
-        files::write_pgpass(&config, source)?;
-        let mut last = PgError::Unusable("postgresql.create_replica_methods names no method".to_owned());
+        if let Some(source) = source {
+            files::write_pgpass(&config, source)?;
+        }
+        let mut last = PgError::Unusable("postgresql.create_replica_methods names no method for this".to_owned());
         for method in &config.create_replica_methods {
-            let result = match method.as_str() {
-                "basebackup" => self.basebackup(&config, source).await,
-                method => self.custom(&config, method, source).await,
+            let result = match (method.as_str(), source) {
+                ("basebackup", Some(source)) => self.basebackup(&config, source).await,
+                (method, source) if source.is_some() || needs_no_leader(&config, method) => {
+                    self.custom(&config, method, source).await
+                }
+                _ => continue,
             };
             match result {
                 Ok(()) => {
@@ -79,23 +85,23 @@ impl Instance {
         }
     }
 
-    async fn custom(&self, config: &PostgresConfig, method: &str, source: &Upstream) -> Result<(), PgError> {
+    async fn custom(&self, config: &PostgresConfig, method: &str, source: Option<&Upstream>) -> Result<(), PgError> {
         let empty = serde_json::Map::new();
         let section = config.raw.get(method).and_then(Value::as_object).unwrap_or(&empty);
-        let flag = |key: &str| section.get(key).is_some_and(truthy);
+        let flag = |key: &str| program::flag(section, key);
         if !flag("keep_data") {
             self.empty_data_dir().await?;
+            files::remove_empty(&config.data_dir);
         }
         let mut command = program::shell_words(section.get("command").and_then(Value::as_str).unwrap_or(method))?;
         command.env("PGPASSFILE", &config.pgpass);
         if !flag("no_params") {
-            for (key, value) in section.iter().filter(|(key, _)| !METHOD_KEYS.contains(&key.as_str())) {
-                command.arg(format!("--{key}={}", plain(value)));
-            }
-            let settings = conninfo::to_upstream(source, &config.replication, &config.pgpass, self.version());
+            command.args(program::arguments(section, &METHOD_KEYS));
+            let to = |source| conninfo::to_upstream(source, &config.replication, &config.pgpass, self.version());
+            let connstring = source.map(to).map_or_else(String::new, |settings| conninfo::render(&settings));
             command.arg(format!("--scope={}", self.scope())).arg("--role=replica");
             command.arg(format!("--datadir={}", config.data_dir.display()));
-            command.arg(format!("--connstring={}", conninfo::render(&settings)));
+            command.arg(format!("--connstring={connstring}"));
         }
         let result = program::run_within(CUSTOM_LIMIT, &mut command).await;
         if result.is_err() && !flag("keep_data") {
@@ -105,18 +111,7 @@ impl Instance {
     }
 }
 
-fn truthy(value: &Value) -> bool {
-    match value {
-        Value::Bool(flag) => *flag,
-        Value::Number(number) => number.as_f64() != Some(0.0),
-        Value::String(text) => ["on", "true", "yes", "1"].contains(&text.to_ascii_lowercase().as_str()),
-        _ => false,
-    }
-}
-
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
+/// Whether a method says that it can do without a running server to copy from.
+pub fn needs_no_leader(config: &PostgresConfig, method: &str) -> bool {
+    config.raw.get(method).and_then(|section| section.get("no_leader")).is_some_and(trunkline_config::tags::truthy)
 }

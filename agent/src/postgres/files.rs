@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use trunkline_config::PostgresConfig;
 
 use super::settings::{self, Managed};
-use super::{PgError, Upstream, conninfo};
+use super::{PgError, Upstream, conninfo, query};
 
 /// What a data directory looks like from outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,9 +70,12 @@ pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result
     let base = base_file(config, &conf)?;
     let text = settings::postgresql_conf(config, managed, &base, &hba, &ident, version);
     let mut changed = replace(&conf, &text).map_err(|error| unwritable(&conf, &error))?;
-    let (hba_lines, ident_lines) = (config.pg_hba_for(managed.role), config.pg_ident_for(managed.role));
+    let (mut hba_lines, ident_lines) = (config.pg_hba_for(managed.role), config.pg_ident_for(managed.role));
+    if managed.open {
+        hba_lines = Some(settings::open_hba(query::user(config)));
+    }
     for (file, lines, parameter) in [(&hba, hba_lines, "hba_file"), (&ident, ident_lines, "ident_file")] {
-        if config.parameters.contains_key(parameter) {
+        if config.parameters.contains_key(parameter) && !(managed.open && file == &hba) {
             continue;
         }
         let Some(lines) = lines else {
@@ -82,6 +85,9 @@ pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result
         changed |= replace(file, &settings::lines(&lines)).map_err(|error| unwritable(file, &error))?;
     }
     let auto = config.data_dir.join("postgresql.auto.conf");
+    if managed.keep_recovery {
+        return Ok(changed);
+    }
     if let Some(stripped) = fs::read_to_string(&auto).ok().and_then(|text| settings::without_recovery_settings(&text)) {
         changed |= replace(&auto, &stripped).map_err(|error| unwritable(&auto, &error))?;
     }
@@ -99,6 +105,18 @@ pub fn set_standby_signal(data_dir: &Path, standby: bool) -> Result<(), PgError>
     // It would recover to a target and promote by itself.
     let recovery = data_dir.join("recovery.signal");
     remove(&recovery).map_err(|error| unwritable(&recovery, &error))
+}
+
+/// Makes the data directory recover by the recovery settings, and then take writes.
+pub fn set_recovery_signal(data_dir: &Path) -> Result<(), PgError> {
+    set_standby_signal(data_dir, false)?;
+    let signal = data_dir.join("recovery.signal");
+    replace(&signal, "").map(drop).map_err(|error| unwritable(&signal, &error))
+}
+
+/// Removes an empty directory: programs that copy one may insist on making it themselves. A mount point stays.
+pub fn remove_empty(dir: &Path) {
+    let _ = fs::remove_dir(dir);
 }
 
 /// Writes the password file for connections to `upstream`; true if it changed. The standby's WAL receiver reads it at

@@ -22,7 +22,8 @@ use super::settings::{self, Managed};
 use super::slots::Decoding;
 use super::start::check_version;
 use super::{
-    Divergence, PgError, PgStatus, Postgres, SlotPlan, SlotsDone, StartAs, StopMode, Upstream, WantedSlot, program,
+    CustomBootstrap, Divergence, PgError, PgStatus, Postgres, SlotPlan, SlotsDone, StartAs, StopMode, Upstream,
+    WantedSlot, program,
 };
 use crate::guard::Egress;
 
@@ -255,12 +256,24 @@ impl Postgres for Instance {
         self.run_initdb(options, hba).await
     }
 
+    async fn restore(&self, method: CustomBootstrap) -> Result<(), PgError> {
+        self.run_restore(&method).await
+    }
+
+    async fn end_restore(&self) -> Result<(), PgError> {
+        self.run_end_restore().await
+    }
+
     async fn create_users(&self, post_bootstrap: Option<String>) -> Result<(), PgError> {
         self.run_create_users(post_bootstrap).await
     }
 
     async fn clone_from(&self, source: Upstream) -> Result<(), PgError> {
-        self.run_clone(&source).await
+        self.run_clone(Some(&source)).await
+    }
+
+    async fn clone_without_source(&self) -> Result<(), PgError> {
+        self.run_clone(None).await
     }
 
     async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {

@@ -37,8 +37,10 @@ mod tls;
 mod wal;
 mod walsender;
 
+pub(crate) use clone::needs_no_leader;
 pub use instance::Instance;
 pub(crate) use process::{has_ended, kill_processes_of, own_session, real_path};
+pub(crate) use sync_names::members as standby_names;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -213,6 +215,15 @@ pub struct Upstream {
     pub slot: Option<String>,
 }
 
+/// A bootstrap method of the user's own (`bootstrap.method`).
+#[derive(Debug, Clone, PartialEq)]
+pub struct CustomBootstrap {
+    /// Its name.
+    pub name: String,
+    /// Its section: `command`, what goes to it as arguments, and what recovery is to do.
+    pub section: Map<String, Value>,
+}
+
 /// How to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopMode {
@@ -331,11 +342,28 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// initdb with the given options, and `hba` appended to its pg_hba.conf. Leaves the server stopped.
     fn initdb(&self, options: Vec<String>, hba: Vec<String>) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// A new cluster by a method of the user's own (a restore from a backup, say): runs it, starts the server, open to the
+    /// local superuser whose password is not known yet, and waits until its recovery is over. Leaves it running as a primary.
+    fn restore(&self, method: CustomBootstrap) -> impl Future<Output = Result<(), PgError>> + Send {
+        let why = format!("bootstrap by {} is not possible here", method.name);
+        async { Err(PgError::Unusable(why)) }
+    }
+
+    /// After [`Postgres::restore`] and once the users' passwords are set: access and settings as configured.
+    fn end_restore(&self) -> impl Future<Output = Result<(), PgError>> + Send {
+        async { Ok(()) }
+    }
+
     /// After the first start of a new cluster: superuser password, replication and rewind users, `post_bootstrap`.
     fn create_users(&self, post_bootstrap: Option<String>) -> impl Future<Output = Result<(), PgError>> + Send;
 
     /// Replaces the data directory by a copy of `source` (pg_basebackup). Leaves the server stopped.
     fn clone_from(&self, source: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// The same by the methods of `create_replica_methods` that need no running server to copy from (`no_leader`).
+    fn clone_without_source(&self) -> impl Future<Output = Result<(), PgError>> + Send {
+        async { Err(PgError::Unusable("there is no method that needs no leader".to_owned())) }
+    }
 
     /// Spawns the postmaster and waits until it accepts connections, at most `limit`.
     fn start(&self, role: StartAs, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;

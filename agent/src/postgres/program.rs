@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use serde_json::{Map, Value};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::Command;
 use trunkline_config::PostgresConfig;
@@ -160,6 +161,30 @@ pub fn shell_words(command: &str) -> Result<Command, PgError> {
     let mut process = Command::new(&words[0]);
     process.args(&words[1..]);
     Ok(process)
+}
+
+/// A method's own keys as arguments of its command, without those that are `ours`.
+pub fn arguments(section: &Map<String, Value>, ours: &[&str]) -> Vec<String> {
+    let own = section.iter().filter(|(key, _)| !ours.contains(&key.as_str()));
+    own.map(|(key, value)| format!("--{key}={}", plain(value))).collect()
+}
+
+/// Whether a method's key says yes.
+pub fn flag(section: &Map<String, Value>, key: &str) -> bool {
+    match section.get(key) {
+        Some(Value::Bool(flag)) => *flag,
+        Some(Value::Number(number)) => number.as_f64() != Some(0.0),
+        Some(Value::String(text)) => ["on", "true", "yes", "1"].contains(&text.to_ascii_lowercase().as_str()),
+        _ => false,
+    }
+}
+
+/// A value as text.
+pub fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
 }
 
 /// The error of a program that can't be executed.

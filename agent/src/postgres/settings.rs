@@ -48,6 +48,10 @@ pub struct Managed {
     pub synchronous_standby_names: Option<String>,
     /// Settings that PostgreSQL has refused to start with.
     pub rejected: BTreeSet<String>,
+    /// A restored cluster whose passwords are not known: open to the local superuser.
+    pub open: bool,
+    /// What a method of the user's own wrote about recovery stays.
+    pub keep_recovery: bool,
     /// `hot_standby_feedback` is on whatever the user's setting: logical slots here depend on it.
     pub feedback: bool,
     /// Which of `parameters_<role>` lies over `parameters`: `primary`, `replica`.
@@ -70,6 +74,9 @@ pub fn postgresql_conf(
     }
     if managed.feedback {
         values.insert("hot_standby_feedback".to_owned(), "on".to_owned());
+    }
+    if managed.open {
+        values.remove("hba_file");
     }
     values.entry("hba_file".to_owned()).or_insert_with(|| hba.to_string_lossy().into_owned());
     values.entry("ident_file".to_owned()).or_insert_with(|| ident.to_string_lossy().into_owned());
@@ -94,6 +101,14 @@ pub fn wanted(config: &PostgresConfig, role: &str, version: u32) -> Values {
     values.extend(wal_keep(size, segments, version));
     values.retain(|name, _| !is_recovery_setting(name) && !on_command_line(config, name));
     values
+}
+
+/// `pg_hba.conf` that lets the local superuser in without a password, and nobody else.
+pub fn open_hba(superuser: &str) -> Vec<String> {
+    let user = format!("\"{}\"", superuser.replace('"', "\"\""));
+    let line = |from: &str| format!("{from} {user} trust");
+    let host = |address: &str| format!("host all {user} {address} trust");
+    vec![line("local all"), host("127.0.0.1/32"), host("::1/128")]
 }
 
 /// Lines of `pg_hba.conf` or `pg_ident.conf`.

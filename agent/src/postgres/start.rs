@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use serde_json::Value;
-use trunkline_common::Clock;
+use trunkline_common::{Clock, Instant};
 use trunkline_config::PostgresConfig;
 
 use super::files::{self, DataDir, Unfinished};
@@ -17,6 +17,27 @@ use super::{PgError, StartAs, program, settings};
 /// How often the configuration file is checked for settings to leave out.
 const CHECKS: u32 = 8;
 
+/// On which way a server comes up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// It takes writes after crash recovery, if any.
+    Primary,
+    /// It stays in recovery.
+    Standby,
+    /// It takes writes once it has recovered from an archive, however long that takes.
+    Restored,
+}
+
+impl Way {
+    fn words(self) -> &'static str {
+        match self {
+            Way::Primary => "primary",
+            Way::Standby => "standby",
+            Way::Restored => "restored cluster",
+        }
+    }
+}
+
 impl Instance {
     pub(super) async fn run_start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
         if self.process().find().is_some() {
@@ -27,13 +48,19 @@ impl Instance {
         }
         let until = self.inner.clock.now() + limit;
         self.prepare(&self.config_now(), &role)?;
-        let standby = matches!(role, StartAs::Standby(_));
-        let error = match self.spawn_and_wait(standby, limit).await {
+        let way = if matches!(role, StartAs::Standby(_)) { Way::Standby } else { Way::Primary };
+        self.spawn_until(way, until).await
+    }
+
+    /// Starts the server and waits until it is up; once more without settings that it does not accept.
+    pub(super) async fn spawn_until(&self, way: Way, until: Instant) -> Result<(), PgError> {
+        let left = || until.since(self.inner.clock.now());
+        let error = match self.spawn_and_wait(way, left()).await {
             Err(error @ PgError::Failed(_)) => error,
             result => return result,
         };
         if self.leave_out_rejected().await? {
-            return self.spawn_and_wait(standby, until.since(self.inner.clock.now())).await;
+            return self.spawn_and_wait(way, left()).await;
         }
         Err(error)
     }
@@ -58,19 +85,21 @@ impl Instance {
         Ok(left_out)
     }
 
-    async fn spawn_and_wait(&self, standby: bool, limit: Duration) -> Result<(), PgError> {
+    async fn spawn_and_wait(&self, way: Way, limit: Duration) -> Result<(), PgError> {
         let config = self.config_now();
-        let minimums = self.control().ok().filter(|_| standby).map(|control| control.minimums);
+        let minimums = self.control().ok().filter(|_| way != Way::Primary).map(|control| control.minimums);
         let (values, raised) = settings::command_line(&config, self.scope(), minimums);
         let mut command = self.postgres();
         command.args(values.iter().map(|(name, value)| format!("--{name}={value}")));
         let mut changes = Changes::of(&config.data_dir);
         let postmaster = self.process().spawn(command)?;
-        tracing::info!(pid = postmaster.pid(), "started PostgreSQL as {}", if standby { "standby" } else { "primary" });
+        tracing::info!(pid = postmaster.pid(), "started PostgreSQL as {}", way.words());
         self.set_pending_restart(raised_pending(&values, &config, &raised));
         let up = || {
             let file = self.pid_file().filter(|file| file.pid == postmaster.pid())?;
-            matches!(file.status, PidFileStatus::Ready | PidFileStatus::Standby).then_some(())
+            let up =
+                file.status == PidFileStatus::Ready || file.status == PidFileStatus::Standby && way != Way::Restored;
+            up.then_some(())
         };
         match changes.until(&postmaster, limit, up).await {
             Ok(()) => {}

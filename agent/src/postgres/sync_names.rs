@@ -151,7 +151,7 @@ async fn senders_agree(client: &Client, names: &str) -> Result<bool, PgError> {
 }
 
 /// The names in a value of `synchronous_standby_names`: `a`, `2 (a,"b c")`, `FIRST 1 (a)`, `ANY 1 (*)`.
-fn members(names: &str) -> Vec<String> {
+pub fn members(names: &str) -> Vec<String> {
     let list = match (names.find('('), names.rfind(')')) {
         (Some(open), Some(close)) if open < close && !names[..open].contains('"') => &names[open + 1..close],
         _ => names,

@@ -59,6 +59,7 @@ fn world() -> World {
             may_bootstrap: true,
             use_pg_rewind: true,
             use_slots: true,
+            restores_alone: false,
             reclone_diverged: false,
             reclone_unrewindable: false,
         },
@@ -521,6 +522,53 @@ fn in_pause_only_what_this_node_demoted_comes_back() {
     down.memory.demoted = true;
     down.memory.divergence = DivergenceState::Check;
     assert!(matches!(down.decide().action, Action::CheckDivergence(_)));
+}
+
+#[test]
+fn what_was_copied_in_pause_is_started() {
+    let mut copy = world();
+    copy.view().settings.pause = true;
+    copy.pg = stopped(ControlState::InArchiveRecovery, true);
+    copy.memory.fresh_copy = true;
+    assert!(matches!(copy.decide().action, Action::Start(StartAs::Standby(Some(_)))));
+}
+
+#[test]
+fn while_wal_arrives_the_race_is_put_off_for_a_while() {
+    let mut world = world();
+    world.view().leader = None;
+    world.view().settings.primary_race_backoff = Duration::from_secs(6);
+    let at = |seconds: u64| NOW - Duration::from_secs(seconds);
+    let races = |world: &World| !matches!(world.decide().action, Action::Abstain);
+    for (what, since, moved, expected) in [
+        ("too early to say", 0, 5, false),
+        ("it moves", 4, 0, false),
+        ("it does not", 4, 2, true),
+        ("for long enough", 6, 0, true),
+    ] {
+        world.memory.leaderless_since = Some(at(since));
+        world.memory.position_since = Some((Lsn(1000), at(moved)));
+        assert_eq!(races(&world), expected, "{what}");
+    }
+    world.memory.leaderless_since = Some(at(4));
+    assert!(!races(&world), "it moves");
+    assert!(races(&world.clone().requested(Some("a"), Some("b"))), "an operator asks for it");
+    if let PgStatus::Running(running) = &mut world.pg {
+        running.replication_state = None;
+    }
+    assert!(races(&world), "nobody sends any more");
+}
+
+#[test]
+fn a_replica_can_be_restored_without_a_leader() {
+    let mut empty = world();
+    empty.view().leader = None;
+    empty.pg = PgStatus::NoData;
+    assert_eq!(empty.decide().action, Action::Wait);
+    empty.me.restores_alone = true;
+    assert_eq!(empty.decide().action, Action::RestoreReplica);
+    empty.view().initialize = Initialize::Running;
+    assert_eq!(empty.decide().action, Action::Wait, "the cluster is only coming to be");
 }
 
 #[test]

@@ -134,6 +134,64 @@ fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
     assert_eq!(names(next(&off, &running, &[])), "");
 }
 
+fn quorum(leader: &str, votes: u32, standbys: &[&str]) -> ClusterView {
+    let mut view = view(standbys);
+    view.settings.synchronous_mode = SynchronousMode::Quorum;
+    view.sync.leader = Some(leader.into());
+    view.sync.quorum = votes;
+    view
+}
+
+#[test]
+fn in_quorum_mode_any_of_them_confirm() {
+    let both = |state: &str| vec![sender("b", state, 1000), sender("c-1", state, 1000)];
+    assert_eq!(names(next(&quorum("a", 0, &[]), &primary("", both("async")), &[])), "ANY 1 (b,\"c-1\")");
+    let asked = primary("ANY 1 (b,\"c-1\")", both("quorum"));
+    assert_eq!(next(&quorum("a", 0, &[]), &asked, &[("b", 1001), ("c-1", 1001)]), None, "not caught up yet");
+    let Some(SyncStep::Key(write, _)) = next(&quorum("a", 0, &[]), &asked, &[("b", 900), ("c-1", 1001)]) else {
+        panic!()
+    };
+    assert_eq!(write.value, Some(json!({ "leader": "a", "quorum": 1, "sync_standby": "b,c-1" })));
+    assert_eq!(next(&quorum("a", 1, &["b", "c-1"]), &asked, &[("b", 900)]), None);
+    let priority = primary("b", vec![sender("b", "sync", 1000)]);
+    assert_eq!(names(next(&quorum("a", 0, &["b"]), &priority, &[("b", 900)])), "ANY 1 (b)", "the mode was on");
+}
+
+#[test]
+fn a_leader_by_votes_waits_for_as_many_as_leave_no_majority_without_one() {
+    let names = |votes, standbys: &[&str], me: &str| names_on_promotion(&quorum("a", votes, standbys), &me.into(), "");
+    assert_eq!(names(0, &["b"], "b"), "ANY 1 (a)");
+    assert_eq!(names(1, &["b", "c"], "b"), "ANY 1 (a,c)");
+    assert_eq!(names(0, &["b", "c"], "b"), "ANY 2 (a,c)");
+    assert_eq!(names(1, &["b", "c"], "d"), "ANY 2 (a,b,c)", "it was not among the voters");
+    assert_eq!(on_promotion(&quorum("a", 1, &["b", "c"]), &"b".into()), None, "the key stays");
+    let in_place = |view: ClusterView| names_in_key(&view, &"a".into(), "");
+    assert_eq!(in_place(quorum("a", 1, &["b", "c"])), "ANY 1 (b,c)");
+    assert_eq!(in_place(quorum("b", 1, &["a", "c"])), "ANY 1 (b,c)", "promoted, and not on the key yet");
+    let mut strict = quorum("a", 0, &[]);
+    strict.settings.synchronous_mode_strict = true;
+    assert_eq!(in_place(strict), format!("ANY 1 ({STRICT_PLACEHOLDER})"));
+}
+
+#[test]
+fn after_quorum_mode_nobody_is_taken_for_having_everything() {
+    let mut on = view(&["b", "c-1"]);
+    on.sync.quorum = 1;
+    let any = primary("ANY 1 (b,\"c-1\")", vec![sender("b", "quorum", 1000), sender("c-1", "quorum", 1000)]);
+    assert_eq!(listed(next(&on, &any, &[("b", 1), ("c-1", 1)])), Some(Value::Null));
+    assert_eq!(names(next(&view(&[]), &any, &[("b", 1), ("c-1", 1)])), "b");
+}
+
+#[test]
+fn strict_mode_says_when_nobody_is_there() {
+    let mut strict = view(&["b"]);
+    strict.settings.synchronous_mode_strict = true;
+    let waits = |view: &ClusterView, running: &Running| waits_in_vain(view, running, &"a".into());
+    assert!(waits(&strict, &primary("b", vec![])));
+    assert!(!waits(&strict, &primary("b", vec![sender("b", "sync", 1000)])));
+    assert!(!waits(&view(&["b"]), &primary("b", vec![])));
+}
+
 #[test]
 fn names_are_quoted_as_postgresql_wants_them() {
     for (name, text) in
