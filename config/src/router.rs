@@ -48,6 +48,8 @@ pub struct Limits {
     pub hold_timeout: Duration,
     /// Held connections released per second once there is a server, as a pace.
     pub release_rate: u32,
+    /// Cancel requests passed on per second, counted by the servers they go to.
+    pub cancel_rate: u32,
     /// How long a client may take to send its first packet, where its port says nothing else.
     pub startup_timeout: Duration,
     /// How long a server may take to accept, where its port says nothing else.
@@ -70,6 +72,7 @@ impl Default for Limits {
             ready_held: 5_000,
             hold_timeout: Duration::from_secs(30),
             release_rate: 2_000,
+            cancel_rate: 100,
             startup_timeout: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(1),
             client_silence: Some(Duration::from_secs(20)),
@@ -158,6 +161,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
         "ready_held",
         "hold_timeout",
         "release_rate",
+        "cancel_rate",
         "startup_timeout",
         "connect_timeout",
         "client_silence",
@@ -177,6 +181,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
         ready_held: number("ready_held", 0, max_held / 2),
         hold_timeout: duration("hold_timeout", default.hold_timeout),
         release_rate: u32::try_from(number("release_rate", 1, default.release_rate as usize)).unwrap_or(u32::MAX),
+        cancel_rate: u32::try_from(number("cancel_rate", 1, default.cancel_rate as usize)).unwrap_or(u32::MAX),
         startup_timeout: some_time("startup_timeout", default.startup_timeout),
         connect_timeout: some_time("connect_timeout", default.connect_timeout),
         client_silence: read_silence(&section, "client_silence", default.client_silence),

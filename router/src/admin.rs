@@ -174,6 +174,7 @@ impl Admin {
             ("max_held", limits.max_held as f64),
             ("ready_held", limits.ready_held as f64),
             ("release_rate", f64::from(limits.release_rate)),
+            ("cancel_rate", f64::from(limits.cancel_rate)),
             ("hold_timeout", limits.hold_timeout.as_secs_f64()),
             ("startup_timeout", limits.startup_timeout.as_secs_f64()),
             ("connect_timeout", limits.connect_timeout.as_secs_f64()),

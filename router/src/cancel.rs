@@ -1,8 +1,9 @@
 //! CancelRequests: a connection of its own that names a session by process id and a secret, and wants no answer.
 //!
-//! On a port with one server there is no question where it belongs. On any other it is given to every server that may
-//! have the session: a server that doesn't know the pair ignores it, which is why trying costs nothing but connects —
-//! and those are limited.
+//! Where the session started in plain text through this router, its key has been seen, and with it its server. Otherwise (TLS
+//! between client and server, a session of another router) the request is given to every server that may have the
+//! session: one that doesn't know the pair ignores it, which is why trying costs nothing but connects — and those are
+//! limited.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +18,7 @@ use trunkline_config::router::Port;
 use crate::port::Listening;
 use crate::router::Router;
 use crate::table::Backend;
-use crate::{rule, socket};
-
-/// Forwards per second, and how many may come at once.
-const RATE: u32 = 100;
-const BURST: f64 = 200.0;
+use crate::{rule, socket, startup};
 
 /// How many servers one request is tried on.
 const SERVERS: usize = 64;
@@ -31,7 +28,11 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// Passes `packet` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
 pub async fn forward(router: &Router, listening: &Listening, port: &Port, packet: &[u8]) -> &'static str {
-    let mut servers = rule::candidates(&router.table(), port, router.clock.now());
+    if let Some(server) = startup::cancel_key(packet).and_then(|key| router.sessions.holder(key)) {
+        send(port, &server, packet).await;
+        return count(router, listening, "known");
+    }
+    let mut servers = rule::possible(&router.table(), port);
     for known in router.sessions.backends_of(&listening.name) {
         if !servers.iter().any(|server| server.host == known.host && server.port == known.port) {
             servers.push(known);
@@ -40,12 +41,16 @@ pub async fn forward(router: &Router, listening: &Listening, port: &Port, packet
     servers.truncate(SERVERS);
     let result = match servers.len() {
         0 => "no_server",
-        count if !router.cancels.allow(count, router.clock.now()) => "limited",
+        count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
         _ => {
             join_all(servers.iter().map(|server| send(port, server, packet))).await;
             "forwarded"
         }
     };
+    count(router, listening, result)
+}
+
+fn count(router: &Router, listening: &Listening, result: &'static str) -> &'static str {
     router.metrics.cancels.with_label_values(&[&*listening.name, result]).inc();
     result
 }
@@ -64,20 +69,22 @@ async fn send(port: &Port, server: &Arc<Backend>, packet: &[u8]) {
     }
 }
 
-/// A token bucket over all ports.
+/// A token bucket over all ports, two seconds deep.
 #[derive(Debug, Default)]
 pub struct CancelLimit {
     spent: Mutex<(f64, Instant)>,
 }
 
 impl CancelLimit {
-    /// Whether `count` requests may be sent now.
-    pub fn allow(&self, count: usize, now: Instant) -> bool {
+    /// Whether `count` requests may be sent now, at `rate` per second.
+    pub fn allow(&self, count: usize, rate: u32, now: Instant) -> bool {
         let mut spent = self.spent.lock();
-        let refilled = now.since(spent.1).as_secs_f64() * f64::from(RATE);
+        let rate = f64::from(rate);
+        let refilled = now.since(spent.1).as_secs_f64() * rate;
         let left = (spent.0 - refilled).max(0.0);
         let after = left + count as f64;
-        let allowed = after <= BURST;
+        // One that goes to more servers than that is sent when nothing else has been.
+        let allowed = after <= 2.0 * rate || left == 0.0;
         *spent = (if allowed { after } else { left }, now);
         allowed
     }
@@ -91,11 +98,12 @@ mod tests {
     fn a_burst_is_allowed_and_then_a_rate() {
         let limit = CancelLimit::default();
         let at = |millis: u64| Instant::from_boot(Duration::from_millis(1_000_000 + millis));
-        let allowed = (0..300).filter(|_| limit.allow(1, at(0))).count();
+        let allowed = (0..300).filter(|_| limit.allow(1, 100, at(0))).count();
         assert_eq!(allowed, 200);
-        let allowed = (0..300).filter(|_| limit.allow(1, at(500))).count();
+        let allowed = (0..300).filter(|_| limit.allow(1, 100, at(500))).count();
         assert_eq!(allowed, 50);
-        assert!(!limit.allow(3, at(510)));
-        assert!(limit.allow(1, at(510)), "a refusal costs nothing");
+        assert!(!limit.allow(3, 100, at(510)));
+        assert!(limit.allow(1, 100, at(510)), "a refusal costs nothing");
+        assert!(limit.allow(500, 100, at(60_000)), "more servers than a burst");
     }
 }

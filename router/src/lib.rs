@@ -5,7 +5,7 @@
 //! | where may a session go, and whose sessions must end? | [`table`], [`rule`], [`lag`] (all pure) |
 //! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
 //! | what is the first packet? | [`startup`] (pure) |
-//! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`reply`] |
+//! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`key`], [`reply`] |
 //! | where do bytes move? | [`relay`] |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
 //! | how many at once? | [`places`], [`port`], [`hold`] |
@@ -14,7 +14,8 @@
 //! | what does an operator see? | [`admin`], [`metrics`] |
 //!
 //! The router reads the DCS and never writes to it, knows no password and speaks no SQL: it looks at the first packet of
-//! a client, and after that at nothing.
+//! a client and, for the key that cancels the session, at the start of what the server says in plain text; after that at
+//! nothing.
 
 pub mod accept;
 pub mod admin;
@@ -25,6 +26,7 @@ pub mod follow;
 pub mod handover;
 pub mod heard;
 pub mod hold;
+pub mod key;
 pub mod lag;
 pub mod listeners;
 pub mod metrics;

@@ -37,7 +37,7 @@ pub struct Metrics {
     pub bytes: IntCounterVec,
     /// Connections that ended, by port and reason.
     pub ended: IntCounterVec,
-    /// Cancel requests, by port and result (`forwarded`, `no_server`, `limited`).
+    /// Cancel requests, by port and result (`known`, `forwarded`, `no_server`, `limited`).
     pub cancels: IntCounterVec,
     /// Failed `accept` calls.
     pub accept_errors: IntCounter,

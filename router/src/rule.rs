@@ -78,6 +78,18 @@ pub fn candidates(table: &RouteTable, port: &Port, now: Instant) -> Vec<Arc<Back
     }
 }
 
+/// The servers that may have sessions of `port`, through this router or another one: whatever their lag now, and of every
+/// kind where clients choose.
+pub fn possible(table: &RouteTable, port: &Port) -> Vec<Arc<Backend>> {
+    let port =
+        Port { max_lag: Lag::default(), ..port.with_target(if port.choice { Target::Any } else { port.target }) };
+    let now = Instant::default();
+    let standbys = table.standbys.iter().filter(|standby| judge(standby, false, &port, now).is_ok());
+    let substitute = port.no_candidate == NoCandidate::Leader;
+    let leader = table.leader.iter().filter(|leader| substitute || judge(leader, true, &port, now).is_ok());
+    standbys.chain(leader).cloned().collect()
+}
+
 /// What `port` makes of every member, by name.
 pub fn explain(table: &RouteTable, port: &Port, now: Instant) -> Vec<(MemberName, Verdict)> {
     let candidates = candidates(table, port, now);
@@ -218,6 +230,21 @@ mod tests {
             (Port { tags: tags("zone", &["x"]), ..hold(Target::Leader) }, ""),
         ] {
             assert_eq!(names(&port), expected, "{port:?}");
+        }
+    }
+
+    #[test]
+    fn where_sessions_may_be_is_wider_than_where_they_may_go() {
+        let max_lag = Lag { bytes: Some(1), time: None };
+        let lagging = Port { max_lag, ..port(Target::Replica, NoCandidate::Hold) };
+        for (port, expected) in [
+            (lagging.clone(), "bcd"),
+            (Port { no_candidate: NoCandidate::Leader, ..lagging.clone() }, "bcda"),
+            (Port { choice: true, ..port(Target::Leader, NoCandidate::Hold) }, "bcda"),
+            (port(Target::Leader, NoCandidate::Hold), "a"),
+        ] {
+            let found: String = possible(&table(), &port).iter().map(|server| server.member.as_str()).collect();
+            assert_eq!(found, expected, "{port:?}");
         }
     }
 

@@ -61,6 +61,8 @@ pub struct Found {
     pub session: Session,
     /// Where its bytes are counted.
     pub meter: Meter,
+    /// The kind of packet that it was sent last.
+    pub packet: Packet,
     backend: Arc<Backend>,
 }
 
@@ -265,12 +267,13 @@ impl<'a> Search<'a> {
             Some(())
         };
         tokio::time::timeout(self.port.connect_timeout, repeat).await.ok()??;
-        Some(Found { server, session, meter, backend: backend.clone() })
+        let packet = self.request.packet;
+        Some(Found { server, session, meter, packet, backend: backend.clone() })
     }
 
     async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
         match self.at_hand.take() {
-            Some(found) => self.ask(found).await,
+            Some(found) => self.ask(Found { packet: self.request.packet, ..found }).await,
             None => Ok(None),
         }
     }

@@ -104,8 +104,10 @@ async fn converse(
         match search.run().await? {
             Outcome::Denied => socket::write_all(client, b"N").await.map_err(|_| No::ClientGone)?,
             Outcome::Begun(found) => {
-                let unread = search.has_looked();
-                let end = relay::relay(client, &found.server, unread, &router.pipes, &found.meter).await;
+                let plain = matches!(found.packet, Packet::Startup { .. });
+                let start = relay::Start { unread: search.has_looked(), plain };
+                let learn = |key| found.session.learn(key);
+                let end = relay::relay(client, &found.server, start, &learn, &router.pipes, &found.meter).await;
                 return Ok(found.session.cut().map_or(Ended::Relayed(end), Ended::Cut));
             }
         }

@@ -44,6 +44,8 @@ struct Inner {
     reign: Option<Epoch>,
     next: u64,
     live: HashMap<u64, Live>,
+    /// Sessions by the key that cancels them, as far as it is known.
+    keys: HashMap<Arc<[u8]>, u64>,
     load: HashMap<MemberName, usize>,
 }
 
@@ -55,6 +57,8 @@ struct Live {
     /// The epoch the session belongs to: that of its opening, or the one its standby began by being promoted.
     epoch: Option<Epoch>,
     began: Instant,
+    /// What cancels it.
+    key: Option<Arc<[u8]>>,
     /// `None` until the server has taken the session.
     client: Option<Arc<TcpStream>>,
     server: Arc<TcpStream>,
@@ -98,6 +102,16 @@ impl Session {
         true
     }
 
+    /// The server has told the client how to cancel it.
+    pub fn learn(&self, key: Box<[u8]>) {
+        let key: Arc<[u8]> = key.into();
+        let mut inner = self.sessions.inner.lock();
+        if let Some(live) = inner.live.get_mut(&self.id) {
+            live.key = Some(key.clone());
+            inner.keys.insert(key, self.id);
+        }
+    }
+
     /// Why it was ended from outside, if it was.
     pub fn cut(&self) -> Option<Cut> {
         match self.cut.load(Ordering::Acquire) {
@@ -113,6 +127,9 @@ impl Drop for Session {
     fn drop(&mut self) {
         let mut inner = self.sessions.inner.lock();
         let Some(live) = inner.live.remove(&self.id) else { return };
+        if let Some(key) = live.key.filter(|key| inner.keys.get(key) == Some(&self.id)) {
+            inner.keys.remove(&key);
+        }
         if let Some(load) = inner.load.get_mut(&live.backend.member) {
             *load = load.saturating_sub(1);
         }
@@ -144,6 +161,7 @@ impl Sessions {
             backend: backend.clone(),
             epoch,
             began: now,
+            key: None,
             client: None,
             server: server.clone(),
             cut: cut.clone(),
@@ -200,6 +218,12 @@ impl Sessions {
         let mut loads: Vec<_> = inner.load.iter().map(|(member, load)| (member.clone(), *load)).collect();
         loads.sort();
         loads
+    }
+
+    /// The server of the session that this key cancels, if it is one of this router's, and known.
+    pub fn holder(&self, key: &[u8]) -> Option<Arc<Backend>> {
+        let inner = self.inner.lock();
+        inner.live.get(inner.keys.get(key)?).map(|live| live.backend.clone())
     }
 
     /// The servers that `port` has sessions on.

@@ -124,6 +124,11 @@ fn version(code: u32) -> Result<u16, Malformed> {
     }
 }
 
+/// The process id and the secret of a CancelRequest, as BackendKeyData has them.
+pub fn cancel_key(packet: &[u8]) -> Option<&[u8]> {
+    packet.get(MIN_PACKET..)
+}
+
 /// The parameters of a start-up packet, without what follows a pair that has no end.
 pub fn parameters(packet: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     let mut texts = packet.get(MIN_PACKET..).unwrap_or_default().split(|byte| *byte == 0);

@@ -69,3 +69,73 @@ async fn without_a_server_it_is_dropped_and_not_held() {
     assert_eq!(rest(&mut client).await, b"");
     assert_eq!(world.router.hold.held(), 0);
 }
+
+/// BackendKeyData.
+fn key_data(secret: &[u8]) -> Vec<u8> {
+    [b"K", &(8 + secret.len() as u32).to_be_bytes()[..], b"pidk", secret].concat()
+}
+
+fn cancel(secret: &[u8]) -> Vec<u8> {
+    [&(12 + secret.len() as u32).to_be_bytes()[..], b"\x04\xd2\x16\x2epidk", secret].concat()
+}
+
+#[tokio::test]
+async fn a_key_that_has_been_seen_leads_to_its_server_alone() {
+    let mut world = World::new(limits());
+    let ro = world.open(port(Target::Replica)).await;
+    let (b, c) = (Fake::start().await, Fake::start().await);
+    world.follow("b", b.at).await;
+    for secret in [&b"eyes"[..], &[7; 32], &[9; 256]] {
+        let mut client = connect(ro, STARTUP).await;
+        let (mut at_b, _) = b.request().await;
+        let said =
+            [b"R\0\0\0\x08\0\0\0\0S\0\0\0\x08a\0b\0".to_vec(), key_data(secret), b"Z\0\0\0\x05I".to_vec()].concat();
+        // In pieces, as it may come.
+        for piece in said.chunks(7) {
+            at_b.write_all(piece).await.unwrap();
+            let mut got = vec![0; piece.len()];
+            within(client.read_exact(&mut got)).await.unwrap();
+            assert_eq!(got, piece, "unchanged");
+        }
+        world.follow("c", c.at).await;
+        let mut canceller = connect(ro, &cancel(secret)).await;
+        assert_eq!(b.request().await.1, cancel(secret));
+        assert_eq!(rest(&mut canceller).await, b"");
+        c.stays_alone().await;
+        // A session that is over has no key.
+        drop((client, at_b));
+        eventually(|| world.router.sessions.is_empty()).await;
+        let _late = connect(ro, &cancel(secret)).await;
+        b.request().await;
+        c.request().await;
+        world.change(|view| drop(view.members.remove(&"c".into()))).await;
+    }
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("cancels_total{port=\"replica\",result=\"known\"} 3"), "{text}");
+}
+
+#[tokio::test]
+async fn guesses_are_limited_and_keys_that_are_known_are_not() {
+    let mut world = World::new(trunkline_config::router::Limits { cancel_rate: 1, ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    let mut client = connect(rw, STARTUP).await;
+    let (mut at_leader, _) = leader.request().await;
+    let said = [b"R\0\0\0\x08\0\0\0\0".to_vec(), key_data(b"eyes"), b"Z\0\0\0\x05I".to_vec()].concat();
+    at_leader.write_all(&said).await.unwrap();
+    let mut got = vec![0; said.len()];
+    within(client.read_exact(&mut got)).await.unwrap();
+    for _ in 0..10 {
+        drop(connect(rw, &cancel(b"none")).await);
+    }
+    let limited = || {
+        let cancels = &world.router.metrics.cancels;
+        cancels.with_label_values(&["leader", "limited"]).get() >= 5
+    };
+    eventually(limited).await;
+    for _ in 0..10 {
+        let _canceller = connect(rw, &cancel(b"eyes")).await;
+        while leader.request().await.1 != cancel(b"eyes") {}
+    }
+}

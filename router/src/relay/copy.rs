@@ -27,7 +27,7 @@ impl Half<'_> {
                 Some(bytes) => bytes,
                 None => ready!(poll_read(cx, self.from, scratch)).map_err(|_| Stop::Read)?,
             };
-            self.way.copied(bytes);
+            self.copied(&scratch[..bytes]);
             let sent = send_now(self.to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
             self.rest.extend_from_slice(&scratch[sent..bytes]);
             Poll::Ready(Ok(bytes))

@@ -27,6 +27,7 @@ use tokio::net::TcpStream;
 
 pub use splice::Pool;
 
+use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
 use crate::socket;
 
@@ -54,12 +55,28 @@ pub enum End {
     ServerLost,
 }
 
-/// Relays until both directions have ended, and says which side ended first. `unread`: the client has sent something that
-/// tokio has reported already and will not report again.
-pub async fn relay(client: &TcpStream, server: &TcpStream, unread: bool, pool: &Pool, meter: &Meter) -> End {
+/// What a relay begins with.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Start {
+    /// The client has sent something that tokio has reported already and will not report again.
+    pub unread: bool,
+    /// The server is about to start a session in plain text.
+    pub plain: bool,
+}
+
+/// Relays until both directions have ended, and says which side ended first. A plain session's key is told to `learn`.
+pub async fn relay(
+    client: &TcpStream,
+    server: &TcpStream,
+    start: Start,
+    learn: &(dyn Fn(Box<[u8]>) + Sync),
+    pool: &Pool,
+    meter: &Meter,
+) -> End {
+    let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), learn }));
     let mut relay = Relay {
-        up: Half { unread, ..Half::new(client, server) },
-        down: Half::new(server, client),
+        up: Half { unread: start.unread, ..Half::new(client, server) },
+        down: Half { watch, ..Half::new(server, client) },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
         linger: None,
@@ -167,6 +184,12 @@ enum Stop {
     Write,
 }
 
+/// Looks for a session's key.
+struct Watch<'a> {
+    key: KeyWatch,
+    learn: &'a (dyn Fn(Box<[u8]>) + Sync),
+}
+
 /// One direction.
 struct Half<'a> {
     from: &'a TcpStream,
@@ -174,6 +197,8 @@ struct Half<'a> {
     way: splice::Way,
     /// There is something to read, whatever tokio says.
     unread: bool,
+    /// Until the session's key has passed, or can't any more.
+    watch: Option<Box<Watch<'a>>>,
     /// Read and not yet written.
     rest: Vec<u8>,
     stop: Option<Stop>,
@@ -183,12 +208,32 @@ struct Half<'a> {
 
 impl<'a> Half<'a> {
     fn new(from: &'a TcpStream, to: &'a TcpStream) -> Self {
-        Self { from, to, way: splice::Way::default(), unread: false, rest: Vec::new(), stop: None, drained: false }
+        Self {
+            from,
+            to,
+            way: splice::Way::default(),
+            unread: false,
+            watch: None,
+            rest: Vec::new(),
+            stop: None,
+            drained: false,
+        }
     }
 
     /// Nothing will be read from the source any more.
     fn ended(&self) -> bool {
         matches!(self.stop, Some(Stop::Eof | Stop::Read)) || self.drained
+    }
+
+    /// Some bytes have been copied. While they are looked at, they are not spliced.
+    fn copied(&mut self, bytes: &[u8]) {
+        let Some(watch) = &mut self.watch else { return self.way.copied(bytes.len()) };
+        match watch.key.look(bytes) {
+            Seen::More => return,
+            Seen::Key(key) => (watch.learn)(key),
+            Seen::Nothing => {}
+        }
+        self.watch = None;
     }
 
     /// One read and what can be written of it. Ready: bytes read, and there may be more at once.

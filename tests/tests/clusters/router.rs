@@ -127,6 +127,9 @@ async fn a_query_on_the_read_only_port_can_be_cancelled() -> Result<()> {
             ensure!(error.code() == Some(&SqlState::QUERY_CANCELED), "{error:?}");
         }
     }
+    let metrics = rest::get(scene.router.ports().admin, "/metrics").await?.body;
+    let tried = metrics.as_str().is_none_or(|text| text.contains("result=\"forwarded\""));
+    ensure!(!tried, "the keys were not learnt: {metrics}");
     scene.lab.success();
     Ok(())
 }
