@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
 use crate::router::Limits;
@@ -48,6 +50,38 @@ pub struct Port {
     pub client_silence: Option<Duration>,
     /// The same of a server.
     pub server_silence: Option<Duration>,
+    /// Whose connections begin with a PROXY header.
+    pub proxied: Proxied,
+    /// Connections to servers begin with a PROXY header.
+    pub send_proxy: Option<ProxyVersion>,
+}
+
+/// Who begins with a PROXY header, and is believed what it says.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Proxied {
+    /// Whoever connects from these networks.
+    pub networks: Vec<IpNet>,
+    /// Whoever connects by unix socket.
+    pub unix: bool,
+}
+
+impl Proxied {
+    /// Whether `address` does; `None` is a unix socket.
+    pub fn contains(&self, address: Option<IpAddr>) -> bool {
+        match address {
+            Some(address) => self.networks.iter().any(|network| network.contains(&address)),
+            None => self.unix,
+        }
+    }
+}
+
+/// A version of the PROXY protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyVersion {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
 }
 
 /// An address to listen on.
@@ -155,6 +189,8 @@ impl Port {
             connect_timeout: limits.connect_timeout,
             client_silence: limits.client_silence,
             server_silence: limits.server_silence,
+            proxied: Proxied::default(),
+            send_proxy: None,
         }
     }
 
@@ -223,6 +259,7 @@ const KNOWN: &[&str] = &[
     "connect_timeout",
     "client_silence",
     "server_silence",
+    "proxy_protocol",
 ];
 
 /// Where no ports are given: one for writes, one for reads.
@@ -313,6 +350,7 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
     let connect_timeout = section.some_time("connect_timeout").unwrap_or(limits.connect_timeout);
     let client_silence = read_silence(section, "client_silence", limits.client_silence);
     let server_silence = read_silence(section, "server_silence", limits.server_silence);
+    let (proxied, send_proxy) = read_proxy_protocol(section);
     let target = target?;
     Some(Port {
         name: name?,
@@ -332,7 +370,27 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
         connect_timeout,
         client_silence,
         server_silence,
+        proxied,
+        send_proxy,
     })
+}
+
+/// `proxy_protocol: {accept_from: […], send: …}`.
+fn read_proxy_protocol(section: &Section<'_>) -> (Proxied, Option<ProxyVersion>) {
+    let Some(section) = section.section("proxy_protocol") else { return (Proxied::default(), None) };
+    section.unknown(&["accept_from", "send"]);
+    let mut proxied = Proxied::default();
+    for text in section.lines("accept_from").unwrap_or_default() {
+        let address = text.parse::<IpAddr>().map(IpNet::from);
+        match address.ok().or_else(|| text.parse().ok()) {
+            Some(network) => proxied.networks.push(network),
+            None if text == "unix" => proxied.unix = true,
+            None => {
+                section.wrong::<()>("accept_from", "addresses, networks (10.0.0.0/8) or the word unix are expected");
+            }
+        }
+    }
+    (proxied, section.choice("send", &[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]))
 }
 
 /// One address, or a list of them.

@@ -10,7 +10,7 @@ use crate::report::{Errors, Notice};
 use crate::section::Section;
 use crate::{document, etcd};
 
-pub use crate::port::{Balance, Lag, Listen, NoCandidate, Port, Target};
+pub use crate::port::{Balance, Lag, Listen, NoCandidate, Port, Proxied, ProxyVersion, Target};
 
 /// The router's configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -305,6 +305,7 @@ ports:
   accept_rate: 50
   connect_timeout: 200ms
   client_silence: 0
+  proxy_protocol: {{accept_from: [10.0.0.0/8, '::1', unix], send: v2}}
 - {{name: rw, listen: '*:6000', target: leader, hold_timeout: 1min, max_lag: 1MB, tags: {{}}}}
 "
         );
@@ -326,7 +327,12 @@ ports:
         assert_eq!((ro.max_sessions, ro.max_per_client, ro.accept_rate), (Some(100), Some(10), Some(50)));
         assert_eq!((ro.hold_timeout, ro.connect_timeout), (Duration::from_secs(5), Duration::from_millis(200)));
         assert_eq!((ro.client_silence, ro.server_silence), (None, Some(Duration::from_secs(4))));
+        let ip = |text: &str| Some(text.parse().expect("an address"));
+        assert!(ro.proxied.contains(ip("10.1.2.3")) && ro.proxied.contains(ip("::1")) && ro.proxied.contains(None));
+        assert!(!ro.proxied.contains(ip("11.1.2.3")) && !ro.proxied.contains(ip("::2")));
+        assert_eq!(ro.send_proxy, Some(ProxyVersion::V2));
         let rw = &config.ports[1];
+        assert!(rw.proxied == Proxied::default() && rw.send_proxy.is_none());
         assert_eq!((rw.hold_timeout, rw.client_silence), (Duration::from_secs(60), Some(Duration::from_secs(20))));
         assert_eq!(config.limits.ready_held, 15);
         assert_eq!(
@@ -345,6 +351,7 @@ ports:
 - {{name: c, listen: '0.0.0.0:2', target: any, max_lag: 2MB, end_lag: 1MB, max_lag_time: 2s, end_lag_time: 1s}}
 - {{name: d, listen: ['0.0.0.0:2', /run/a], target: any, max_sessions: 0, connect_timeout: 0}}
 - {{name: e, listen: /run/a, target: any}}
+- {{name: f, listen: /run/b, target: any, proxy_protocol: {{accept_from: [10.0.0.0/33], send: 3}}}}
 "
         );
         let expected = "\
@@ -357,6 +364,8 @@ router.yml: ports[2].end_lag = \"1MB\": must not be less than max_lag
 router.yml: ports[2].end_lag_time = \"1s\": must not be less than max_lag_time
 router.yml: ports[3].max_sessions = 0: a whole number from 1 to 10000000 is expected
 router.yml: ports[3].connect_timeout = 0: must be longer than 0
+router.yml: ports[5].proxy_protocol.accept_from = [\"10.0.0.0/33\"]: addresses, networks (10.0.0.0/8) or the word unix are expected
+router.yml: ports[5].proxy_protocol.send = 3: one of v1, v2 is expected
 router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
 router.yml: ports[4].listen = \"/run/a\": is that of ports[3] already";
         assert_eq!(load(&text).expect_err("wrong"), expected);

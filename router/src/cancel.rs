@@ -27,9 +27,15 @@ const SERVERS: usize = 64;
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Passes `packet` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
-pub async fn forward(router: &Router, listening: &Listening, port: &Port, packet: &[u8]) -> &'static str {
+pub async fn forward(
+    router: &Router,
+    listening: &Listening,
+    port: &Port,
+    greeting: &[u8],
+    packet: &[u8],
+) -> &'static str {
     if let Some(server) = startup::cancel_key(packet).and_then(|key| router.sessions.holder(key)) {
-        send(port, &server, packet).await;
+        send(port, &server, greeting, packet).await;
         return count(router, listening, "known");
     }
     let mut servers = rule::possible(&router.table(), port);
@@ -43,7 +49,7 @@ pub async fn forward(router: &Router, listening: &Listening, port: &Port, packet
         0 => "no_server",
         count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
         _ => {
-            join_all(servers.iter().map(|server| send(port, server, packet))).await;
+            join_all(servers.iter().map(|server| send(port, server, greeting, packet))).await;
             "forwarded"
         }
     };
@@ -55,9 +61,10 @@ fn count(router: &Router, listening: &Listening, result: &'static str) -> &'stat
     result
 }
 
-async fn send(port: &Port, server: &Arc<Backend>, packet: &[u8]) {
+async fn send(port: &Port, server: &Arc<Backend>, greeting: &[u8], packet: &[u8]) {
     let exchange = async {
         let mut stream = socket::dial(&server.host, server.port, port.connect_timeout, port.server_silence).await?;
+        stream.write_all(greeting).await?;
         stream.write_all(packet).await?;
         // Nothing is expected but the end; one byte is enough to see it.
         stream.read(&mut [0]).await

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | where may a session go, and whose sessions must end? | [`table`], [`rule`], [`lag`] (all pure) |
 //! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
-//! | what is the first packet? | [`startup`] (pure) |
+//! | what is the first packet? | [`startup`], [`proxy`] (both pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`key`], [`reply`] |
 //! | where do bytes move? | [`relay`] |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
@@ -33,6 +33,7 @@ pub mod metrics;
 pub mod places;
 pub mod port;
 pub mod probe;
+pub mod proxy;
 pub mod relay;
 pub mod reload;
 pub mod reply;

@@ -19,6 +19,8 @@ pub enum Refusal {
     TooManyOfClient,
     /// The client asks for a target that there is not (`invalid_parameter_value`).
     UnknownTarget,
+    /// A proxy that is to tell its client's address does not (`protocol_violation`).
+    NoProxyHeader,
     /// The first packet is none (`protocol_violation`, or `feature_not_supported` for another version).
     Malformed(Malformed),
     /// The client spoke before its SSLRequest or GSSENCRequest was answered (`protocol_violation`).
@@ -35,7 +37,7 @@ impl Refusal {
             Refusal::TooManyHeld | Refusal::TooManyOfClient => "53300",
             Refusal::UnknownTarget => "22023",
             Refusal::Malformed(Malformed::Version(..)) => "0A000",
-            Refusal::Malformed(_) | Refusal::EarlyData | Refusal::TooSlow => "08P01",
+            Refusal::Malformed(_) | Refusal::NoProxyHeader | Refusal::EarlyData | Refusal::TooSlow => "08P01",
         }
     }
 
@@ -48,6 +50,7 @@ impl Refusal {
             Refusal::TooManyOfClient => "too many connections from this address".into(),
             Refusal::UnknownTarget => "trunkline.target must be leader, replica, sync, async or any".into(),
             Refusal::Malformed(what) => what.to_string(),
+            Refusal::NoProxyHeader => "a PROXY protocol header is expected from this address".into(),
             Refusal::EarlyData => "received data before the answer to an encryption request".into(),
             Refusal::TooSlow => "no complete startup packet was received in time".into(),
         }

@@ -83,6 +83,8 @@ pub struct Search<'a> {
     port: Arc<Port>,
     client: &'a Arc<TcpStream>,
     peer: Peer,
+    /// What every server is sent first.
+    greeting: Vec<u8>,
     /// What the client asks for now.
     request: Request,
     /// Requests for encryption that it was denied; any further server has to deny them, too.
@@ -105,7 +107,33 @@ impl<'a> Search<'a> {
         peer: Peer,
     ) -> Self {
         let (request, looked) = (Request::default(), AtomicBool::new(false));
-        Self { router, listening, port, client, peer, request, denied: Vec::new(), at_hand: None, looked }
+        Self {
+            router,
+            listening,
+            port,
+            client,
+            peer,
+            greeting: Vec::new(),
+            request,
+            denied: Vec::new(),
+            at_hand: None,
+            looked,
+        }
+    }
+
+    /// The client is another one than whose connection it is, or servers are to be told of it.
+    pub fn introduce(&mut self, peer: Peer, greeting: Vec<u8>) {
+        (self.peer, self.greeting) = (peer, greeting);
+    }
+
+    /// The client.
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    /// What every server is sent first.
+    pub fn greeting(&self) -> &[u8] {
+        &self.greeting
     }
 
     /// The client has asked for another kind of server than the port leads to.
@@ -260,6 +288,7 @@ impl<'a> Search<'a> {
             self.router.sessions.begin(&self.listening.name, self.peer, backend, &server, self.router.clock.now())?;
         let meter = self.router.metrics.meter(&self.listening.name, backend.member.as_str());
         let repeat = async {
+            socket::write_all(&server, &self.greeting).await.ok()?;
             for request in &self.denied {
                 socket::write_all(&server, &request.bytes).await.ok()?;
                 (answer::first(&server, request.packet).await == Answer::Denied).then_some(())?;

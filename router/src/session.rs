@@ -14,6 +14,7 @@ use trunkline_config::router::{Port, Target};
 
 use crate::accept::Permit;
 use crate::port::{Listening, Peer};
+use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
 use crate::search::{Outcome, Request, Search};
@@ -57,7 +58,8 @@ pub async fn serve(router: Arc<Router>, listening: Arc<Listening>, client: TcpSt
     }
     let client = Arc::new(client);
     let mut search = Search::new(&router, &listening, port.clone(), &client, peer);
-    let outcome = converse(&router, &listening, &port, &client, peer, &mut search).await;
+    let outcome = converse(&router, &listening, &port, &client, &mut search).await;
+    let peer = search.peer();
     let awaits_answer = search.awaits_answer();
     drop(search);
     let ended = match outcome {
@@ -84,15 +86,18 @@ async fn converse(
     listening: &Listening,
     port: &Port,
     client: &Arc<TcpStream>,
-    peer: Peer,
     search: &mut Search<'_>,
 ) -> Result<Ended, No> {
+    let (peer, greeting) = introduction(port, client, search.peer()).await?;
+    search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
     // Bounded: a request for encryption is denied once, after which only another kind of packet gets on.
     loop {
         let request = first_packet(client, port.startup_timeout).await?;
         if request.packet == Packet::Cancel {
-            return Ok(Ended::Cancel(cancel::forward(router, listening, port, &request.bytes).await));
+            return Ok(Ended::Cancel(
+                cancel::forward(router, listening, port, search.greeting(), &request.bytes).await,
+            ));
         }
         search.take(request);
         if counted.as_ref().is_some_and(Option::is_none) {
@@ -112,6 +117,41 @@ async fn converse(
             }
         }
     }
+}
+
+/// Who the client really is, and what servers are to be told of it first.
+async fn introduction(port: &Port, client: &TcpStream, peer: Peer) -> Result<(Peer, Vec<u8>), No> {
+    let header = match port.proxied.contains(peer.ip()) {
+        true => proxy_header(client, port.startup_timeout).await?,
+        false => Header::default(),
+    };
+    let peer = header.addresses.map_or(peer, |(from, _)| Peer::Tcp(from));
+    let greeting = port.send_proxy.map(|version| {
+        let addresses = header.addresses.or_else(|| match peer {
+            Peer::Tcp(from) => client.local_addr().ok().map(|to| (from, to)),
+            Peer::Unix => None,
+        });
+        proxy::write(version, addresses)
+    });
+    Ok((peer, greeting.unwrap_or_default()))
+}
+
+/// Reads a PROXY header and not one byte more.
+async fn proxy_header(client: &TcpStream, limit: Duration) -> Result<Header, No> {
+    let read = async {
+        let mut bytes = Vec::new();
+        loop {
+            match proxy::read(&bytes).map_err(|_| No::Refused(Refusal::NoProxyHeader))? {
+                proxy::Progress::Header(header) => return Ok(header),
+                proxy::Progress::Need(more) => {
+                    let have = bytes.len();
+                    bytes.resize(have + more, 0);
+                    socket::read_exact(client, &mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
+                }
+            }
+        }
+    };
+    tokio::time::timeout(limit, read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
 }
 
 /// The target that a start-up packet asks for, where the port lets clients choose.
@@ -200,6 +240,7 @@ impl Ended {
             Ended::Refused(Refusal::TooManyOfClient) => "too_many_of_client",
             Ended::Refused(Refusal::UnknownTarget) => "unknown_target",
             Ended::Refused(Refusal::Malformed(_)) => "malformed",
+            Ended::Refused(Refusal::NoProxyHeader) => "no_proxy_header",
             Ended::Refused(Refusal::EarlyData) => "early_data",
             Ended::Refused(Refusal::TooSlow) => "too_slow",
             Ended::ClientGone => "client_gone",

@@ -163,6 +163,11 @@ impl Fake {
         (stream, packet)
     }
 
+    /// The next connection, with nothing read of it.
+    pub async fn connection(&self) -> TcpStream {
+        within(self.listener.accept()).await.unwrap().0
+    }
+
     /// Nobody connects for a while.
     pub async fn stays_alone(&self) {
         let accepted = tokio::time::timeout(Duration::from_millis(100), self.listener.accept()).await;
