@@ -9,6 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::Value;
 
+use crate::local::VerifyClient;
 use crate::router::Limits;
 use crate::section::Section;
 use crate::{address, tags};
@@ -54,6 +55,49 @@ pub struct Port {
     pub proxied: Proxied,
     /// Connections to servers begin with a PROXY header.
     pub send_proxy: Option<ProxyVersion>,
+    /// Sessions in plain text are refused.
+    pub require_tls: bool,
+    /// TLS with clients ends here, with this certificate; `None`: it is passed through.
+    pub tls: Option<ServerCertificate>,
+    /// TLS with servers begins here.
+    pub server_tls: Option<ServerTls>,
+}
+
+/// What clients are shown, and what is asked of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerCertificate {
+    /// Certificate and chain.
+    pub certfile: PathBuf,
+    /// Its key; without it, the same file has it.
+    pub keyfile: Option<PathBuf>,
+    /// Who may have signed clients' certificates.
+    pub cafile: Option<PathBuf>,
+    /// Whether clients need one.
+    pub verify_client: VerifyClient,
+}
+
+/// How servers are spoken to in TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerTls {
+    /// What is checked.
+    pub mode: ServerTlsMode,
+    /// Who may have signed servers' certificates; without it, whom the system trusts.
+    pub cafile: Option<PathBuf>,
+    /// A certificate for servers that ask for one.
+    pub certfile: Option<PathBuf>,
+    /// Its key; without it, the same file has it.
+    pub keyfile: Option<PathBuf>,
+}
+
+/// What is checked of a server, in libpq's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerTlsMode {
+    /// Nothing: encryption only.
+    Require,
+    /// Who signed its certificate.
+    VerifyCa,
+    /// And that it is for this host.
+    VerifyFull,
 }
 
 /// Who begins with a PROXY header, and is believed what it says.
@@ -191,6 +235,9 @@ impl Port {
             server_silence: limits.server_silence,
             proxied: Proxied::default(),
             send_proxy: None,
+            require_tls: false,
+            tls: None,
+            server_tls: None,
         }
     }
 
@@ -201,6 +248,19 @@ impl Port {
             (_, other) => other,
         };
         Self { target, no_candidate, ..self.clone() }
+    }
+
+    /// Whether the router answers requests for encryption itself.
+    pub fn speaks_tls(&self) -> bool {
+        self.tls.is_some() || self.server_tls.is_some()
+    }
+
+    /// The files that its certificates come from.
+    pub fn tls_files(&self) -> Vec<PathBuf> {
+        let of_clients =
+            self.tls.iter().flat_map(|tls| [Some(&tls.certfile), tls.keyfile.as_ref(), tls.cafile.as_ref()]);
+        let of_servers = self.server_tls.iter().flat_map(|tls| [&tls.cafile, &tls.certfile, &tls.keyfile]);
+        of_clients.chain(of_servers.map(Option::as_ref)).flatten().cloned().collect()
     }
 
     /// Whether it looks at how long standbys are behind.
@@ -260,6 +320,9 @@ const KNOWN: &[&str] = &[
     "client_silence",
     "server_silence",
     "proxy_protocol",
+    "require_tls",
+    "tls",
+    "server_tls",
 ];
 
 /// Where no ports are given: one for writes, one for reads.
@@ -351,6 +414,7 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
     let client_silence = read_silence(section, "client_silence", limits.client_silence);
     let server_silence = read_silence(section, "server_silence", limits.server_silence);
     let (proxied, send_proxy) = read_proxy_protocol(section);
+    let (tls, server_tls) = (read_tls(section), read_server_tls(section));
     let target = target?;
     Some(Port {
         name: name?,
@@ -372,6 +436,42 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
         server_silence,
         proxied,
         send_proxy,
+        require_tls: section.boolean("require_tls").unwrap_or(false),
+        tls,
+        server_tls,
+    })
+}
+
+fn read_tls(section: &Section<'_>) -> Option<ServerCertificate> {
+    let section = section.section("tls")?;
+    section.unknown(&["certfile", "keyfile", "cafile", "verify_client"]);
+    let words =
+        [("none", VerifyClient::None), ("optional", VerifyClient::Optional), ("required", VerifyClient::Required)];
+    let verify_client = section.choice("verify_client", &words).unwrap_or_default();
+    let cafile = section.file("cafile");
+    if verify_client != VerifyClient::None && cafile.is_none() {
+        section.missing::<()>("cafile", "who may have signed clients' certificates", None);
+    }
+    let certfile = match section.file("certfile") {
+        None => return section.missing("certfile", "the certificate that clients are shown", None),
+        Some(certfile) => certfile,
+    };
+    Some(ServerCertificate { certfile, keyfile: section.file("keyfile"), cafile, verify_client })
+}
+
+fn read_server_tls(section: &Section<'_>) -> Option<ServerTls> {
+    let section = section.section("server_tls")?;
+    section.unknown(&["mode", "cafile", "certfile", "keyfile"]);
+    let words = [
+        ("require", ServerTlsMode::Require),
+        ("verify-ca", ServerTlsMode::VerifyCa),
+        ("verify-full", ServerTlsMode::VerifyFull),
+    ];
+    Some(ServerTls {
+        mode: section.choice("mode", &words).unwrap_or(ServerTlsMode::VerifyFull),
+        cafile: section.file("cafile"),
+        certfile: section.file("certfile"),
+        keyfile: section.file("keyfile"),
     })
 }
 

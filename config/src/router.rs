@@ -10,7 +10,10 @@ use crate::report::{Errors, Notice};
 use crate::section::Section;
 use crate::{document, etcd};
 
-pub use crate::port::{Balance, Lag, Listen, NoCandidate, Port, Proxied, ProxyVersion, Target};
+pub use crate::local::VerifyClient;
+pub use crate::port::{
+    Balance, Lag, Listen, NoCandidate, Port, Proxied, ProxyVersion, ServerCertificate, ServerTls, ServerTlsMode, Target,
+};
 
 /// The router's configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -306,6 +309,9 @@ ports:
   connect_timeout: 200ms
   client_silence: 0
   proxy_protocol: {{accept_from: [10.0.0.0/8, '::1', unix], send: v2}}
+  require_tls: on
+  tls: {{certfile: /c.pem, cafile: /ca.pem, verify_client: optional}}
+  server_tls: {{mode: verify-ca, cafile: /sca.pem}}
 - {{name: rw, listen: '*:6000', target: leader, hold_timeout: 1min, max_lag: 1MB, tags: {{}}}}
 "
         );
@@ -331,7 +337,11 @@ ports:
         assert!(ro.proxied.contains(ip("10.1.2.3")) && ro.proxied.contains(ip("::1")) && ro.proxied.contains(None));
         assert!(!ro.proxied.contains(ip("11.1.2.3")) && !ro.proxied.contains(ip("::2")));
         assert_eq!(ro.send_proxy, Some(ProxyVersion::V2));
+        assert!(ro.require_tls && ro.speaks_tls());
+        assert_eq!(ro.tls_files(), ["/c.pem", "/ca.pem", "/sca.pem"].map(std::path::PathBuf::from));
+        assert_eq!(ro.server_tls.as_ref().map(|tls| tls.mode), Some(ServerTlsMode::VerifyCa));
         let rw = &config.ports[1];
+        assert!(!rw.speaks_tls());
         assert!(rw.proxied == Proxied::default() && rw.send_proxy.is_none());
         assert_eq!((rw.hold_timeout, rw.client_silence), (Duration::from_secs(60), Some(Duration::from_secs(20))));
         assert_eq!(config.limits.ready_held, 15);
@@ -352,6 +362,7 @@ ports:
 - {{name: d, listen: ['0.0.0.0:2', /run/a], target: any, max_sessions: 0, connect_timeout: 0}}
 - {{name: e, listen: /run/a, target: any}}
 - {{name: f, listen: /run/b, target: any, proxy_protocol: {{accept_from: [10.0.0.0/33], send: 3}}}}
+- {{name: g, listen: /run/c, target: any, tls: {{verify_client: required}}, server_tls: {{mode: prefer}}}}
 "
         );
         let expected = "\
@@ -366,6 +377,9 @@ router.yml: ports[3].max_sessions = 0: a whole number from 1 to 10000000 is expe
 router.yml: ports[3].connect_timeout = 0: must be longer than 0
 router.yml: ports[5].proxy_protocol.accept_from = [\"10.0.0.0/33\"]: addresses, networks (10.0.0.0/8) or the word unix are expected
 router.yml: ports[5].proxy_protocol.send = 3: one of v1, v2 is expected
+router.yml: ports[6].tls.cafile: missing: who may have signed clients' certificates
+router.yml: ports[6].tls.certfile: missing: the certificate that clients are shown
+router.yml: ports[6].server_tls.mode = \"prefer\": one of require, verify-ca, verify-full is expected
 router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
 router.yml: ports[4].listen = \"/run/a\": is that of ports[3] already";
         assert_eq!(load(&text).expect_err("wrong"), expected);

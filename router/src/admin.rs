@@ -243,6 +243,7 @@ mod tests {
     use trunkline_config::router::{Limits, Listen, Port, Target};
 
     use super::*;
+    use crate::crypto::Crypto;
     use crate::table::tests::{member, view};
 
     async fn ask(address: std::net::SocketAddr, path: &str) -> (u16, String) {
@@ -257,7 +258,7 @@ mod tests {
     #[tokio::test]
     async fn endpoints_tell_the_state() {
         let router = Router::new(Limits::default()).unwrap();
-        router.listening(&Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader));
+        router.listening(&Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader), Crypto::default());
         let (_sender, knowledge) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
         let admin = Admin { router: router.clone(), knowledge };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -8,10 +8,12 @@
 use std::io;
 
 use rustix::net::RecvFlags;
-use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 
+use crate::sasl;
 use crate::startup::Packet;
+use crate::wire::Tls;
 
 /// The longest ErrorResponse that is looked into.
 const LOOK: usize = 1_024;
@@ -53,6 +55,43 @@ pub async fn first(server: &TcpStream, packet: Packet) -> Answer {
             Ok(()) => return answer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(_) => return Answer::Gone,
+        }
+    }
+}
+
+/// Sends `request` and waits for the answer, where TLS with the server begins here. What is read is kept in `said`.
+pub async fn first_in_tls(tls: &mut Tls, request: &[u8], packet: Packet, said: &mut Vec<u8>) -> Answer {
+    let exchange = async {
+        tls.write_all(request).await?;
+        tls.flush().await?;
+        loop {
+            let mut piece = [0; LOOK];
+            let bytes = tls.read(&mut piece).await?;
+            said.extend_from_slice(&piece[..bytes]);
+            let seen = &said[..said.len().min(LOOK)];
+            match verdict(seen, packet) {
+                _ if bytes == 0 => return Ok(Answer::Gone),
+                Some(answer) => return Ok(answer),
+                None => {}
+            }
+        }
+    };
+    let answered: io::Result<Answer> = exchange.await;
+    answered.unwrap_or(Answer::Gone)
+}
+
+/// Reads on until the server has asked for authentication, and leaves the offer of channel binding out of that.
+pub async fn without_binding(tls: &mut Tls, said: &mut Vec<u8>) {
+    let mut piece = [0; LOOK];
+    while said.len() < LOOK {
+        if let Some(unbound) = sasl::without_binding(said) {
+            *said = unbound;
+            return;
+        }
+        match tls.read(&mut piece).await {
+            Ok(bytes @ 1..) => said.extend_from_slice(&piece[..bytes]),
+            // The relay finds the same.
+            Ok(0) | Err(_) => return,
         }
     }
 }

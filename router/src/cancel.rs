@@ -15,9 +15,11 @@ use tracing::debug;
 use trunkline_common::{Clock, Instant};
 use trunkline_config::router::Port;
 
+use crate::crypto::Crypto;
 use crate::port::Listening;
 use crate::router::Router;
 use crate::table::Backend;
+use crate::wire::{Leg, Wire};
 use crate::{rule, socket, startup};
 
 /// How many servers one request is tried on.
@@ -31,11 +33,12 @@ pub async fn forward(
     router: &Router,
     listening: &Listening,
     port: &Port,
+    crypto: &Crypto,
     greeting: &[u8],
     packet: &[u8],
 ) -> &'static str {
     if let Some(server) = startup::cancel_key(packet).and_then(|key| router.sessions.holder(key)) {
-        send(port, &server, greeting, packet).await;
+        send(port, crypto, &server, greeting, packet).await;
         return count(router, listening, "known");
     }
     let mut servers = rule::possible(&router.table(), port);
@@ -49,7 +52,7 @@ pub async fn forward(
         0 => "no_server",
         count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
         _ => {
-            join_all(servers.iter().map(|server| send(port, server, greeting, packet))).await;
+            join_all(servers.iter().map(|server| send(port, crypto, server, greeting, packet))).await;
             "forwarded"
         }
     };
@@ -61,11 +64,15 @@ fn count(router: &Router, listening: &Listening, result: &'static str) -> &'stat
     result
 }
 
-async fn send(port: &Port, server: &Arc<Backend>, greeting: &[u8], packet: &[u8]) {
+async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u8], packet: &[u8]) {
     let exchange = async {
-        let mut stream = socket::dial(&server.host, server.port, port.connect_timeout, port.server_silence).await?;
-        stream.write_all(greeting).await?;
+        let stream = socket::dial(&server.host, server.port, port.connect_timeout, port.server_silence).await?;
+        let stream = Arc::new(stream);
+        socket::write_all(&stream, greeting).await?;
+        let plain = || Leg::Plain(Wire::new(stream.clone(), Vec::new()));
+        let mut stream = crypto.connect(&stream, &server.host).await?.map_or_else(plain, Leg::Tls);
         stream.write_all(packet).await?;
+        stream.flush().await?;
         // Nothing is expected but the end; one byte is enough to see it.
         stream.read(&mut [0]).await
     };

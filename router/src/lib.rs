@@ -6,6 +6,7 @@
 //! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
 //! | what is the first packet? | [`startup`], [`proxy`] (both pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`key`], [`reply`] |
+//! | where does TLS end or begin, if it does? | [`crypto`], [`wire`], [`sasl`] |
 //! | where do bytes move? | [`relay`] |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
 //! | how many at once? | [`places`], [`port`], [`hold`] |
@@ -22,6 +23,7 @@ pub mod admin;
 pub mod answer;
 pub mod balance;
 pub mod cancel;
+pub mod crypto;
 pub mod follow;
 pub mod handover;
 pub mod heard;
@@ -39,6 +41,7 @@ pub mod reload;
 pub mod reply;
 pub mod router;
 pub mod rule;
+pub mod sasl;
 pub mod search;
 pub mod server;
 pub mod session;
@@ -47,5 +50,6 @@ pub mod socket;
 pub mod startup;
 pub mod survey;
 pub mod table;
+pub mod wire;
 
 pub use router::Router;

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::info;
 use trunkline_config::router::{Listen, Port};
 
+use crate::crypto::Crypto;
 use crate::port::Listening;
 use crate::router::Router;
 use crate::socket::{Address, Bound};
@@ -69,6 +70,9 @@ impl Listeners {
     /// # Errors
     /// The port and why.
     pub fn apply(&self, ports: &[Port], mut inherited: Inherited) -> io::Result<()> {
+        let read =
+            |port: &Port| Crypto::of(port).map_err(|error| io::Error::other(format!("port '{}': {error}", port.name)));
+        let crypto = ports.iter().map(read).collect::<io::Result<Vec<_>>>()?;
         let mut open = self.open.lock();
         let addresses = ports.iter().flat_map(|port| port.listen.iter().map(move |listen| (port, listen)));
         let mut bound = Vec::new();
@@ -79,8 +83,11 @@ impl Listeners {
             bound.push((port, listen, sockets));
         }
         // Nothing can fail any more.
-        let listening: BTreeMap<&str, Arc<Listening>> =
-            ports.iter().map(|port| (port.name.as_str(), self.router.listening(port))).collect();
+        let listening: BTreeMap<&str, Arc<Listening>> = ports
+            .iter()
+            .zip(crypto)
+            .map(|(port, crypto)| (port.name.as_str(), self.router.listening(port, crypto)))
+            .collect();
         for (port, listen) in addresses.clone() {
             if let (Some(open), Some(listening)) = (open.get(listen), listening.get(port.name.as_str())) {
                 *open.slot.write() = listening.clone();

@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use trunkline_common::Instant;
 use trunkline_config::router::Port;
 
+use crate::crypto::Crypto;
 use crate::hold::Pace;
 use crate::places::Places;
 
@@ -23,13 +24,14 @@ pub struct Listening {
     /// Connections of each client address.
     pub clients: Clients,
     settings: RwLock<Arc<Port>>,
+    crypto: RwLock<Arc<Crypto>>,
     pace: Mutex<Pace>,
     turn: AtomicUsize,
 }
 
 impl Listening {
-    /// With the settings of `port`.
-    pub fn new(port: Port) -> Arc<Self> {
+    /// With the settings of `port`, and what belongs to them.
+    pub fn new(port: Port, crypto: Crypto) -> Arc<Self> {
         Arc::new(Self {
             name: port.name.as_str().into(),
             places: Places::new(port.max_sessions.unwrap_or(usize::MAX)),
@@ -37,6 +39,7 @@ impl Listening {
             pace: Mutex::new(Pace::new(port.accept_rate.unwrap_or(0))),
             turn: AtomicUsize::new(0),
             settings: RwLock::new(Arc::new(port)),
+            crypto: RwLock::new(Arc::new(crypto)),
         })
     }
 
@@ -45,11 +48,17 @@ impl Listening {
         self.settings.read().clone()
     }
 
+    /// Its certificates now.
+    pub fn crypto(&self) -> Arc<Crypto> {
+        self.crypto.read().clone()
+    }
+
     /// Other settings, from now on.
-    pub fn set(&self, port: Port) {
+    pub fn set(&self, port: Port, crypto: Crypto) {
         self.places.resize(port.max_sessions.unwrap_or(usize::MAX));
         self.pace.lock().set_rate(port.accept_rate.unwrap_or(0));
         *self.settings.write() = Arc::new(port);
+        *self.crypto.write() = Arc::new(crypto);
     }
 
     /// When the next connection may be accepted, if not at once.

@@ -1,4 +1,5 @@
-//! A changed configuration file, in force without a restart: ports and limits. A wrong one is refused whole.
+//! A changed configuration file, in force without a restart: ports and limits, and the certificates that ports name. A wrong
+//! one is refused whole.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 use trunkline_common::Clock;
+use trunkline_config::router::Port;
 use trunkline_config::{Env, RouterConfig};
 
 use crate::listeners::{Inherited, Listeners};
@@ -88,7 +90,9 @@ impl Reloader {
         if !for_a_restart.is_empty() {
             warn!(keys = for_a_restart.join(", "), "these take effect at the next start");
         }
-        if (&self.config.ports, &self.config.limits) == (&config.ports, &config.limits) {
+        let same = (&self.config.ports, &self.config.limits) == (&config.ports, &config.limits);
+        // The same names of certificates may stand for other certificates.
+        if same && !config.ports.iter().any(Port::speaks_tls) {
             return Ok("unchanged");
         }
         self.listeners.apply(&config.ports, Inherited::new())?;
@@ -99,7 +103,8 @@ impl Reloader {
 
     /// What tells a changed file from the one that was read.
     fn marks(&self) -> BTreeMap<PathBuf, Mark> {
-        self.path.as_deref().map(marks).unwrap_or_default()
+        let files = self.config.ports.iter().flat_map(Port::tls_files);
+        self.path.clone().into_iter().chain(files).flat_map(|path| marks(&path)).collect()
     }
 }
 
@@ -134,7 +139,7 @@ fn marks(path: &Path) -> BTreeMap<PathBuf, Mark> {
 
 #[cfg(test)]
 mod tests {
-    use trunkline_config::router::{Limits, Listen, Port, Target};
+    use trunkline_config::router::{Limits, Listen, Target};
 
     use super::*;
     use crate::socket::Address;

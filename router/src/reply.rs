@@ -23,6 +23,8 @@ pub enum Refusal {
     NoProxyHeader,
     /// The first packet is none (`protocol_violation`, or `feature_not_supported` for another version).
     Malformed(Malformed),
+    /// The port takes encrypted sessions only (`invalid_authorization_specification`, as by `pg_hba.conf`).
+    PlainText,
     /// The client spoke before its SSLRequest or GSSENCRequest was answered (`protocol_violation`).
     EarlyData,
     /// The first packet did not come in time (`protocol_violation`).
@@ -36,6 +38,7 @@ impl Refusal {
             Refusal::NoServer | Refusal::ShuttingDown => "57P03",
             Refusal::TooManyHeld | Refusal::TooManyOfClient => "53300",
             Refusal::UnknownTarget => "22023",
+            Refusal::PlainText => "28000",
             Refusal::Malformed(Malformed::Version(..)) => "0A000",
             Refusal::Malformed(_) | Refusal::NoProxyHeader | Refusal::EarlyData | Refusal::TooSlow => "08P01",
         }
@@ -51,6 +54,7 @@ impl Refusal {
             Refusal::UnknownTarget => "trunkline.target must be leader, replica, sync, async or any".into(),
             Refusal::Malformed(what) => what.to_string(),
             Refusal::NoProxyHeader => "a PROXY protocol header is expected from this address".into(),
+            Refusal::PlainText => "connections without TLS are not accepted here".into(),
             Refusal::EarlyData => "received data before the answer to an encryption request".into(),
             Refusal::TooSlow => "no complete startup packet was received in time".into(),
         }
@@ -85,6 +89,8 @@ mod tests {
             Refusal::Malformed(Malformed::Length),
             Refusal::Malformed(Malformed::Version(2, 0)),
             Refusal::EarlyData,
+            Refusal::PlainText,
+            Refusal::NoProxyHeader,
             Refusal::TooSlow,
             Refusal::ShuttingDown,
         ] {

@@ -11,6 +11,7 @@ use trunkline_common::{Clock, Instant, MemberName, SystemClock};
 use trunkline_config::router::{Limits, Port};
 
 use crate::cancel::CancelLimit;
+use crate::crypto::Crypto;
 use crate::hold::Hold;
 use crate::lag::Measured;
 use crate::metrics::Metrics;
@@ -93,13 +94,13 @@ impl Router {
     }
 
     /// A new port of this router, or the one of this name with other settings.
-    pub fn listening(&self, port: &Port) -> Arc<Listening> {
+    pub fn listening(&self, port: &Port, crypto: Crypto) -> Arc<Listening> {
         let mut ports = self.ports.write();
         if let Some(listening) = ports.get(&port.name) {
-            listening.set(port.clone());
+            listening.set(port.clone(), crypto);
             return listening.clone();
         }
-        let listening = Listening::new(port.clone());
+        let listening = Listening::new(port.clone(), crypto);
         ports.insert(port.name.clone(), listening.clone());
         listening
     }

@@ -10,15 +10,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use rustix::net::RecvFlags;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tracing::debug;
+use tracing::{debug, warn};
 use trunkline_common::{Clock, Instant};
 use trunkline_config::router::{Balance, NoCandidate, Port};
 
 use crate::answer::{self, Answer};
+use crate::crypto::Crypto;
 use crate::metrics::Meter;
 use crate::port::{Listening, Peer};
 use crate::reply::Refusal;
@@ -27,6 +27,7 @@ use crate::session::No;
 use crate::sessions::Session;
 use crate::startup::{Malformed, Packet};
 use crate::table::{Backend, RouteTable};
+use crate::wire::Tls;
 use crate::{balance, rule, socket};
 
 /// Pauses between attempts at servers that the table names but that can't be reached. A new table ends a pause.
@@ -61,6 +62,10 @@ pub struct Found {
     pub session: Session,
     /// Where its bytes are counted.
     pub meter: Meter,
+    /// TLS over the connection, where the router begins it.
+    pub tls: Option<Tls>,
+    /// What has been read of it by that.
+    pub said: Vec<u8>,
     /// The kind of packet that it was sent last.
     pub packet: Packet,
     backend: Arc<Backend>,
@@ -81,6 +86,7 @@ pub struct Search<'a> {
     router: &'a Router,
     listening: &'a Listening,
     port: Arc<Port>,
+    crypto: &'a Crypto,
     client: &'a Arc<TcpStream>,
     peer: Peer,
     /// What every server is sent first.
@@ -103,6 +109,7 @@ impl<'a> Search<'a> {
         router: &'a Router,
         listening: &'a Listening,
         port: Arc<Port>,
+        crypto: &'a Crypto,
         client: &'a Arc<TcpStream>,
         peer: Peer,
     ) -> Self {
@@ -111,6 +118,7 @@ impl<'a> Search<'a> {
             router,
             listening,
             port,
+            crypto,
             client,
             peer,
             greeting: Vec::new(),
@@ -168,7 +176,7 @@ impl<'a> Search<'a> {
         if self.denied.iter().any(|before| before.packet == self.request.packet) {
             return Err(Malformed::Repeated.into());
         }
-        if self.awaits_answer() && matches!(peek(self.client), Ok(1..)) {
+        if self.awaits_answer() && socket::has_data(self.client) {
             return Err(No::Refused(Refusal::EarlyData));
         }
         let (found, answer) = match self.ask_at_hand().await? {
@@ -198,7 +206,7 @@ impl<'a> Search<'a> {
         let outcome = self.hold(&mut tables, began).await;
         let label = match &outcome {
             Ok(_) => "served",
-            Err(No::ClientGone) => "client_gone",
+            Err(No::ClientGone | No::Handshake) => "client_gone",
             Err(No::Refused(Refusal::TooManyHeld)) => "full",
             Err(No::Refused(Refusal::ShuttingDown)) => "shutdown",
             Err(No::Refused(Refusal::EarlyData)) => "early_data",
@@ -289,15 +297,28 @@ impl<'a> Search<'a> {
         let meter = self.router.metrics.meter(&self.listening.name, backend.member.as_str());
         let repeat = async {
             socket::write_all(&server, &self.greeting).await.ok()?;
+            let tls = self.encrypt(&server, backend).await?;
             for request in &self.denied {
                 socket::write_all(&server, &request.bytes).await.ok()?;
                 (answer::first(&server, request.packet).await == Answer::Denied).then_some(())?;
             }
-            Some(())
+            Some(tls)
         };
-        tokio::time::timeout(self.port.connect_timeout, repeat).await.ok()??;
+        let tls = tokio::time::timeout(self.port.connect_timeout, repeat).await.ok()??;
         let packet = self.request.packet;
-        Some(Found { server, session, meter, packet, backend: backend.clone() })
+        Some(Found { server, session, meter, tls, said: Vec::new(), packet, backend: backend.clone() })
+    }
+
+    /// `None`: the server is to be spoken to in TLS, and can't be.
+    async fn encrypt(&self, server: &Arc<TcpStream>, backend: &Backend) -> Option<Option<Tls>> {
+        if self.port.server_tls.is_none() {
+            return Some(None);
+        }
+        // In a box, so that sessions without TLS need no memory for it.
+        let tls = Box::pin(self.crypto.connect(server, &backend.host)).await;
+        let result = if tls.is_ok() { "ok" } else { "no_tls" };
+        self.router.metrics.connects.with_label_values(&[backend.member.as_str(), result]).inc();
+        tls.inspect_err(|error| warn!(member = backend.member.as_str(), %error, "no TLS with a server")).ok()
     }
 
     async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
@@ -308,11 +329,15 @@ impl<'a> Search<'a> {
     }
 
     /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more.
-    async fn ask(&self, found: Found) -> Result<Option<(Found, Answer)>, No> {
+    async fn ask(&self, mut found: Found) -> Result<Option<(Found, Answer)>, No> {
+        let (bytes, packet) = (&self.request.bytes, self.request.packet);
         let exchange = async {
-            match socket::write_all(&found.server, &self.request.bytes).await {
-                Ok(()) => answer::first(&found.server, self.request.packet).await,
-                Err(_) => Answer::Gone,
+            match &mut found.tls {
+                Some(tls) => answer::first_in_tls(tls, bytes, packet, &mut found.said).await,
+                None => match socket::write_all(&found.server, bytes).await {
+                    Ok(()) => answer::first(&found.server, packet).await,
+                    Err(_) => Answer::Gone,
+                },
             }
         };
         let answer = tokio::select! {
@@ -379,7 +404,7 @@ impl<'a> Search<'a> {
             }
             let mut seen = Ok(0);
             let looked = self.client.try_io(Interest::READABLE, || {
-                seen = peek(self.client);
+                seen = socket::peek(self.client);
                 // Whatever it is, tokio shall wait for the next event and not for this one to be dealt with.
                 io::Result::<()>::Err(io::ErrorKind::WouldBlock.into())
             });
@@ -393,8 +418,4 @@ impl<'a> Search<'a> {
             }
         }
     }
-}
-
-fn peek(stream: &TcpStream) -> io::Result<usize> {
-    Ok(rustix::net::recv(stream, &mut [0u8; 1], RecvFlags::PEEK)?.1)
 }

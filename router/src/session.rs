@@ -2,7 +2,8 @@
 //! why it ended.
 //!
 //! TLS is passed through: where the server agrees to it, everything behind the request is opaque. Where it does not, the
-//! client's next packet is read as its first one was, and is a first packet again.
+//! client's next packet is read as its first one was, and is a first packet again. Only where the port says so does TLS
+//! end, or begin, at the router ([`crypto`](crate::crypto)); then the server never hears of the client's requests for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use tracing::debug;
 use trunkline_config::router::{Port, Target};
 
 use crate::accept::Permit;
+use crate::crypto::Crypto;
 use crate::port::{Listening, Peer};
 use crate::proxy::{self, Header};
 use crate::reply::Refusal;
@@ -20,7 +22,8 @@ use crate::router::Router;
 use crate::search::{Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
-use crate::{cancel, relay, socket};
+use crate::wire::{Leg, Wire};
+use crate::{answer, cancel, relay, socket};
 
 /// How long a refused client may take to hear why.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -36,6 +39,8 @@ const FAREWELL_BYTES: usize = 64 << 10;
 pub enum No {
     /// The client closed before it had a server.
     ClientGone,
+    /// It did not come to TLS, so there is no way to tell the client anything.
+    Handshake,
     /// The client is told so.
     Refused(Refusal),
 }
@@ -51,27 +56,25 @@ const TARGET: &str = "trunkline.target";
 
 /// Serves one accepted connection from its first byte to its end. The permit is the right to be there.
 pub async fn serve(router: Arc<Router>, listening: Arc<Listening>, client: TcpStream, peer: Peer, permit: Permit) {
-    let port = listening.settings();
+    let (port, crypto) = (listening.settings(), listening.crypto());
     router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
     if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
         debug!(port = &*listening.name, %peer, %error, "socket options refused");
     }
     let client = Arc::new(client);
-    let mut search = Search::new(&router, &listening, port.clone(), &client, peer);
-    let outcome = converse(&router, &listening, &port, &client, &mut search).await;
-    let peer = search.peer();
-    let awaits_answer = search.awaits_answer();
+    let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
+    let mut search = Search::new(&router, &listening, port.clone(), &crypto, &client, peer);
+    let outcome = converse(&router, &listening, &port, &crypto, &client, &mut leg, &mut search).await;
+    let (peer, awaits_answer) = (search.peer(), search.awaits_answer());
     drop(search);
     let ended = match outcome {
         Ok(ended) => ended,
         Err(No::ClientGone) => Ended::ClientGone,
+        Err(No::Handshake) => Ended::Handshake,
         Err(No::Refused(refusal)) => {
-            // No session was begun, so nobody else holds the socket.
-            if let Some(mut client) = Arc::into_inner(client) {
-                let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
-                let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
-                refuse(&mut client, refusal, denials, port.startup_timeout).await;
-            }
+            let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
+            let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
+            refuse(&mut leg, refusal, denials, port.startup_timeout).await;
             Ended::Refused(refusal)
         }
     };
@@ -85,21 +88,38 @@ async fn converse(
     router: &Router,
     listening: &Listening,
     port: &Port,
+    crypto: &Crypto,
     client: &Arc<TcpStream>,
+    leg: &mut Leg,
     search: &mut Search<'_>,
 ) -> Result<Ended, No> {
     let (peer, greeting) = introduction(port, client, search.peer()).await?;
     search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
-    // Bounded: a request for encryption is denied once, after which only another kind of packet gets on.
+    let mut answered = Vec::new();
+    // Bounded: each kind of encryption is asked for once, after which only another kind of packet gets on.
     loop {
-        let request = first_packet(client, port.startup_timeout).await?;
-        if request.packet == Packet::Cancel {
-            return Ok(Ended::Cancel(
-                cancel::forward(router, listening, port, search.greeting(), &request.bytes).await,
-            ));
+        let request = first_packet(leg, port.startup_timeout).await?;
+        match request.packet {
+            Packet::Cancel => {
+                let greeting = search.greeting();
+                let result = cancel::forward(router, listening, port, crypto, greeting, &request.bytes).await;
+                return Ok(Ended::Cancel(result));
+            }
+            packet if port.speaks_tls() && packet.asks_for_encryption() => {
+                if answered.contains(&packet) {
+                    return Err(Malformed::Repeated.into());
+                }
+                answered.push(packet);
+                // In a box, so that sessions without TLS need no memory for it.
+                Box::pin(encrypt(crypto, client, leg, request, port.startup_timeout)).await?;
+                continue;
+            }
+            Packet::Startup { .. } if port.require_tls && matches!(leg, Leg::Plain(_)) => {
+                return Err(No::Refused(Refusal::PlainText));
+            }
+            _ => search.take(request),
         }
-        search.take(request);
         if counted.as_ref().is_some_and(Option::is_none) {
             return Err(No::Refused(Refusal::TooManyOfClient));
         }
@@ -108,15 +128,67 @@ async fn converse(
         }
         match search.run().await? {
             Outcome::Denied => socket::write_all(client, b"N").await.map_err(|_| No::ClientGone)?,
-            Outcome::Begun(found) => {
-                let plain = matches!(found.packet, Packet::Startup { .. });
-                let start = relay::Start { unread: search.has_looked(), plain };
-                let learn = |key| found.session.learn(key);
-                let end = relay::relay(client, &found.server, start, &learn, &router.pipes, &found.meter).await;
-                return Ok(found.session.cut().map_or(Ended::Relayed(end), Ended::Cut));
+            Outcome::Begun(mut found) => {
+                if let (Leg::Plain(_), Some(tls)) = (&*leg, &mut found.tls) {
+                    // Whoever takes longer than this for a message that has begun is passed on as it is.
+                    let unbound = Box::pin(answer::without_binding(tls, &mut found.said));
+                    let _ = tokio::time::timeout(port.connect_timeout, unbound).await;
+                }
+                let (session, meter) = (&found.session, &found.meter);
+                let (unread, learn) = (search.has_looked(), |key| session.learn(key));
+                let end = match (leg, found.tls) {
+                    (Leg::Plain(_), None) => {
+                        let plain = matches!(found.packet, Packet::Startup { .. });
+                        let start = relay::Start { unread, plain };
+                        relay::relay(client, &found.server, start, &learn, &router.pipes, meter).await
+                    }
+                    (client, server) => {
+                        if unread {
+                            client.look_again();
+                        }
+                        let plain = || Leg::Plain(Wire::new(found.server.clone(), Vec::new()));
+                        let mut server = server.map_or_else(plain, Leg::Tls);
+                        Box::pin(relay::relay_tls(client, &mut server, found.said, &learn, meter)).await
+                    }
+                };
+                return Ok(session.cut().map_or(Ended::Relayed(end), Ended::Cut));
             }
         }
     }
+}
+
+/// Answers a request for encryption where the router speaks TLS itself.
+async fn encrypt(
+    crypto: &Crypto,
+    client: &Arc<TcpStream>,
+    leg: &mut Leg,
+    request: Request,
+    limit: Duration,
+) -> Result<(), No> {
+    let direct = request.packet == Packet::DirectTls;
+    if matches!(leg, Leg::Tls(_)) {
+        return Err(Malformed::Repeated.into());
+    }
+    if !direct && socket::has_data(client) {
+        return Err(No::Refused(Refusal::EarlyData));
+    }
+    let agreed = crypto.accepts() && request.packet != Packet::GssEncRequest;
+    if !direct {
+        let answer = if agreed { b"S" } else { b"N" };
+        socket::write_all(client, answer).await.map_err(|_| No::ClientGone)?;
+    }
+    if agreed {
+        let before = if direct { request.bytes } else { Vec::new() };
+        match tokio::time::timeout(limit, crypto.accept(client, before, direct)).await {
+            Ok(Ok(tls)) => *leg = Leg::Tls(tls),
+            Ok(Err(error)) => {
+                debug!(%error, "no TLS with a client");
+                return Err(No::Handshake);
+            }
+            Err(_) => return Err(No::Handshake),
+        }
+    }
+    if direct && !agreed { Err(No::Handshake) } else { Ok(()) }
 }
 
 /// Who the client really is, and what servers are to be told of it first.
@@ -165,7 +237,7 @@ fn chosen(port: &Port, request: &Request) -> Result<Option<Target>, No> {
 }
 
 /// Reads one packet and not one byte more.
-async fn first_packet(client: &TcpStream, limit: Duration) -> Result<Request, No> {
+async fn first_packet(client: &mut Leg, limit: Duration) -> Result<Request, No> {
     let read = async {
         let mut bytes = Vec::new();
         loop {
@@ -174,7 +246,7 @@ async fn first_packet(client: &TcpStream, limit: Duration) -> Result<Request, No
                 Progress::Need(more) => {
                     let have = bytes.len();
                     bytes.resize(have + more, 0);
-                    socket::read_exact(client, &mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
+                    client.read_exact(&mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
                 }
             }
         }
@@ -185,7 +257,7 @@ async fn first_packet(client: &TcpStream, limit: Duration) -> Result<Request, No
 /// Says why. Who has asked for encryption and waits for the answer is told "no" first, and refused at the start-up packet:
 /// an ErrorResponse in place of that answer is something that clients must not show (CVE-2024-10977), and most of them
 /// would just connect again, and wait again.
-async fn refuse(client: &mut TcpStream, refusal: Refusal, denials: usize, limit: Duration) {
+async fn refuse(client: &mut Leg, refusal: Refusal, denials: usize, limit: Duration) {
     let mut left = denials;
     while left > 0 {
         if client.write_all(b"N").await.is_err() {
@@ -221,6 +293,7 @@ enum Ended {
     Cut(Cut),
     Refused(Refusal),
     ClientGone,
+    Handshake,
     Cancel(&'static str),
 }
 
@@ -241,9 +314,11 @@ impl Ended {
             Ended::Refused(Refusal::UnknownTarget) => "unknown_target",
             Ended::Refused(Refusal::Malformed(_)) => "malformed",
             Ended::Refused(Refusal::NoProxyHeader) => "no_proxy_header",
+            Ended::Refused(Refusal::PlainText) => "plain_text",
             Ended::Refused(Refusal::EarlyData) => "early_data",
             Ended::Refused(Refusal::TooSlow) => "too_slow",
             Ended::ClientGone => "client_gone",
+            Ended::Handshake => "no_tls",
             Ended::Cancel(_) => "cancel",
         }
     }

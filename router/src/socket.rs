@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use trunkline_config::router::Listen;
 
@@ -266,6 +266,16 @@ fn probes(silence: Duration) -> (Duration, Duration, u32) {
     let interval = (silence.as_secs() / 8).max(1);
     let idle = silence.as_secs().saturating_sub(interval * u64::from(PROBES)).max(1);
     (Duration::from_secs(idle), Duration::from_secs(interval), PROBES)
+}
+
+/// Whether there is a byte to read, or an end (0); nothing is taken.
+pub fn peek(stream: &TcpStream) -> io::Result<usize> {
+    Ok(rustix::net::recv(stream, &mut [0u8; 1], RecvFlags::PEEK)?.1)
+}
+
+/// Whether something has come that has not been read.
+pub fn has_data(stream: &TcpStream) -> bool {
+    matches!(peek(stream), Ok(1..))
 }
 
 /// Fills `buffer`, and takes nothing beyond it.

@@ -16,6 +16,9 @@ const SSL_REQUEST: u32 = 80_877_103;
 const GSSENC_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST: u32 = 80_877_102;
 
+/// An SSLRequest, whole.
+pub const SSL_REQUEST_PACKET: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
 /// A record type of TLS: the first byte of a ClientHello.
 const TLS_HANDSHAKE: u8 = 0x16;
 
@@ -47,6 +50,11 @@ pub enum Packet {
 }
 
 impl Packet {
+    /// Whether it asks for encryption, or begins it.
+    pub fn asks_for_encryption(self) -> bool {
+        self.awaits_answer() || self == Packet::DirectTls
+    }
+
     /// Whether the client must be silent until it is answered. Bytes that are there already were sent by somebody who
     /// wants them taken for encrypted ones (CVE-2021-23214).
     pub fn awaits_answer(self) -> bool {
@@ -203,6 +211,11 @@ mod tests {
 
     fn parameters_of(packet: &[u8], wanted: &str) -> Option<Vec<u8>> {
         parameters(packet).find(|(name, _)| *name == wanted.as_bytes()).map(|(_, value)| value.to_vec())
+    }
+
+    #[test]
+    fn the_packet_that_is_sent_is_the_one_that_is_read() {
+        assert_eq!(read(&SSL_REQUEST_PACKET), Ok(Progress::Packet(Packet::SslRequest)));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::dcs::{Dcs, Op, Txn};
 use trunkline_common::{LeaseId, SystemClock};
 use trunkline_config::router::Target;
+use trunkline_router::crypto::Crypto;
 use trunkline_router::socket::Listener;
 use trunkline_router::{Router, accept, follow};
 
@@ -44,7 +45,8 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rw = listener.local_addr().unwrap();
     let (_open, closed) = tokio::sync::watch::channel(false);
-    let slot = std::sync::Arc::new(parking_lot::RwLock::new(router.listening(&port(Target::Leader))));
+    let slot =
+        std::sync::Arc::new(parking_lot::RwLock::new(router.listening(&port(Target::Leader), Crypto::default())));
     tokio::spawn(accept::serve(router.clone(), slot, Listener::Tcp(listener), closed));
 
     let (a, b) = (Fake::start().await, Fake::start().await);

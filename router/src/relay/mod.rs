@@ -5,6 +5,8 @@
 //! pages by splice(2) through a pipe borrowed from a pool ([`splice`]). Both are correct by themselves, so a pool
 //! that is empty costs nothing but speed.
 //!
+//! Sessions with TLS that ends or begins here have a way of their own ([`relay_tls`]).
+//!
 //! What must never be lost:
 //! * *Backpressure*: a half holds at most one buffer or one pipe of unwritten bytes and reads nothing more until they are
 //!   written.
@@ -15,6 +17,7 @@
 
 mod copy;
 mod splice;
+mod tls;
 
 use std::future::poll_fn;
 use std::io;
@@ -26,6 +29,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 pub use splice::Pool;
+pub use tls::relay_tls;
 
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;

@@ -13,6 +13,7 @@ use trunkline_common::cluster::{LeaderKey, Status};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, ClusterView, LeaseId, Lsn, Member, Revision, SystemClock};
 use trunkline_config::router::{Limits, Listen, NoCandidate, Port, Target};
+use trunkline_router::crypto::Crypto;
 use trunkline_router::probe::Prober;
 use trunkline_router::socket::{Address, Bound};
 use trunkline_router::{Router, accept, follow, survey};
@@ -69,7 +70,7 @@ impl World {
         let router = self.router.clone();
         let bound = Bound::listen(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
         let address = bound.address().unwrap();
-        let slot = Arc::new(parking_lot::RwLock::new(self.router.listening(&port)));
+        let slot = Arc::new(parking_lot::RwLock::new(self.router.listening(&port, Crypto::of(&port).unwrap())));
         let listener = bound.into_listener().unwrap();
         let (open, closed) = tokio::sync::watch::channel(false);
         tokio::spawn(async move {

@@ -14,9 +14,12 @@ use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, pr
 
 /// Two nodes behind a router with these ports beside the usual ones.
 async fn scene(name: &str, more: impl FnOnce(&Lab) -> Result<Vec<Value>>) -> Result<Scene> {
-    let lab = Lab::new(name)?;
+    scene_with(Lab::new(name)?, Spec::new(2, &Program::agent()?), more).await
+}
+
+async fn scene_with(lab: Lab, spec: Spec, more: impl FnOnce(&Lab) -> Result<Vec<Value>>) -> Result<Scene> {
     let etcd = Etcd::start(&lab, 1).await?;
-    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(2, &Program::agent()?)).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
     cluster.settled(LIMIT).await?;
     let ports = proxy::Ports::any(&lab)?;
     let listen = |port: u16| format!("127.0.0.1:{port}");
@@ -137,6 +140,75 @@ async fn behind_haproxy_clients_keep_their_addresses() -> Result<()> {
         known.await?;
     }
     connect(&scene, ports.read_write, "").await?;
+    scene.lab.success();
+    Ok(())
+}
+
+/// A certificate that has signed itself, for 127.0.0.1, and its key.
+fn certificate(lab: &Lab) -> Result<(std::path::PathBuf, std::path::PathBuf)> {
+    let dir = lab.make_dir("certificate")?;
+    let line = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=test -addext \
+                subjectAltName=IP:127.0.0.1 -keyout key -out certificate";
+    let made = std::process::Command::new("openssl").args(line.split_whitespace()).current_dir(&dir).output()?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    // For the unprivileged user that everything runs as.
+    let own = |name: &str| lab.write_config(&format!("{name}.pem"), &std::fs::read_to_string(dir.join(name))?);
+    Ok((own("certificate")?, own("key")?))
+}
+
+/// What psql says, with libpq's own TLS.
+async fn psql(scene: &Scene, port: u16, options: &str) -> Result<String> {
+    let program = trunkline_tests::tools::find_program("psql", "postgresql-client")?;
+    let connection = format!("host=127.0.0.1 port={port} user=postgres dbname=postgres connect_timeout=20 {options}");
+    let mut command = tokio::process::Command::new(program);
+    command.env("PGPASSWORD", &scene.cluster.spec().password);
+    command.args(["-XAtc", "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", &connection]);
+    let output = tokio::time::timeout(LIMIT, command.output()).await??;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn libpq_speaks_tls_through_the_router_and_with_it() -> Result<()> {
+    let lab = Lab::new("tls")?;
+    let (certificate, key) = certificate(&lab)?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    let ssl = json!({"ssl": "on", "ssl_cert_file": certificate, "ssl_key_file": key});
+    spec.dcs["postgresql"] = json!({"parameters": ssl});
+    let free = [lab.port()?, lab.port()?, lab.port()?];
+    let [ends, begins, strict] = free;
+    let more = |_: &Lab| {
+        let port = |name: &str, port: u16, more: Value| {
+            let mut map = json!({"name": name, "listen": format!("127.0.0.1:{port}"), "target": "leader"});
+            if let (Some(map), Value::Object(more)) = (map.as_object_mut(), more) {
+                map.extend(more);
+            }
+            map
+        };
+        let tls = json!({"certfile": certificate, "keyfile": key});
+        let to_servers = json!({"mode": "verify-full", "cafile": certificate});
+        Ok(vec![
+            port("ends", ends, json!({"tls": tls})),
+            port("begins", begins, json!({"tls": tls, "server_tls": to_servers})),
+            port("strict", strict, json!({"require_tls": true})),
+        ])
+    };
+    let scene = scene_with(lab.clone(), spec, more).await?;
+    let verified = format!("sslmode=verify-full sslrootcert={}", certificate.display());
+    for (port, options, encrypted_at_server) in [
+        (scene.router.ports().read_write, "", "t"),
+        (ends, "", "f"),
+        (begins, "", "t"),
+        // The same certificate on both sides, so that what binds the password to it fits.
+        (begins, "channel_binding=require", "t"),
+        (strict, "", "t"),
+    ] {
+        let answer = psql(&scene, port, &format!("{verified} {options}")).await?;
+        ensure!(answer == encrypted_at_server, "port {port} {options}: {answer}");
+    }
+    ensure!(psql(&scene, begins, "sslmode=disable").await? == "t", "only the client's side is in plain text");
+    let error = psql(&scene, strict, "sslmode=disable").await.err().context("plain text was accepted")?;
+    ensure!(error.to_string().contains("without TLS are not accepted"), "{error}");
     scene.lab.success();
     Ok(())
 }
