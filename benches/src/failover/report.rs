@@ -1,11 +1,12 @@
 //! Tables for people, JSON for machines.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde_json::{Value, json};
 
 use super::arrangement::Arrangement;
 use super::rounds::{Fault, Measured};
 use super::stages::Stages;
+use crate::table::{markdown, median, numbers};
 
 /// The outages of every arrangement and how they compare with the first one, as Markdown.
 pub fn outages(all: &[Measured]) -> Table {
@@ -80,31 +81,6 @@ pub fn json(all: &[Measured], environment: &Value) -> Value {
     json!({ "environment": environment, "arrangements": all })
 }
 
-fn markdown(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(header);
-    table
-}
-
-fn numbers(table: &mut Table, columns: std::ops::Range<usize>) {
-    for column in columns {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-}
-
-/// The middle one of sorted values, or the mean of the two middle ones.
-fn median(sorted: &[f64]) -> Option<f64> {
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(sorted[middle]),
-        _ => Some(f64::midpoint(sorted[middle - 1], sorted[middle])),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,14 +97,6 @@ mod tests {
             lost: 0,
             two_primaries: None,
         }
-    }
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0]), Some(3.0));
-        assert_eq!(median(&[1.0, 2.0, 4.0]), Some(2.0));
-        assert_eq!(median(&[1.0, 2.0, 4.0, 9.0]), Some(3.0));
     }
 
     #[test]
