@@ -473,6 +473,7 @@ fn status(server: &Server) -> PgStatus {
     let sender = |(name, sender): (&trunkline_common::MemberName, &server::Sender)| {
         let listed = names.listed.iter().position(|listed| listed == name);
         let sync_state = match listed {
+            Some(_) if chosen.contains(&name) && names.any => "quorum",
             Some(_) if chosen.contains(&name) => "sync",
             Some(_) => "potential",
             None => "async",

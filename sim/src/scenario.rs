@@ -203,6 +203,7 @@ impl Scenario {
         nodes[0].priority = nodes[0].priority.max(1);
         nodes[1].priority = nodes[1].priority.max(1);
         let synchronous = rng.random_ratio(2, 3);
+        let mode = if synchronous && rng.random_ratio(1, 3) { json!("quorum") } else { json!(synchronous) };
         let ttl = *[2, 3, 5, 5, 5, 10].choose(&mut rng).unwrap_or(&5);
         let settings = json!({
             "ttl": ttl,
@@ -210,7 +211,7 @@ impl Scenario {
             "retry_timeout": 1,
             "maximum_lag_on_failover": *[640u64, 6_400, 1_048_576].choose(&mut rng).unwrap_or(&6_400),
             "primary_start_timeout": *[0u64, 2, 300].choose(&mut rng).unwrap_or(&2),
-            "synchronous_mode": synchronous,
+            "synchronous_mode": mode,
             "synchronous_mode_strict": synchronous && rng.random_ratio(1, 4),
             "synchronous_node_count": if count > 3 && rng.random() { 2 } else { 1 },
             "check_timeline": rng.random_ratio(1, 4),
@@ -236,7 +237,7 @@ impl Scenario {
     /// Whether commits wait for standbys from the first one on to the last.
     pub fn always_synchronous(&self) -> bool {
         let switched = |event: &Event| matches!(&event.what, Fault::Configure { patch } if patch.get("synchronous_mode").is_some());
-        self.settings["synchronous_mode"] == json!(true) && !self.events.iter().any(switched)
+        self.settings["synchronous_mode"] != json!(false) && !self.events.iter().any(switched)
     }
 
     /// The largest `maximum_lag_on_failover` that is ever in force.

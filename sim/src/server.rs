@@ -150,15 +150,16 @@ impl Server {
     fn confirmed(&self, end: usize) -> bool {
         let Some(postmaster) = &self.postmaster else { return false };
         let names = Names::parse(&postmaster.names);
-        let waited_for = names.chosen(&postmaster.senders);
-        waited_for.len() >= names.count
-            && waited_for.iter().all(|standby| postmaster.senders.get(*standby).is_some_and(|s| s.flushed >= end))
+        let has = |standby: &&&MemberName| postmaster.senders.get(**standby).is_some_and(|s| s.flushed >= end);
+        names.chosen(&postmaster.senders).iter().filter(has).count() >= names.count
     }
 }
 
-/// `synchronous_standby_names`: the first so many of a list.
+/// `synchronous_standby_names`: the first so many of a list, or any so many.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Names {
+    /// Any of them will do.
+    pub any: bool,
     /// How many must confirm.
     pub count: usize,
     /// In order of preference.
@@ -168,23 +169,22 @@ pub struct Names {
 impl Names {
     /// Reads the text.
     pub fn parse(text: &str) -> Self {
-        let (count, list) = match text.split_once('(') {
-            Some((count, rest)) => (count.trim().parse().unwrap_or(1), rest.trim_end_matches(')')),
-            None => (1, text),
-        };
+        let (method, list) = text.split_once('(').unwrap_or(("1", text));
+        let count = method.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(1);
+        let list = list.trim_end_matches(')');
         let listed: Vec<MemberName> = list
             .split(',')
             .map(|name| name.trim().trim_matches('"'))
             .filter(|name| !name.is_empty())
             .map(MemberName::from)
             .collect();
-        Self { count: if listed.is_empty() { 0 } else { count }, listed }
+        Self { any: method.starts_with("ANY"), count: if listed.is_empty() { 0 } else { count }, listed }
     }
 
-    /// Those whose confirmation counts now: the first of the list that stream.
+    /// Those whose confirmation counts now: the first of the list that stream, or all that do.
     pub fn chosen<'n>(&'n self, senders: &BTreeMap<MemberName, Sender>) -> Vec<&'n MemberName> {
         let streaming = |name: &&MemberName| senders.get(*name).is_some_and(|sender| sender.caught_up);
-        self.listed.iter().filter(streaming).take(self.count).collect()
+        self.listed.iter().filter(streaming).take(if self.any { usize::MAX } else { self.count }).collect()
     }
 }
 

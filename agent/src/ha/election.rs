@@ -75,7 +75,9 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
         return Verdict::Race("this node already runs as primary".to_owned());
     }
     if let Some(request) = &view.failover {
-        return requested(s, view, request.candidate.as_ref(), request.leader.as_ref(), synchronous);
+        let verdict = requested(s, view, request.candidate.as_ref(), request.leader.as_ref(), synchronous);
+        // Who was asked for may not have been there to the end: a request is no vote.
+        return if synchronous && by_votes(view) { with_votes(s, view, verdict) } else { verdict };
     }
     let lag = s.lsn().lag_behind(view.status.optime);
     if lag > settings.maximum_lag_on_failover {
@@ -188,6 +190,18 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
     };
     let said: Vec<String> = electorate.keys().map(said).collect();
     Verdict::Race(format!("at {own} with priority {priority}; nobody is a better choice ({})", said.join(", ")))
+}
+
+/// Nobody races without votes.
+fn with_votes(s: &Situation, view: &ClusterView, verdict: Verdict) -> Verdict {
+    match (&verdict, s.peers) {
+        (Verdict::Race(_), Some(peers)) => quorum(s, view, peers),
+        (Verdict::Race(_), None) => {
+            let ask = electorate(s, view, true);
+            if ask.is_empty() { quorum(s, view, &PeerAnswers::new()) } else { Verdict::Ask(ask) }
+        }
+        _ => verdict,
+    }
 }
 
 /// The vote of quorum commit: a node that is not certain to have every commit needs others that are not ahead of it.

@@ -35,8 +35,12 @@ pub fn on_promotion(view: &ClusterView, me: &MemberName) -> Option<SyncWrite> {
         return (seen.0 != 0).then_some(SyncWrite { value: None, seen });
     }
     if view.settings.synchronous_mode == SynchronousMode::Quorum && view.sync.is_active() {
-        // The votes that it was elected by stay what they are until commits wait for those who gave them.
-        return None;
+        // The same votes, and the one before is one of the voters now. Left as it was, the key would say that the one
+        // before has every commit, which ends with the first commit of this one.
+        let others: Vec<String> = before(view).into_iter().filter(|name| !me.matches(name)).collect();
+        let unchanged = view.sync.leader.as_ref() == Some(me);
+        let value = || Some(key(me.as_str(), view.sync.quorum as usize, &others));
+        return (!unchanged).then(|| SyncWrite { value: value(), seen });
     }
     let standbys = inherited(view, me);
     let unchanged = view.sync.leader.as_ref() == Some(me) && view.sync.standbys == standbys;
@@ -60,12 +64,17 @@ pub fn names_on_promotion(view: &ClusterView, me: &MemberName, configured: &str)
 
 /// In mode `quorum`: of those who could have voted, as many have to confirm as leave no majority without one of them.
 fn any_on_promotion(view: &ClusterView, me: &MemberName) -> String {
-    let before = view.sync.standbys.iter().chain(view.sync.leader.iter().map(|leader| &leader.0));
-    let before: Names = if view.sync.is_active() { before.cloned().collect() } else { Names::new() };
+    let before = before(view);
     let others: Names = before.iter().filter(|name| !me.matches(name)).cloned().collect();
     let outsider = usize::from(others.len() == before.len());
     let count = (before.len() + outsider).saturating_sub(view.sync.quorum as usize + 1);
     any_or_strict(view, count, &others)
+}
+
+/// Everybody on the key, its owner too.
+fn before(view: &ClusterView) -> Names {
+    let names = view.sync.standbys.iter().chain(view.sync.leader.iter().map(|leader| &leader.0));
+    if view.sync.is_active() { names.cloned().collect() } else { Names::new() }
 }
 
 /// `ANY count (names)`; in strict mode somebody has to confirm, whoever it may be.

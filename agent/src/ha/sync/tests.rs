@@ -164,7 +164,12 @@ fn a_leader_by_votes_waits_for_as_many_as_leave_no_majority_without_one() {
     assert_eq!(names(1, &["b", "c"], "b"), "ANY 1 (a,c)");
     assert_eq!(names(0, &["b", "c"], "b"), "ANY 2 (a,c)");
     assert_eq!(names(1, &["b", "c"], "d"), "ANY 2 (a,b,c)", "it was not among the voters");
-    assert_eq!(on_promotion(&quorum("a", 1, &["b", "c"]), &"b".into()), None, "the key stays");
+    let written = |votes, standbys: &[&str], me: &str| {
+        on_promotion(&quorum("a", votes, standbys), &me.into()).and_then(|write| write.value).unwrap_or_default()
+    };
+    assert_eq!(written(1, &["b", "c"], "b"), json!({ "leader": "b", "quorum": 1, "sync_standby": "a,c" }));
+    assert_eq!(written(1, &["b", "c"], "d"), json!({ "leader": "d", "quorum": 1, "sync_standby": "a,b,c" }));
+    assert_eq!(written(1, &["b", "c"], "a"), json!(null), "nobody has led since");
     let in_place = |view: ClusterView| names_in_key(&view, &"a".into(), "");
     assert_eq!(in_place(quorum("a", 1, &["b", "c"])), "ANY 1 (b,c)");
     assert_eq!(in_place(quorum("b", 1, &["a", "c"])), "ANY 1 (b,c)", "promoted, and not on the key yet");
