@@ -83,3 +83,27 @@ async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener) {
 fn permit_now(router: &Router, listening: &Listening) -> Option<Permit> {
     Some(Permit { _of_port: listening.places.try_take()?, _of_router: router.places.try_take()? })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use trunkline_config::router::{Limits, Listen, Port, Target};
+
+    use super::*;
+    use crate::crypto::Crypto;
+    use crate::port::Peer;
+
+    #[tokio::test]
+    async fn a_session_needs_little_memory() {
+        let router = Router::new(Limits::default()).unwrap();
+        let port = Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader);
+        let listening = router.listening(&port, Crypto::default());
+        let (client, _) = std::os::unix::net::UnixStream::pair().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let client = tokio::net::TcpStream::from_std(OwnedFd::from(client).into()).unwrap();
+        let permit = permit_now(&router, &listening).unwrap();
+        let size = size_of_val(&session::serve(router.clone(), listening, client, Peer::Unix, permit));
+        assert!(size <= 1_024, "{size} bytes of a task");
+    }
+}

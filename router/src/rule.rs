@@ -154,6 +154,7 @@ fn within(standby: &Backend, limit: &Lag, now: Instant) -> Result<(), Reason> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use trunkline_common::cluster::SyncState;
     use trunkline_common::{Lsn, Member};
     use trunkline_config::router::Listen;
@@ -283,5 +284,70 @@ mod tests {
             .collect();
         assert_eq!(ends, ["c"]);
         assert!(must_end(&table(), &port, &"b".into(), at(129)), "in time");
+    }
+
+    /// Records as some agent might write them, sensible or not.
+    fn any_member() -> impl Strategy<Value = Member> {
+        let word = |words: &'static [&'static str]| proptest::sample::select(words).prop_map(str::to_owned);
+        let url = word(&["postgres://h:1/d", "postgres://[::1]/d", "h", "postgres://h:x", "", "://@:0/?"]);
+        let role = word(&["primary", "master", "replica", "standby_leader", "promoted", "", "\u{0}"]);
+        let state = word(&["running", "starting", "stopped", "", "unknown"]);
+        let replication = proptest::option::of(word(&["streaming", "in archive recovery", ""]));
+        let tags = proptest::collection::btree_map("[a-z]{0,2}|noloadbalance", any::<(bool, i64)>(), 0..3);
+        let positions = any::<(Option<u64>, Option<u64>, Option<u64>)>();
+        (proptest::option::of(url), role, state, replication, tags, positions).prop_map(
+            |(conn_url, role, state, replication_state, tags, (xlog, receive, replay))| Member {
+                conn_url,
+                role,
+                state,
+                replication_state,
+                tags: tags
+                    .into_iter()
+                    .map(|(tag, (flag, n))| (tag, if flag { flag.into() } else { n.into() }))
+                    .collect(),
+                xlog_location: xlog.map(Lsn),
+                receive_lsn: receive.map(Lsn),
+                replay_lsn: replay.map(Lsn),
+                ..Member::default()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_dcs_says_candidates_and_reasons_agree(
+            members in proptest::collection::btree_map("[a-d]", any_member(), 0..5),
+            leader in proptest::option::of("[a-e]"),
+            optime: u64,
+            measured in proptest::collection::btree_map("[a-e]", any::<u64>(), 0..5),
+            (target, no_candidate) in (0usize..5, 0usize..3),
+            limits in any::<(Option<u64>, Option<u16>)>(),
+            confirmed: bool,
+            seconds: u16,
+        ) {
+            let members: Vec<_> = members.iter().map(|(name, member)| (name.as_str(), member.clone())).collect();
+            let mut view = view(leader.as_deref().map(|name| (name, 1)), &members);
+            view.status.optime = Lsn(optime);
+            let mut table = RouteTable::from_view(&view);
+            let measured = measured.into_iter().map(|(name, at)| (name.as_str().into(), Lsn(at))).collect();
+            crate::lag::Lags::default().complete(&mut table, &view, &measured, at(50));
+            let table = if confirmed { table } else { table.unconfirmed(seconds % 2 == 0) };
+            let target = [Target::Leader, Target::Replica, Target::Sync, Target::Async, Target::Any][target];
+            let no_candidate = [NoCandidate::Hold, NoCandidate::Leader, NoCandidate::Refuse][no_candidate];
+            let time = limits.1.map(|seconds| Duration::from_secs(seconds.into()));
+            let port = Port { max_lag: Lag { bytes: limits.0, time }, ..port(target, no_candidate) };
+            let now = at(seconds.into());
+            let mut chosen: Vec<_> = candidates(&table, &port, now).iter().map(|server| server.member.clone()).collect();
+            chosen.sort();
+            let explained = explain(&table, &port, now);
+            prop_assert_eq!(explained.len(), members.len());
+            let good = explained.iter().filter(|(_, verdict)| !matches!(verdict, Verdict::No(_)));
+            prop_assert_eq!(&good.map(|(name, _)| name.clone()).collect::<Vec<_>>(), &chosen);
+            let possible = possible(&table, &port);
+            prop_assert!(chosen.iter().all(|name| possible.iter().any(|server| server.member == *name)));
+            // Whoever writes goes to the holder of the key, or nowhere.
+            let holder: Option<MemberName> = leader.map(|name| name.as_str().into());
+            prop_assert!(target != Target::Leader || chosen.iter().all(|name| Some(name) == holder.as_ref()));
+        }
     }
 }

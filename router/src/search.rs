@@ -314,8 +314,7 @@ impl<'a> Search<'a> {
         if self.port.server_tls.is_none() {
             return Some(None);
         }
-        // In a box, so that sessions without TLS need no memory for it.
-        let tls = Box::pin(self.crypto.connect(server, &backend.host)).await;
+        let tls = self.crypto.connect(server, &backend.host).await;
         let result = if tls.is_ok() { "ok" } else { "no_tls" };
         self.router.metrics.connects.with_label_values(&[backend.member.as_str(), result]).inc();
         tls.inspect_err(|error| warn!(member = backend.member.as_str(), %error, "no TLS with a server")).ok()

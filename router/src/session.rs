@@ -15,11 +15,11 @@ use trunkline_config::router::{Port, Target};
 
 use crate::accept::Permit;
 use crate::crypto::Crypto;
-use crate::port::{Listening, Peer};
+use crate::port::{Counted, Listening, Peer};
 use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
-use crate::search::{Outcome, Request, Search};
+use crate::search::{Found, Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::wire::{Leg, Wire};
@@ -56,43 +56,97 @@ const TARGET: &str = "trunkline.target";
 
 /// Serves one accepted connection from its first byte to its end. The permit is the right to be there.
 pub async fn serve(router: Arc<Router>, listening: Arc<Listening>, client: TcpStream, peer: Peer, permit: Permit) {
-    let (port, crypto) = (listening.settings(), listening.crypto());
     router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
-    if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
-        debug!(port = &*listening.name, %peer, %error, "socket options refused");
-    }
-    let client = Arc::new(client);
-    let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
-    let mut search = Search::new(&router, &listening, port.clone(), &crypto, &client, peer);
-    let outcome = converse(&router, &listening, &port, &crypto, &client, &mut leg, &mut search).await;
-    let (peer, awaits_answer) = (search.peer(), search.awaits_answer());
-    drop(search);
-    let ended = match outcome {
-        Ok(ended) => ended,
-        Err(No::ClientGone) => Ended::ClientGone,
-        Err(No::Handshake) => Ended::Handshake,
-        Err(No::Refused(refusal)) => {
-            let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
-            let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
-            refuse(&mut leg, refusal, denials, port.startup_timeout).await;
-            Ended::Refused(refusal)
-        }
+    // In a box that is gone once there is a session: those last, and are many.
+    let ended = match Box::pin(begin(&router, &listening, client, peer)).await {
+        Ok(mut begun) => begun.relay(&router).await,
+        Err(ended) => ended,
     };
     debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
     router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
     drop(permit);
 }
 
-/// From the first packet to the end of the session.
-async fn converse(
+/// A session that a server has taken.
+struct Begun<'a> {
+    client: Arc<TcpStream>,
+    leg: Leg,
+    found: Found,
+    /// The client has sent something that tokio will not report again.
+    unread: bool,
+    _counted: Option<Counted<'a>>,
+}
+
+impl Begun<'_> {
+    /// To the end of the session.
+    async fn relay(&mut self, router: &Router) -> Ended {
+        let Self { client, leg, found, unread, .. } = self;
+        let Found { server, session, meter, tls, said, packet, .. } = found;
+        let learn = |key| session.learn(key);
+        let end = match (&*leg, tls.take()) {
+            (Leg::Plain(_), None) => {
+                let start = relay::Start { unread: *unread, plain: matches!(packet, Packet::Startup { .. }) };
+                relay::relay(client, server, start, &learn, &router.pipes, meter).await
+            }
+            (_, tls) => {
+                if *unread {
+                    leg.look_again();
+                }
+                let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
+                let server = tls.map_or_else(plain, Leg::Tls);
+                Box::pin(relay::relay_tls(leg, server, std::mem::take(said), &learn, meter)).await
+            }
+        };
+        session.cut().map_or(Ended::Relayed(end), Ended::Cut)
+    }
+}
+
+/// From the first packet to a session, or to why there is none, which the client has been told.
+async fn begin<'a>(
+    router: &'a Router,
+    listening: &'a Listening,
+    client: TcpStream,
+    peer: Peer,
+) -> Result<Begun<'a>, Ended> {
+    let (port, crypto) = (listening.settings(), listening.crypto());
+    if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
+        debug!(port = &*listening.name, %peer, %error, "socket options refused");
+    }
+    let client = Arc::new(client);
+    let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
+    let mut search = Search::new(router, listening, port.clone(), &crypto, &client, peer);
+    let outcome = converse(router, listening, &port, &crypto, &client, &mut leg, &mut search).await;
+    let (unread, awaits_answer) = (search.has_looked(), search.awaits_answer());
+    drop(search);
+    match outcome {
+        Ok(Met::Session(found, _counted)) => Ok(Begun { client, leg, found, unread, _counted }),
+        Ok(Met::Cancel(result)) => Err(Ended::Cancel(result)),
+        Err(No::ClientGone) => Err(Ended::ClientGone),
+        Err(No::Handshake) => Err(Ended::Handshake),
+        Err(No::Refused(refusal)) => {
+            let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
+            let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
+            refuse(&mut leg, refusal, denials, port.startup_timeout).await;
+            Err(Ended::Refused(refusal))
+        }
+    }
+}
+
+/// What a client has come for, and got.
+enum Met<'a> {
+    Session(Found, Option<Counted<'a>>),
+    Cancel(&'static str),
+}
+
+async fn converse<'a>(
     router: &Router,
-    listening: &Listening,
+    listening: &'a Listening,
     port: &Port,
     crypto: &Crypto,
     client: &Arc<TcpStream>,
     leg: &mut Leg,
     search: &mut Search<'_>,
-) -> Result<Ended, No> {
+) -> Result<Met<'a>, No> {
     let (peer, greeting) = introduction(port, client, search.peer()).await?;
     search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
@@ -104,15 +158,14 @@ async fn converse(
             Packet::Cancel => {
                 let greeting = search.greeting();
                 let result = cancel::forward(router, listening, port, crypto, greeting, &request.bytes).await;
-                return Ok(Ended::Cancel(result));
+                return Ok(Met::Cancel(result));
             }
             packet if port.speaks_tls() && packet.asks_for_encryption() => {
                 if answered.contains(&packet) {
                     return Err(Malformed::Repeated.into());
                 }
                 answered.push(packet);
-                // In a box, so that sessions without TLS need no memory for it.
-                Box::pin(encrypt(crypto, client, leg, request, port.startup_timeout)).await?;
+                encrypt(crypto, client, leg, request, port.startup_timeout).await?;
                 continue;
             }
             Packet::Startup { .. } if port.require_tls && matches!(leg, Leg::Plain(_)) => {
@@ -131,27 +184,10 @@ async fn converse(
             Outcome::Begun(mut found) => {
                 if let (Leg::Plain(_), Some(tls)) = (&*leg, &mut found.tls) {
                     // Whoever takes longer than this for a message that has begun is passed on as it is.
-                    let unbound = Box::pin(answer::without_binding(tls, &mut found.said));
+                    let unbound = answer::without_binding(tls, &mut found.said);
                     let _ = tokio::time::timeout(port.connect_timeout, unbound).await;
                 }
-                let (session, meter) = (&found.session, &found.meter);
-                let (unread, learn) = (search.has_looked(), |key| session.learn(key));
-                let end = match (leg, found.tls) {
-                    (Leg::Plain(_), None) => {
-                        let plain = matches!(found.packet, Packet::Startup { .. });
-                        let start = relay::Start { unread, plain };
-                        relay::relay(client, &found.server, start, &learn, &router.pipes, meter).await
-                    }
-                    (client, server) => {
-                        if unread {
-                            client.look_again();
-                        }
-                        let plain = || Leg::Plain(Wire::new(found.server.clone(), Vec::new()));
-                        let mut server = server.map_or_else(plain, Leg::Tls);
-                        Box::pin(relay::relay_tls(client, &mut server, found.said, &learn, meter)).await
-                    }
-                };
-                return Ok(session.cut().map_or(Ended::Relayed(end), Ended::Cut));
+                return Ok(Met::Session(found, counted.flatten()));
             }
         }
     }

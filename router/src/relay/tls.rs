@@ -25,7 +25,7 @@ thread_local! {
 /// Relays until both directions have ended, and says which side ended first. `said`: read of the server already.
 pub async fn relay_tls(
     client: &mut Leg,
-    server: &mut Leg,
+    mut server: Leg,
     said: Vec<u8>,
     learn: &(dyn Fn(Box<[u8]>) + Sync),
     meter: &Meter,
@@ -35,7 +35,7 @@ pub async fn relay_tls(
     down.look(&said);
     down.rest = said;
     let mut relay = Relay { up: Half::new(None), down, linger: None, end: None };
-    poll_fn(|cx| relay.poll(cx, client, server, meter)).await
+    poll_fn(|cx| relay.poll(cx, client, &mut server, meter)).await
 }
 
 struct Relay<'a> {

@@ -156,3 +156,36 @@ async fn without_a_standby_readers_wait_and_a_lost_router_comes_back() -> Result
     scene.lab.success();
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_silent_clients_harms_nobody_who_is_there_and_passes() -> Result<()> {
+    let lab = Lab::new("flood")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?)).await?;
+    cluster.settled(LIMIT).await?;
+    // So few file descriptors that the flood takes the last one.
+    let mut program = Program::new("/usr/bin/prlimit");
+    program.args = vec!["--nofile=100".into(), Program::router()?.path.into_os_string()];
+    let extra = json!({ "limits": { "startup_timeout": 2 }, "threads": 2 });
+    let ports = proxy::Ports::any(&lab)?;
+    let router = Proxy::router(&lab, program, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
+    let target = router.read_write(&cluster.spec().password);
+    let session = target.connect(LIMIT).await?;
+
+    let flood: Vec<TcpStream> =
+        (0..150).map(|_| TcpStream::connect(("127.0.0.1", ports.read_write))).collect::<std::io::Result<_>>()?;
+    let log = router.log().to_owned();
+    let full = wait::until("the file descriptors to be used up", LIMIT, async || {
+        ensure!(std::fs::read_to_string(&log)?.contains("Too many open files"));
+        Ok(())
+    });
+    full.await?;
+    let answer = session.query_one("SELECT 42", &[]).await?;
+    ensure!(answer.get::<_, i32>(0) == 42, "whoever is there is served");
+    // Each of them is sent away in its time, so that a new one gets its turn while the flood is still there.
+    ensure!(target.query_one("SELECT 'served'", LIMIT).await? == "served");
+    ensure!(session.query_one("SELECT 1", &[]).await?.get::<_, i32>(0) == 1);
+    drop(flood);
+    lab.success();
+    Ok(())
+}
