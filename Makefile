@@ -1,7 +1,7 @@
 # Everything a person or a CI runs. `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test sim sim-mutants chaos bench-failover bench-faults bench-relay compose-check fmt lint clean
+.PHONY: help setup build demo demo-check test sim sim-mutants chaos behave bench-failover bench-faults bench-relay compose-check fmt lint clean
 
 # rustup puts cargo where a login shell finds it; make may run outside of one.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
@@ -10,6 +10,9 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 PROFILE ?= release
 demo demo-check chaos: PROFILE = demo
 BIN = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+
+# What docs/compatibility.md was measured with.
+BEHAVE_COMMIT = v4.1.4, commit de6b22c8
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/' | expand -t 20
@@ -48,6 +51,14 @@ chaos: ## MINUTES=5 of random faults on a cluster in network namespaces, then a 
 	@tools/setup chaos
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	@$(BIN)/chaos --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+behave: PROFILE = dev
+behave: ## Patroni's own acceptance suite with our agent and command line (PATRONI_SRC=checkout; JOBS=2 FEATURES=… OUT=… root)
+	@tools/setup test
+	@test -n "$(PATRONI_SRC)" || { echo "PATRONI_SRC=…: a checkout of Patroni ($(BEHAVE_COMMIT))" >&2; exit 2; }
+	cargo build --locked --profile $(PROFILE) --package trunkline-agent --bins
+	@/usr/bin/python3 tests/behave/suite.py run --patroni $(PATRONI_SRC) --agent $(BIN)/trunkline-agent --ctl $(BIN)/trunklinectl \
+		--jobs $(or $(JOBS),2) $(if $(OUT),--out $(OUT)) $(ARGS) $(FEATURES)
 
 bench-failover: ## write outage beside Patroni + HAProxy in the same run (needs PyPI once, for Patroni)
 	@tools/setup test

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use trunkline_agent::postgres::{
-    Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, SlotKind, SlotPlan, StartAs, StopMode,
-    Upstream, WantedSlot,
+    CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, SlotKind, SlotPlan,
+    StartAs, StopMode, Upstream, WantedSlot,
 };
 use trunkline_common::{Clock as _, Lsn, MemberName, SystemClock, TimelineId};
 use trunkline_config::postgres::Credentials;
@@ -482,6 +482,85 @@ fn slots_become_what_is_wanted() {
         b.pg.set_slots(wanted(&[("c", Some(lsn))])).await.expect("advance");
         let after = b.running().await.slots["c"];
         assert!(after > before && after <= lsn, "{before} {after} {lsn}");
+    });
+}
+
+#[test]
+fn a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there() {
+    as_postgres("a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let mut config = a.pg.config();
+        config.protected.insert("wal_level".into(), "logical".into());
+        a.pg.configure(config.clone()).await.expect("configure");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        let b = place.standby("b", &a).await;
+        let config = PostgresConfig { protected: config.protected, ..b.pg.config() };
+        b.pg.configure(config).await.expect("configure");
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+
+        let kind = SlotKind::Logical { database: "postgres".into(), plugin: "test_decoding".into() };
+        let plan = |position| {
+            let slot = WantedSlot { kind: kind.clone(), position, in_use: None };
+            SlotPlan { wanted: [("l".to_owned(), slot)].into(), may_drop: true, feedback: true, ..SlotPlan::default() }
+        };
+        assert!(a.pg.set_slots(plan(None)).await.expect("made beside").again);
+        let until = SystemClock.now() + LIMIT;
+        while a.pg.set_slots(plan(None)).await.expect("being made").again {
+            assert!(SystemClock.now() < until, "the slot is not there");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Its position moves on while it is being made.
+        let known = a.running().await.slots["l"];
+
+        let done = b.pg.set_slots(plan(Some(known))).await.expect("nothing to do by itself");
+        assert_eq!(done.missing.into_iter().collect::<Vec<_>>(), ["l"]);
+        assert_eq!(b.pg.copy_slots(plan(Some(known)).wanted, a.upstream()).await, Ok(vec!["l".to_owned()]));
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        assert_eq!(b.running().await.slots["l"], known);
+
+        a.sql("CREATE TABLE t (n int)").await.expect("something to decode");
+        a.sql("SELECT pg_logical_slot_get_changes('l', NULL, NULL)").await.expect("consumed");
+        let moved = a.until("moved", |running| running.slots["l"] > known).await.slots["l"];
+        b.until("replayed", |running| running.replay_lsn >= Some(moved)).await;
+        assert!(b.pg.set_slots(plan(Some(moved))).await.expect("moved beside").again);
+        b.until("moved", |running| running.slots["l"] == moved).await;
+    });
+}
+
+#[test]
+fn a_restored_cluster_takes_writes_and_has_its_own_access_rules() {
+    as_postgres("a_restored_cluster_takes_writes_and_has_its_own_access_rules", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        a.sql("CREATE TABLE t AS SELECT 1 AS n").await.expect("table");
+        let backup = place.node("backup");
+        backup.pg.clone_from(a.upstream()).await.expect("backup");
+        let rules = fs::read_to_string(backup.dir.join("pg_hba.conf")).expect("rules");
+
+        let c = place.node("c");
+        let script = place.0.path().join("restore");
+        let copy = format!(
+            "#!/bin/sh\nfor a; do case $a in --datadir=*) cp -a {} ${{a#*=}};; esac; done\n",
+            backup.dir.display()
+        );
+        fs::write(&script, copy).expect("script");
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).expect("mode");
+        let section = serde_json::json!({
+            "command": script.to_string_lossy(), "recovery_conf": { "recovery_target": "immediate", "recovery_target_action": "promote",
+                "restore_command": "false" },
+        });
+        let section = section.as_object().cloned().expect("a map");
+        c.pg.restore(CustomBootstrap { name: "copy".into(), section }).await.expect("restored");
+        assert_eq!(c.running().await.role, PgRole::Primary);
+        c.pg.create_users(None).await.expect("users");
+        c.pg.end_restore().await.expect("finished");
+        c.sql("DO $$ BEGIN ASSERT current_setting('hba_file') LIKE '%/pg_hba.conf'; END $$").await.expect("in force");
+        c.sql("INSERT INTO t VALUES (2)").await.expect("what was restored, and it takes writes");
+        assert_eq!(fs::read_to_string(c.dir.join("pg_hba.conf")).expect("rules"), rules);
+        assert!(!c.dir.join("pg_hba.restoring.conf").exists());
     });
 }
 

@@ -35,6 +35,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Failsafe(members) => self.ask_for_word(members).await,
             Action::Acquire(write) => self.acquire(write).await,
             Action::Release => self.release().await,
+            Action::Resign => {
+                self.lease.resign();
+                Next::Wait
+            }
             Action::ClearFailover => self.clear_failover().await,
             Action::Promote(write) => self.promote(write).await,
             Action::Bootstrap => self.bootstrap().await,
@@ -75,6 +79,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     StartAs::Standby(_) => self.memory.was_primary = false,
                 }
                 self.spawn(TaskKind::Start, hands.start(role, names, limit, Some("on_start")));
+            }
+            Action::DemoteCluster => {
+                let limit = self.settings().primary_stop_timeout.unwrap_or(Duration::from_secs(300));
+                self.spawn(TaskKind::DemoteCluster, hands.demote_cluster(limit));
+            }
+            Action::CloneRemote(source) => {
+                let section = self.settings().standby_cluster.as_ref();
+                let methods = section.and_then(|section| section.get("create_replica_methods")?.as_array());
+                let methods = methods.into_iter().flatten().filter_map(|method| Some(method.as_str()?.to_owned()));
+                self.spawn(TaskKind::Clone, hands.clone_remote(source, methods.collect()));
             }
             Action::CheckDivergence(upstream) => self.spawn(TaskKind::CheckDivergence, hands.compare(upstream)),
             Action::Discard(system) => self.spawn(TaskKind::Discard, hands.discard(system)),
@@ -350,8 +364,10 @@ fn cause(action: &Action) -> Option<&'static str> {
         Action::Promote(_) => Some("leader_key"),
         Action::Acquire(_) => Some("no_leader"),
         Action::Release => Some("postgresql_down"),
+        Action::Resign => Some("dcs_away"),
         Action::HandOver => Some("requested"),
         Action::Demote(DemoteMode::LostKey) => Some("lost_key"),
+        Action::DemoteCluster => Some("standby_cluster"),
         Action::Demote(DemoteMode::Offline) => Some("dcs_away"),
         Action::Demote(DemoteMode::Sick) => Some("postgresql_sick"),
         Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),

@@ -3,17 +3,19 @@
 //! `decide` looks at one [`Situation`] and names one [`Decision`] with its reason. No clock, no I/O, no log: the loop in
 //! `ha` observes before it and acts after it, and the same words go to log, status and metric.
 
+mod standby;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use trunkline_common::cluster::{FailoverRequest, Initialize};
+use trunkline_common::cluster::{FailoverRequest, Initialize, Member};
 use trunkline_common::dcs::store::SyncWrite;
 use trunkline_common::{ClusterView, MemberName, SystemId};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::election::{self, Takeover, Verdict};
 use super::situation::{
-    DivergenceState, Situation, as_promised, clone_source, leader_upstream, stopped_as_primary, upstream,
+    DivergenceState, Situation, as_promised, clone_source, leader_upstream, remote, stopped_as_primary, upstream,
 };
 use super::sync;
 use crate::postgres::{ControlData, PgRole, PgStatus, StartAs, Upstream};
@@ -48,10 +50,16 @@ pub enum Action {
     Promote(Option<SyncWrite>),
     /// Give up the key: nothing here can write.
     Release,
+    /// Let the key run out: nothing here can write, and the DCS can't be told.
+    Resign,
     /// Step down in order, for a requested switchover: stop, hand the key over, follow.
     HandOver,
     /// Stop at once and come back as a standby.
     Demote(DemoteMode),
+    /// Stop in order and come back as the leader of a standby cluster, the key being kept.
+    DemoteCluster,
+    /// Copy the data directory of a server outside, which a standby cluster follows.
+    CloneRemote(Option<Upstream>),
     /// Forget a failover request that can't be carried out.
     ClearFailover,
     /// Win or lose the right to initialise the cluster, and do it.
@@ -100,8 +108,11 @@ impl Action {
             Action::Acquire(_) => "acquire",
             Action::Promote(_) => "promote",
             Action::Release => "release",
+            Action::Resign => "resign",
             Action::HandOver => "hand_over",
             Action::Demote(_) => "demote",
+            Action::DemoteCluster => "demote_cluster",
+            Action::CloneRemote(_) => "clone_remote",
             Action::ClearFailover => "clear_failover",
             Action::Bootstrap => "bootstrap",
             Action::Clone(_) => "clone",
@@ -265,6 +276,9 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
     if !s.holds_key && s.has_lease && !s.dcs_away {
         return is(Action::Confirm, "led by failsafe mode while the DCS was away");
     }
+    if settings.standby_cluster.is_some() {
+        return standby::leader(s, view);
+    }
     if let Some(why) = s.memory.must_not_lead.as_ref().filter(|_| !settings.pause) {
         let reason = format!("the watchdog is required and does not work: {why}");
         return match s.pg {
@@ -287,9 +301,6 @@ fn leader(s: &Situation, view: &ClusterView) -> Decision {
         }
         PgStatus::Refusing(why) => is(Action::Wait, format!("PostgreSQL answers with an error: {why}")),
         PgStatus::Running(running) if running.role == PgRole::Standby => {
-            if settings.standby_cluster.is_some() {
-                return is(Action::Wait, "standby_cluster is set: this leader stays a standby");
-            }
             if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
                 return is(Action::Release, "paused, and PostgreSQL runs as a standby");
             }
@@ -489,6 +500,12 @@ fn follower(s: &Situation, view: &ClusterView) -> Decision {
     }
 }
 
+/// Whether the leader's server can be copied.
+fn serves_copies(member: &Member, view: &ClusterView) -> bool {
+    let standby_leader = view.settings.standby_cluster.is_some() && member.role == "standby_leader";
+    member.claims_primary() || standby_leader && member.is_running()
+}
+
 /// No data here: make a copy.
 fn clone(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     if view.settings.pause {
@@ -497,7 +514,7 @@ fn clone(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     if s.backing_off() {
         return is(Action::Wait, failed_lately(s, "the copy failed"));
     }
-    let ready = view.leader_member().is_some_and(|member| member.claims_primary());
+    let ready = view.leader_member().is_some_and(|member| serves_copies(member, view));
     match clone_source(s.me, view) {
         Some(source) if ready => {
             is(Action::Clone(source.clone()), format!("no data here; copying from {}", source.name))
@@ -520,6 +537,13 @@ fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     let start = |reason: String| is(Action::Start(StartAs::Standby(upstream(s.me, view))), reason);
     if *divergence == DivergenceState::NotAsked || !s.may_rewind() {
         return start(format!("PostgreSQL is down; starting it to follow {leader}"));
+    }
+    if view.settings.standby_cluster.is_some() {
+        // What differs from the server outside differs from the leader as well.
+        return match remote(view) {
+            Some(remote) if s.down_for() <= view.settings.ttl => mend(s, view, remote, divergence),
+            _ => start(format!("PostgreSQL is down; starting it to follow {leader}")),
+        };
     }
     let ready = view.leader_member().is_some_and(|member| member.claims_primary());
     let Some(source) = leader_upstream(s.me, view).filter(|_| ready) else {
@@ -668,8 +692,12 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
         Initialize::Absent if s.memory.must_not_lead.is_some() => {
             is(Action::Wait, "waiting for a leader (the watchdog is required and does not work)")
         }
+        Initialize::Absent if view.settings.standby_cluster.is_some() && s.backing_off() => {
+            is(Action::Wait, failed_lately(s, "the copy failed"))
+        }
+        // Whoever is first leads; that the others copy from outside as well does no harm.
         Initialize::Absent if view.settings.standby_cluster.is_some() => {
-            is(Action::Wait, "standby_cluster is set: bootstrapping one is not supported yet")
+            is(Action::CloneRemote(remote(view)), "no data here; copying from outside, for a standby cluster")
         }
         Initialize::Absent if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
@@ -701,6 +729,9 @@ fn start_leaderless(s: &Situation, view: &ClusterView) -> Decision {
             Action::Wait,
             format!("pg_rewind failed ({why}), so this data directory is of no use; nobody leads"),
         );
+    }
+    if view.settings.standby_cluster.is_some() {
+        return standby::come_back(s, view);
     }
     if s.backing_off() {
         return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));

@@ -32,9 +32,6 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     if s.memory.abstain_until.is_some_and(|until| s.now < until) {
         return Verdict::Yield("this node has just given the leader key back".to_owned());
     }
-    if settings.standby_cluster.is_some() {
-        return Verdict::Yield("standby_cluster is set, and leading a standby cluster is not supported yet".to_owned());
-    }
     if view.initialize == Initialize::Running {
         return Verdict::Yield("another member is bootstrapping the cluster".to_owned());
     }
@@ -310,7 +307,8 @@ fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatu
 /// two histories apart any more.
 fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
     let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
-    timeline.unwrap_or_default() < known.unwrap_or_default()
+    // The timelines of a standby cluster are made elsewhere.
+    view.settings.standby_cluster.is_none() && timeline.unwrap_or_default() < known.unwrap_or_default()
 }
 
 /// Whether a member that answered so may take the leader key.

@@ -100,6 +100,10 @@ pub struct Ha<D, P, C, R> {
     view: Option<Arc<ClusterView>>,
     /// The view's settings; until there is a cluster, those that this node would bootstrap it with.
     settings: Settings,
+    /// The dynamic configuration as an earlier agent knew it.
+    cached_config: Option<Value>,
+    /// That of this revision is kept beside the data.
+    config_kept: Option<Revision>,
     pg: PgStatus,
     task: Option<Running>,
     last: Decision,
@@ -165,7 +169,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Puts the loop together and starts its lease keeper.
     pub fn new(parts: Parts<D, P, C, R>, stop_keeper: watch::Receiver<bool>) -> Self {
         let name = MemberName::from(parts.local.name.as_str());
-        let settings = first_settings(&parts.local);
+        let cached_config = parts.postgres.cached_config();
+        let settings = settings_of(first_config(&parts.local, cached_config.as_ref()).as_ref());
         let timing = timing(&settings);
         let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
         let memory = Memory { started_at: clock.now(), ..Memory::default() };
@@ -178,6 +183,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             memory,
             view: None,
             settings,
+            cached_config,
+            config_kept: None,
             pg: PgStatus::NoData,
             task: None,
             last: Decision { action: Action::Wait, reason: "starting".to_owned() },
@@ -248,6 +255,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     return Next::Wait;
                 }
                 self.observe().await;
+                self.tell_role();
+                self.keep_config();
                 if !self.deadline_is_settled().await {
                     self.publish_member().await;
                     return Next::Wait;
@@ -386,7 +395,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 return;
             }
-            (TaskKind::HandOver | TaskKind::Demote, _) => {
+            (TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster, _) => {
                 self.memory.demoted = true;
                 self.memory.divergence = DivergenceState::Check;
             }
@@ -581,12 +590,13 @@ fn matters(before: &ClusterView, now: &ClusterView) -> bool {
         || before.members.len() != now.members.len()
 }
 
-/// The settings of a cluster that does not exist yet.
-fn first_settings(local: &Local) -> Settings {
-    match &local.bootstrap {
-        Some(bootstrap) => Settings::from_value(&new_cluster(&bootstrap.dcs)).0,
-        None => Settings::default(),
-    }
+/// The dynamic configuration where the DCS has none: as it was last known, or that of a cluster that does not exist yet.
+fn first_config(local: &Local, cached: Option<&Value>) -> Option<Value> {
+    cached.cloned().or_else(|| local.bootstrap.as_ref().map(|bootstrap| new_cluster(&bootstrap.dcs)))
+}
+
+fn settings_of(config: Option<&Value>) -> Settings {
+    config.map_or_else(Settings::default, |config| Settings::from_value(config).0)
 }
 
 fn timing(settings: &Settings) -> Timing {

@@ -1,15 +1,16 @@
 //! What a turn looks at: the newest view, its settings, the server; and what is remembered of it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{info, warn};
 use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::Dcs;
 use trunkline_common::{Clock, ClusterView};
-use trunkline_config::PostgresConfig;
+use trunkline_config::{PostgresConfig, tags};
 
 use super::situation::{self, DivergenceState};
-use super::{Ha, SHORT_LIFE, first_settings, me, publish, timing, urls};
+use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing, urls};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres};
 
@@ -30,16 +31,51 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
         }
         self.view = Some(view.clone());
+        if view.config.is_none() {
+            let config = first_config(&self.parts.local, self.cached_config.as_ref());
+            self.view = Some(Arc::new(ClusterView { settings: settings_of(config.as_ref()), ..(**view).clone() }));
+        }
+    }
+
+    /// What an agent goes by that starts where the DCS has lost its content.
+    pub(super) fn keep_config(&mut self) {
+        let Some(config) = self.view.as_ref().and_then(|view| view.config.clone()) else { return };
+        let there = !matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_));
+        if there && self.config_kept != Some(config.revision) {
+            self.parts.postgres.cache_config(&config.value);
+            self.config_kept = Some(config.revision);
+        }
+    }
+
+    /// The leader of a standby cluster is no replica, though PostgreSQL sees no difference.
+    pub(super) fn tell_role(&mut self) {
+        let PgStatus::Running(running) = &self.pg else { return };
+        if running.role == PgRole::Primary {
+            self.memory.standby_role = None;
+            return;
+        }
+        let leads = self.settings.standby_cluster.is_some() && self.lease.session().leading;
+        let role = if leads { "standby_leader" } else { "replica" };
+        if self.memory.standby_role.replace(role).unwrap_or("replica") != role {
+            self.parts.postgres.callback("on_role_change", role);
+        }
     }
 
     pub(super) async fn apply_settings(&mut self) {
         let Some(view) = self.view.clone() else { return };
         self.settings = match view.config {
             Some(_) => view.settings.clone(),
-            None => first_settings(&self.parts.local),
+            None => settings_of(first_config(&self.parts.local, self.cached_config.as_ref()).as_ref()),
         };
         self.lease.set_timing(timing(&self.settings));
-        let (config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
+        let (mut config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
+        for key in ["restore_command", "archive_cleanup_command", "recovery_min_apply_delay"] {
+            let outside = self.settings.standby_cluster.as_ref().and_then(|section| section.get(key));
+            if let Some(value) = outside.filter(|value| tags::truthy(value)) {
+                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                config.recovery_conf.insert(key.to_owned(), value);
+            }
+        }
         if self.configured.as_ref() == Some(&config) {
             return;
         }

@@ -21,7 +21,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         Some(TaskKind::Clone | TaskKind::Reinitialize) => return "creating replica",
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",
-        Some(TaskKind::HandOver | TaskKind::Demote) => return "stopping",
+        Some(TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster) => return "stopping",
         Some(TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind | TaskKind::Discard) | None => {}
     }
     match pg {
@@ -46,7 +46,7 @@ pub fn role_text(pg: &PgStatus, memory: &Memory) -> &'static str {
     match pg {
         PgStatus::NoData => "uninitialized",
         PgStatus::Running(running) if running.role == PgRole::Primary => "primary",
-        PgStatus::Running(_) => "replica",
+        PgStatus::Running(_) => memory.standby_role.unwrap_or("replica"),
         _ if memory.demoted => "demoted",
         _ if memory.was_primary => "primary",
         _ => "replica",

@@ -85,6 +85,8 @@ pub struct Memory {
     pub half_made: bool,
     /// It is down because this node demoted it.
     pub demoted: bool,
+    /// What this node was last said to be while it ran as a standby: `replica` or `standby_leader`.
+    pub standby_role: Option<&'static str>,
     /// It is down because its data directory was made just now.
     pub fresh_copy: bool,
     /// Since when it should answer but doesn't (crashed, starting, silent).
@@ -261,6 +263,26 @@ pub fn upstream(me: &Me, view: &ClusterView) -> Option<Upstream> {
 /// The leader as a source of clones, divergence checks and rewinds.
 pub fn leader_upstream(me: &Me, view: &ClusterView) -> Option<Upstream> {
     at(me, view, view.leader.as_ref()?.name.clone())
+}
+
+/// The server outside that a standby cluster follows; `None`: it is followed by its archive alone.
+pub fn remote(view: &ClusterView) -> Option<Upstream> {
+    let section = view.settings.standby_cluster.as_ref()?;
+    let text = |key: &str| match section.get(key)? {
+        Value::String(text) => Some(text.clone()).filter(|text| !text.is_empty()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    };
+    let (host, port) = (text("host"), text("port"));
+    if host.is_none() && port.is_none() {
+        return None;
+    }
+    Some(Upstream {
+        name: MemberName::from("the server outside"),
+        host: host.unwrap_or_else(|| "localhost".to_owned()),
+        port: port.and_then(|port| port.parse().ok()).unwrap_or(5432),
+        slot: text("primary_slot_name"),
+    })
 }
 
 /// Where to make a copy from (ha-loop §5): a running replica tagged `clonefrom`, else the leader.

@@ -40,6 +40,8 @@ pub enum TaskKind {
     HandOver,
     /// Stepping down at once.
     Demote,
+    /// A primary becomes the leader of a standby cluster.
+    DemoteCluster,
     /// Comparing histories.
     CheckDivergence,
     /// pg_rewind.
@@ -62,6 +64,7 @@ impl TaskKind {
             TaskKind::Promote => "promote",
             TaskKind::HandOver => "switchover",
             TaskKind::Demote => "demote",
+            TaskKind::DemoteCluster => "demote cluster",
             TaskKind::CheckDivergence => "comparing histories",
             TaskKind::Rewind => "pg_rewind",
             TaskKind::CopySlots => "copying logical slots",
@@ -406,6 +409,29 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             }
             Err(error) => error.into(),
         }
+    }
+
+    /// Copies the server outside that a standby cluster follows; the next turn starts the copy.
+    pub async fn clone_remote(self, source: Option<Upstream>, methods: Vec<String>) -> TaskEnd {
+        match self.postgres.clone_remote(source, methods).await {
+            Ok(()) => TaskEnd::Done,
+            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
+        }
+    }
+
+    /// The cluster has become a standby cluster: its primary stops in order, and what it wrote last goes to the archive, where
+    /// the cluster that is to be followed may need it. The key stays ours.
+    pub async fn demote_cluster(self, limit: Duration) -> TaskEnd {
+        if let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await {
+            warn!("demoting without a checkpoint first: {error}");
+        }
+        if let Err(error) = self.postgres.stop(StopMode::Fast, limit, None).await {
+            return error.into();
+        }
+        if let Err(error) = self.postgres.archive_last_wal().await {
+            warn!("the last WAL file could not be archived: {error}");
+        }
+        TaskEnd::Done
     }
 
     /// Copies logical slots of `source`; the standby, which is restarted for it, goes on following `upstream`.

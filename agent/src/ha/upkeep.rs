@@ -14,10 +14,10 @@ use trunkline_config::dynamic::new_cluster;
 use super::situation::{FailsafeAttempt, by_promise, leader_upstream, upstream};
 use super::sync::{self, SyncStep};
 use super::task::TaskKind;
-use super::{Ha, Next, SlotsKept, decide, publish, slots};
+use super::{Ha, Next, SlotsKept, decide, first_config, publish, slots};
 use crate::node::Board;
 use crate::peer::Peers;
-use crate::postgres::{PgError, PgStatus, Postgres, SlotPlan};
+use crate::postgres::{PgError, PgRole, PgStatus, Postgres, SlotPlan};
 
 /// How long the watch may take to show what was written.
 const SHOWN_WITHIN: Duration = Duration::from_secs(1);
@@ -39,6 +39,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// Status, slots, synchronous set; after a promotion also history and checkpoint.
     async fn upkeep(&mut self) -> Next {
+        self.settle_divergence();
         self.publish_member().await;
         self.upkeep_keys().await;
         self.checkpoint_after_promotion();
@@ -66,11 +67,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             warn!("the initialize key could not be written: {error}");
         }
         if view.config.is_none() {
-            let dcs = self.parts.local.bootstrap.as_ref().map(|bootstrap| bootstrap.dcs.clone()).unwrap_or_default();
-            match self.parts.store.put_config(&new_cluster(&dcs), None).await {
+            let config = first_config(&self.parts.local, self.cached_config.as_ref());
+            let config = config.unwrap_or_else(|| new_cluster(&Default::default()));
+            match self.parts.store.put_config(&config, None).await {
                 Ok(_) => info!("wrote the config key, which was missing"),
                 Err(error) => warn!("the config key could not be written: {error}"),
             }
+        }
+        if running.role == PgRole::Standby {
+            // The history of a standby cluster is another cluster's.
+            return;
         }
         let Some(timeline) = running.timeline.filter(|_| self.published.upkept != Some(view.revision)) else { return };
         if view.timeline() == Some(timeline) || (timeline.0 <= 1 && view.history.is_empty()) {

@@ -113,16 +113,10 @@ impl Instance {
 
     pub(super) async fn run_end_restore(&self) -> Result<(), PgError> {
         self.rewrite(|managed| *managed = Managed { role: "primary", ..Managed::default() })?;
-        let raised = self.inner.pending_restart.lock().clone();
-        if raised.is_empty() {
-            if let Some(postmaster) = self.process().find() {
-                postmaster.signal(rustix::process::Signal::HUP);
-            }
-            return Ok(());
-        }
-        tracing::info!("restarting with the settings of this cluster: {:?}", raised.keys().collect::<Vec<_>>());
+        // Which file has the access rules is settled at a start.
         let limit = self.config_now().pg_ctl_timeout;
         self.run_stop(StopMode::Fast, limit, None).await?;
+        files::remove_open_hba(&self.config_now())?;
         self.run_start(StartAs::Primary, limit).await
     }
 

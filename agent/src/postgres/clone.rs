@@ -21,8 +21,8 @@ const CUSTOM_LIMIT: Duration = Duration::from_secs(24 * 3600);
 const METHOD_KEYS: [&str; 4] = ["command", "keep_data", "no_params", "no_leader"];
 
 impl Instance {
-    /// Without a `source` by the methods that need none.
-    pub(super) async fn run_clone(&self, source: Option<&Upstream>) -> Result<(), PgError> {
+    /// By these methods, or by those that are configured; without a `source` by the ones that need none.
+    pub(super) async fn run_clone(&self, source: Option<&Upstream>, methods: &[String]) -> Result<(), PgError> {
         if self.process().find().is_some() {
             return Err(PgError::Failed("a clone needs a stopped server".to_owned()));
         }
@@ -31,7 +31,8 @@ impl Instance {
             files::write_pgpass(&config, source)?;
         }
         let mut last = PgError::Unusable("postgresql.create_replica_methods names no method for this".to_owned());
-        for method in &config.create_replica_methods {
+        let methods = if methods.is_empty() { &config.create_replica_methods } else { methods };
+        for method in methods {
             let result = match (method.as_str(), source) {
                 ("basebackup", Some(source)) => self.basebackup(&config, source).await,
                 (method, source) if source.is_some() || needs_no_leader(&config, method) => {

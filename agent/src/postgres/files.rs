@@ -66,7 +66,9 @@ fn counts(name: &str) -> bool {
 /// Nothing is synced to disk: every start writes the files anew, so a crash of the host costs nothing.
 pub fn write(config: &PostgresConfig, managed: &Managed, version: u32) -> Result<bool, PgError> {
     let conf = conf_file(config);
-    let (hba, ident) = (config.config_dir.join("pg_hba.conf"), config.config_dir.join("pg_ident.conf"));
+    // The user's own file stays as it is meanwhile.
+    let hba = if managed.open { open_hba(config) } else { config.config_dir.join("pg_hba.conf") };
+    let ident = config.config_dir.join("pg_ident.conf");
     let base = base_file(config, &conf)?;
     let text = settings::postgresql_conf(config, managed, &base, &hba, &ident, version);
     let mut changed = replace(&conf, &text).map_err(|error| unwritable(&conf, &error))?;
@@ -105,6 +107,17 @@ pub fn set_standby_signal(data_dir: &Path, standby: bool) -> Result<(), PgError>
     // It would recover to a target and promote by itself.
     let recovery = data_dir.join("recovery.signal");
     remove(&recovery).map_err(|error| unwritable(&recovery, &error))
+}
+
+/// The access rules of a restored cluster that is not finished.
+fn open_hba(config: &PostgresConfig) -> PathBuf {
+    config.config_dir.join("pg_hba.restoring.conf")
+}
+
+/// They are over.
+pub fn remove_open_hba(config: &PostgresConfig) -> Result<(), PgError> {
+    let path = open_hba(config);
+    remove(&path).map_err(|error| unwritable(&path, &error))
 }
 
 /// Makes the data directory recover by the recovery settings, and then take writes.

@@ -27,6 +27,9 @@ use super::{
 };
 use crate::guard::Egress;
 
+/// Patroni's name for the file in the data directory.
+const CACHED_CONFIG: &str = "patroni.dynamic.json";
+
 /// One PostgreSQL server on this host. Clones are handles to the same one.
 #[derive(Clone)]
 pub struct Instance {
@@ -269,11 +272,31 @@ impl Postgres for Instance {
     }
 
     async fn clone_from(&self, source: Upstream) -> Result<(), PgError> {
-        self.run_clone(Some(&source)).await
+        self.run_clone(Some(&source), &[]).await
     }
 
     async fn clone_without_source(&self) -> Result<(), PgError> {
-        self.run_clone(None).await
+        self.run_clone(None, &[]).await
+    }
+
+    async fn clone_remote(&self, source: Option<Upstream>, methods: Vec<String>) -> Result<(), PgError> {
+        self.run_clone(source.as_ref(), &methods).await
+    }
+
+    async fn archive_last_wal(&self) -> Result<(), PgError> {
+        self.run_archive_last_wal().await
+    }
+
+    fn cached_config(&self) -> Option<Value> {
+        let text = std::fs::read_to_string(self.config_now().data_dir.join(CACHED_CONFIG)).ok()?;
+        serde_json::from_str(&text).ok().filter(Value::is_object)
+    }
+
+    fn cache_config(&self, config: &Value) {
+        let path = self.config_now().data_dir.join(CACHED_CONFIG);
+        if let Err(error) = files::replace(&path, &config.to_string()) {
+            tracing::warn!("{}", files::unwritable(&path, &error));
+        }
     }
 
     async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {

@@ -365,6 +365,32 @@ pub trait Postgres: Clone + Send + Sync + 'static {
         async { Err(PgError::Unusable("there is no method that needs no leader".to_owned())) }
     }
 
+    /// The same for a standby cluster, by its own `methods` (those of this node where there are none).
+    fn clone_remote(
+        &self,
+        source: Option<Upstream>,
+        methods: Vec<String>,
+    ) -> impl Future<Output = Result<(), PgError>> + Send {
+        let _ = (source, methods);
+        async { Err(PgError::Unusable("nothing outside can be copied here".to_owned())) }
+    }
+
+    /// Archives the WAL file with the shutdown checkpoint of the stopped server, where WAL is archived at all: PostgreSQL
+    /// leaves it out as it is not full.
+    fn archive_last_wal(&self) -> impl Future<Output = Result<(), PgError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// The dynamic configuration as it was last known, beside the data.
+    fn cached_config(&self) -> Option<Value> {
+        None
+    }
+
+    /// Keeps it.
+    fn cache_config(&self, config: &Value) {
+        let _ = config;
+    }
+
     /// Spawns the postmaster and waits until it accepts connections, at most `limit`.
     fn start(&self, role: StartAs, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
 

@@ -12,7 +12,7 @@ use super::files::{self, DataDir, Unfinished};
 use super::instance::Instance;
 use super::pidfile::PidFileStatus;
 use super::ready::{Changes, Ended};
-use super::{PgError, StartAs, program, settings};
+use super::{ControlState, PgError, StartAs, program, settings};
 
 /// How often the configuration file is checked for settings to leave out.
 const CHECKS: u32 = 8;
@@ -97,9 +97,11 @@ impl Instance {
         self.set_pending_restart(raised_pending(&values, &config, &raised));
         let up = || {
             let file = self.pid_file().filter(|file| file.pid == postmaster.pid())?;
-            let up =
-                file.status == PidFileStatus::Ready || file.status == PidFileStatus::Standby && way != Way::Restored;
-            up.then_some(())
+            let accepts = matches!(file.status, PidFileStatus::Ready | PidFileStatus::Standby);
+            // It lets people in while it recovers.
+            let recovered =
+                || way != Way::Restored || self.control().is_ok_and(|c| c.state == ControlState::InProduction);
+            (accepts && recovered()).then_some(())
         };
         match changes.until(&postmaster, limit, up).await {
             Ok(()) => {}

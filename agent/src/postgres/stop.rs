@@ -8,13 +8,34 @@ use trunkline_common::{Clock, Lsn};
 
 use super::instance::Instance;
 use super::ready::Changes;
-use super::{ControlState, PgError, StopMode, program};
+use super::{ControlState, PgError, StopMode, program, wal};
 
 /// After SIGQUIT, how long an immediate stop may take before SIGKILL.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
 
 /// The bound on `before_stop`.
 const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// The bound on one run of `archive_command`.
+const ARCHIVE_LIMIT: Duration = Duration::from_secs(300);
+
+/// PostgreSQL's placeholders filled in: `%p` path, `%f` name, `%%` a percent sign.
+fn archive_command(command: &str, name: &str) -> String {
+    let mut text = String::new();
+    let mut rest = command;
+    while let Some((before, after)) = rest.split_once('%') {
+        text.push_str(before);
+        let (filled, length) = match after.chars().next() {
+            Some('p') => (format!("pg_wal/{name}"), 1),
+            Some('f') => (name.to_owned(), 1),
+            Some('%') => ("%".to_owned(), 1),
+            _ => ("%".to_owned(), 0),
+        };
+        text.push_str(&filled);
+        rest = &after[length..];
+    }
+    text + rest
+}
 
 impl Instance {
     pub(super) async fn run_stop(
@@ -25,7 +46,14 @@ impl Instance {
     ) -> Result<(), PgError> {
         let until = self.inner.clock.now() + limit;
         if mode == StopMode::Immediate {
-            return self.kill_in_thread((limit / 2).min(IMMEDIATE_GRACE), limit).await;
+            let postmaster = self.process().find();
+            self.kill_in_thread((limit / 2).min(IMMEDIATE_GRACE), limit).await?;
+            // Nothing is left; whoever watches it knows a moment later, and a caller may look at once.
+            if let Some(postmaster) = postmaster {
+                let left = until.since(self.inner.clock.now()).max(Duration::from_millis(100));
+                let _ = tokio::time::timeout(left, postmaster.gone()).await;
+            }
+            return Ok(());
         }
         let config = self.config_now();
         if let Some(command) = &config.before_stop {
@@ -55,6 +83,22 @@ impl Instance {
         gone.map_err(|_| PgError::Timeout { what: "stopping PostgreSQL".to_owned(), limit })
     }
 
+    pub(super) async fn run_archive_last_wal(&self) -> Result<(), PgError> {
+        let config = self.config_now();
+        let setting = |name: &str| config.parameters.get(name).map(String::as_str).unwrap_or_default();
+        let (mode, command) = (setting("archive_mode").to_ascii_lowercase(), setting("archive_command"));
+        let archives = matches!(mode.as_str(), "on" | "always" | "true" | "yes" | "1") && !command.is_empty();
+        let control = self.control()?;
+        if !archives || control.state != ControlState::ShutDown {
+            return Ok(());
+        }
+        let name = wal::file_name(control.timeline, control.checkpoint, control.wal_segment_size.into());
+        let mut shell = tokio::process::Command::new("sh");
+        shell.arg("-c").arg(archive_command(command, &name)).current_dir(&config.data_dir);
+        tracing::info!("archiving {name}, which has the shutdown checkpoint");
+        program::run_within(ARCHIVE_LIMIT, &mut shell).await
+    }
+
     /// On a thread of its own: a fence must not wait for the runtime's workers or its pool of blocking threads.
     pub(super) async fn kill_in_thread(&self, grace: Duration, limit: Duration) -> Result<(), PgError> {
         let (done, outcome) = oneshot::channel();
@@ -70,5 +114,16 @@ impl Instance {
         outcome.await.unwrap_or_else(|_| Err(PgError::Failed("the killing thread ended".to_owned())))?;
         self.inner.sessions.close().await;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::archive_command;
+
+    #[test]
+    fn placeholders_are_postgresqls() {
+        let filled = archive_command("cp %p /a/%f 100%% %x%", "0001");
+        assert_eq!(filled, "cp pg_wal/0001 /a/0001 100% %x%");
     }
 }

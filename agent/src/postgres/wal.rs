@@ -44,7 +44,8 @@ fn end(start: Lsn, length: u64, block: u64, segment: u64) -> Lsn {
     Lsn((at + left).next_multiple_of(8))
 }
 
-fn file_name(timeline: TimelineId, at: Lsn, segment: u64) -> String {
+/// The WAL file that has the position.
+pub fn file_name(timeline: TimelineId, at: Lsn, segment: u64) -> String {
     let number = at.0 / segment;
     let per_log = (1u64 << 32) / segment;
     format!("{:08X}{:08X}{:08X}", timeline.0, number / per_log, number % per_log)
