@@ -54,8 +54,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.standby_role = None;
             return;
         }
-        let leads = self.settings.standby_cluster.is_some() && self.lease.session().leading;
-        let role = if leads { "standby_leader" } else { "replica" };
+        // One that is about to be promoted, because this is an ordinary cluster again, is no replica in between.
+        let outside = self.settings.standby_cluster.is_some() || self.memory.standby_role == Some("standby_leader");
+        let role = if outside && self.lease.session().leading { "standby_leader" } else { "replica" };
         if self.memory.standby_role.replace(role).unwrap_or("replica") != role {
             self.parts.postgres.callback("on_role_change", role);
         }
