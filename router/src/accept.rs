@@ -25,7 +25,8 @@ const LEFT_OVERS: usize = 1_024;
 /// The right to serve one more connection.
 #[derive(Debug)]
 pub struct Permit {
-    _of_port: Place,
+    /// None where the port is gone.
+    _of_port: Option<Place>,
     _of_router: Place,
 }
 
@@ -61,7 +62,8 @@ async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener) {
         match accepted {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
-                let permit = Permit { _of_port: listening.places.take().await, _of_router: router.places.take().await };
+                let permit =
+                    Permit { _of_port: Some(listening.places.take().await), _of_router: router.places.take().await };
                 tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
                 // The next one has to wait for its turn, not this one.
                 if let Some(turn) = listening.accept_at(router.clock.now()) {
@@ -81,7 +83,16 @@ async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener) {
 }
 
 fn permit_now(router: &Router, listening: &Listening) -> Option<Permit> {
-    Some(Permit { _of_port: listening.places.try_take()?, _of_router: router.places.try_take()? })
+    Some(Permit { _of_port: Some(listening.places.try_take()?), _of_router: router.places.try_take()? })
+}
+
+/// A session of another process has its right already, whatever the limits are here.
+pub fn permit_for_adopted(router: &Router, port: &str) -> Permit {
+    let listening = router.ports().into_iter().find(|listening| *listening.name == *port);
+    Permit {
+        _of_port: listening.map(|listening| listening.places.take_anyway()),
+        _of_router: router.places.take_anyway(),
+    }
 }
 
 #[cfg(test)]

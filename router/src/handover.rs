@@ -1,13 +1,22 @@
-//! How listening sockets pass from one process to the next, so that no connection is ever refused.
+//! How a router passes from one process to the next: first its listening sockets, so that no connection is ever refused, then
+//! its sessions, so that none is dropped.
 //!
 //! The running process waits at a unix socket. The next one connects, is sent every listening socket with its name
 //! (SCM_RIGHTS, one a packet), and says so once it accepts from them. Until then nothing has changed for the running
 //! process, and if the next one fails, nothing will; from then on it drains.
+//!
+//! Once the next process knows where sessions may go, it asks for them. Each one that only moves bytes (no TLS of the
+//! router's own, start-up over, no side closed) stops where it is and is sent with both its sockets, what it is
+//! registered as, and the bytes that have been read and not been written. Everything else is in the kernel's buffers, and
+//! stays there. What can't be sent is drained as ever.
 
+use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -16,7 +25,16 @@ use rustix::net::{
     SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+use trunkline_common::{MemberName, Revision};
+
+use crate::accept::Permit;
 use crate::listeners::Inherited;
+use crate::port::Peer;
+use crate::relay::Rests;
+use crate::sessions::Registered;
+use crate::table::{Backend, Epoch};
 
 /// How long one side may keep the other waiting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -28,6 +46,55 @@ const NAME: usize = 512;
 const END: &[u8] = b"end";
 /// The next process accepts.
 const TAKEN: &[u8] = b"taken";
+/// It is ready for sessions.
+const READY: &[u8] = b"ready";
+
+/// What is sent at once of a session's bytes.
+const PIECE: usize = 32 << 10;
+
+/// A session on its way to the next process. It counts as one of this process until it is sent.
+#[derive(Debug)]
+pub struct Leaving {
+    /// What it is registered as.
+    pub registered: Registered,
+    /// The connection of its client.
+    pub client: Arc<TcpStream>,
+    /// The connection to its server.
+    pub server: Arc<TcpStream>,
+    /// Read and not written.
+    pub rests: Rests,
+    /// Its right to be here.
+    pub _permit: Permit,
+}
+
+/// A session of another process.
+#[derive(Debug)]
+pub struct Adopted {
+    /// What it was registered as.
+    pub registered: Registered,
+    /// The connection of its client.
+    pub client: OwnedFd,
+    /// The connection to its server.
+    pub server: OwnedFd,
+    /// Read and not written.
+    pub rests: Rests,
+}
+
+/// How a session is told.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    port: String,
+    client: Option<SocketAddr>,
+    member: String,
+    host: String,
+    server_port: u16,
+    /// When the leader key was created that it belongs to.
+    epoch: Option<i64>,
+    key: Option<Vec<u8>>,
+    /// Bytes that follow, to the server and to the client.
+    up: usize,
+    down: usize,
+}
 
 /// The running process's end.
 #[derive(Debug)]
@@ -61,7 +128,7 @@ impl Giver {
     ///
     /// # Errors
     /// It has not taken them: everything goes on as before.
-    pub fn give(&self, sockets: impl FnOnce() -> io::Result<Inherited>) -> io::Result<()> {
+    pub fn give(&self, sockets: impl FnOnce() -> io::Result<Inherited>) -> io::Result<Given> {
         let peer = rustix::net::accept_with(&self.0, SocketFlags::CLOEXEC)?;
         limit(&peer)?;
         for (name, socket) in sockets()? {
@@ -74,7 +141,55 @@ impl Giver {
         rustix::net::send(&peer, END, SendFlags::NOSIGNAL)?;
         let mut answer = [0; TAKEN.len()];
         let (length, _) = rustix::net::recv(&peer, &mut answer[..], RecvFlags::empty())?;
-        if answer[..length] == *TAKEN { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        if answer[..length] == *TAKEN { Ok(Given(peer)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+}
+
+/// The connection to a process that has taken the sockets.
+#[derive(Debug)]
+pub struct Given(OwnedFd);
+
+impl Given {
+    /// Waits until the next process is ready for sessions.
+    ///
+    /// # Errors
+    /// It is not, in time.
+    pub fn ready(&self) -> io::Result<()> {
+        let mut answer = [0; READY.len()];
+        let (length, _) = rustix::net::recv(&self.0, &mut answer[..], RecvFlags::empty())?;
+        if answer[..length] == *READY { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Sends one session.
+    ///
+    /// # Errors
+    /// The next process is gone, and the session with it.
+    pub fn session(&self, leaving: &Leaving) -> io::Result<()> {
+        let Leaving { registered, client, server, rests, .. } = leaving;
+        let told = Told {
+            port: registered.port.to_string(),
+            client: match registered.client {
+                Peer::Tcp(address) => Some(address),
+                Peer::Unix => None,
+            },
+            member: registered.backend.member.as_str().to_owned(),
+            host: registered.backend.host.clone(),
+            server_port: registered.backend.port,
+            epoch: registered.epoch.as_ref().map(|epoch| epoch.created.0),
+            key: registered.key.as_deref().map(<[u8]>::to_vec),
+            up: rests.up.len(),
+            down: rests.down.len(),
+        };
+        let told = serde_json::to_vec(&told)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [client.as_fd(), server.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        rustix::net::sendmsg(&self.0, &[IoSlice::new(&told)], &mut control, SendFlags::NOSIGNAL)?;
+        for piece in rests.up.chunks(PIECE).chain(rests.down.chunks(PIECE)) {
+            rustix::net::send(&self.0, piece, SendFlags::NOSIGNAL)?;
+        }
+        Ok(())
     }
 }
 
@@ -111,9 +226,76 @@ impl Taker {
     ///
     /// # Errors
     /// It is gone.
-    pub fn taken(self) -> io::Result<()> {
+    pub fn taken(&self) -> io::Result<()> {
         rustix::net::send(&self.0, TAKEN, SendFlags::NOSIGNAL)?;
         Ok(())
+    }
+
+    /// Takes the other process's sessions until it has no more. Blocks.
+    ///
+    /// # Errors
+    /// What it sends makes no sense.
+    pub fn sessions(&self, mut take: impl FnMut(Adopted)) -> io::Result<()> {
+        // From now on it is up to the other process, which has its own bound for draining.
+        sockopt::set_socket_timeout(&self.0, sockopt::Timeout::Recv, None)?;
+        rustix::net::send(&self.0, READY, SendFlags::NOSIGNAL)?;
+        let mut buffer = vec![0; PIECE];
+        loop {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            let received = rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut buffer)], &mut control, flags)?;
+            if received.bytes == 0 {
+                return Ok(());
+            }
+            let mut fds = control.drain().flat_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
+                _ => Vec::new(),
+            });
+            let no_session = || io::Error::new(io::ErrorKind::InvalidData, "a session was expected");
+            let (client, server) = fds.next().zip(fds.next()).ok_or_else(no_session)?;
+            drop(fds);
+            let told: Told = serde_json::from_slice(buffer.get(..received.bytes).unwrap_or_default())?;
+            let rests = Rests { up: self.pieces(told.up)?, down: self.pieces(told.down)? };
+            take(Adopted { registered: told.into_registered(), client, server, rests });
+        }
+    }
+
+    fn pieces(&self, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut piece = vec![0; PIECE.min(length)];
+        while bytes.len() < length {
+            match rustix::net::recv(&self.0, &mut piece[..], RecvFlags::empty())?.0 {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                have => bytes.extend_from_slice(&piece[..have]),
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+impl Told {
+    fn into_registered(self) -> Registered {
+        let member: MemberName = self.member.as_str().into();
+        let epoch = self.epoch.map(|created| Epoch { member: member.clone(), created: Revision(created) });
+        let backend = Backend {
+            member,
+            host: self.host,
+            port: self.server_port,
+            epoch: None,
+            sync: false,
+            lag: None,
+            behind_since: None,
+            tags: BTreeMap::new(),
+            timeline: None,
+        };
+        Registered {
+            port: self.port.into(),
+            client: self.client.map_or(Peer::Unix, Peer::Tcp),
+            backend: Arc::new(backend),
+            epoch,
+            key: self.key.map(Into::into),
+        }
     }
 }
 
@@ -146,7 +328,7 @@ mod tests {
         let path = dir.path().join("upgrade");
         let giver = Giver::at(&path).unwrap();
         let (addresses, given) = sockets(100);
-        let giving = std::thread::spawn(move || giver.give(|| Ok(given)).map(|()| giver));
+        let giving = std::thread::spawn(move || giver.give(|| Ok(given)).map(|_| giver));
         let (taker, taken) = Taker::take(&path).unwrap();
         taker.taken().unwrap();
         let giver = giving.join().unwrap().unwrap();

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
@@ -15,6 +16,7 @@ use tracing::info;
 use trunkline_config::router::{Listen, Port};
 
 use crate::crypto::Crypto;
+use crate::handover::Adopted;
 use crate::port::Listening;
 use crate::router::Router;
 use crate::socket::{Address, Bound};
@@ -29,12 +31,22 @@ pub type Inherited = BTreeMap<String, OwnedFd>;
 #[derive(Debug)]
 pub struct Listeners {
     router: Arc<Router>,
-    threads: Vec<mpsc::Sender<Opened>>,
+    threads: Vec<mpsc::Sender<Work>>,
+    next: AtomicUsize,
     open: Mutex<BTreeMap<Listen, Open>>,
 }
 
 /// The port that an address belongs to, which a change of the configuration may change.
 pub type Slot = Arc<RwLock<Arc<Listening>>>;
+
+/// What a thread is given to do.
+#[derive(Debug)]
+pub enum Work {
+    /// Accept.
+    Accept(Opened),
+    /// Go on with a session of another process.
+    Resume(Box<Adopted>),
+}
 
 /// A socket that a thread shall accept from.
 #[derive(Debug)]
@@ -59,9 +71,9 @@ struct Open {
 
 impl Listeners {
     /// Listens nowhere; what it will open goes to the receivers, one for each thread.
-    pub fn new(router: Arc<Router>, threads: usize) -> (Self, Vec<mpsc::Receiver<Opened>>) {
+    pub fn new(router: Arc<Router>, threads: usize) -> (Self, Vec<mpsc::Receiver<Work>>) {
         let (threads, receivers) = (0..threads.max(1)).map(|_| mpsc::channel(QUEUE)).unzip();
-        (Self { router, threads, open: Mutex::default() }, receivers)
+        (Self { router, threads, next: AtomicUsize::new(0), open: Mutex::default() }, receivers)
     }
 
     /// Listens for exactly these ports from now on. What cannot be listened on leaves everything as it was. Sessions are
@@ -99,7 +111,7 @@ impl Listeners {
             for (thread, bound) in self.threads.iter().zip(sockets) {
                 let opened = Opened { bound, slot: slot.clone(), closed: close.subscribe() };
                 // Full only if a thread has hung for thousands of changes; its share of connections hangs as well then.
-                let _ = thread.try_send(opened);
+                let _ = thread.try_send(Work::Accept(opened));
             }
             let threads = self.threads.len();
             info!(port = port.name, %address, target = port.target.as_str(), threads, "listening");
@@ -154,6 +166,16 @@ impl Listeners {
             open.sockets.iter().enumerate().map(copy).collect()
         };
         Ok(open.values().map(of).collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
+    /// Gives a session of another process to one thread after the other; waits while that one is busy. Not for use inside a
+    /// runtime.
+    pub fn resume(&self, adopted: Adopted) {
+        let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
+        if let Some(thread) = self.threads.get(thread) {
+            // A thread that is gone has taken the process with it.
+            let _ = thread.blocking_send(Work::Resume(Box::new(adopted)));
+        }
     }
 
     /// Where a port listens, ports that the kernel has chosen included.

@@ -55,6 +55,8 @@ pub struct Metrics {
     pub reloads: IntCounterVec,
     /// 1 while the configuration file is wrong, so that the one before is in force.
     pub config_refused: IntGauge,
+    /// Sessions taken over from another process.
+    pub adopted: IntCounter,
     /// Changes of leadership seen.
     pub leader_changes: IntCounter,
     /// Revision of the DCS that the routes were made of.
@@ -159,6 +161,7 @@ impl Metrics {
                 r,
                 IntGauge::with_opts(opts("config_refused", "1 while the file is wrong and the one before in force.")),
             )?,
+            adopted: add(r, IntCounter::with_opts(opts("adopted_total", "Sessions taken over from another process.")))?,
             leader_changes: add(r, IntCounter::with_opts(opts("leader_changes_total", "Changes of leadership seen.")))?,
             revision: add(r, IntGauge::with_opts(opts("revision", "Revision of the DCS that the routes show.")))?,
             registry: registry.clone(),

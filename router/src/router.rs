@@ -46,9 +46,20 @@ pub struct Router {
     limits: RwLock<Limits>,
     ports: RwLock<BTreeMap<String, Arc<Listening>>>,
     tables: watch::Sender<Arc<RouteTable>>,
-    draining: watch::Sender<bool>,
+    draining: watch::Sender<Draining>,
     outage: Mutex<Outage>,
     config_trouble: Mutex<Option<String>>,
+}
+
+/// What the router does not do any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Draining {
+    /// Everything is done.
+    No,
+    /// Accept.
+    Accepting,
+    /// That, and hold.
+    Refusing,
 }
 
 /// What the router saw of the last outage.
@@ -75,7 +86,7 @@ impl Router {
             limits: RwLock::new(limits),
             ports: RwLock::default(),
             tables: watch::Sender::new(Arc::new(RouteTable::unknown())),
-            draining: watch::Sender::new(false),
+            draining: watch::Sender::new(Draining::No),
             outage: Mutex::default(),
             config_trouble: Mutex::default(),
         }))
@@ -182,21 +193,31 @@ impl Router {
         *self.config_trouble.lock() = trouble;
     }
 
-    /// Returns once the router drains.
+    /// Returns once the router accepts nothing more.
     pub async fn drain_begun(&self) {
+        self.drained_to(Draining::Accepting).await;
+    }
+
+    /// Returns once the router serves nobody who has no server.
+    pub async fn refusing(&self) {
+        self.drained_to(Draining::Refusing).await;
+    }
+
+    async fn drained_to(&self, least: Draining) {
         // An error would mean that the sender, which is part of `self`, is gone.
-        let _ = self.draining.subscribe().wait_for(|draining| *draining).await;
+        let _ = self.draining.subscribe().wait_for(|now| *now >= least).await;
     }
 
     /// Whether the router drains.
     pub fn is_draining(&self) -> bool {
-        *self.draining.borrow()
+        *self.draining.borrow() > Draining::No
     }
 
-    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, then ends the rest.
-    /// Returns how many had to be ended.
-    pub async fn drain(&self, limit: Duration) -> usize {
-        self.draining.send_replace(true);
+    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, then ends the rest. With
+    /// `keep_held` those that wait for a server go on waiting. Returns how many sessions had to be ended.
+    pub async fn drain(&self, limit: Duration, keep_held: bool) -> usize {
+        let how_far = if keep_held { Draining::Accepting } else { Draining::Refusing };
+        self.draining.send_modify(|now| *now = how_far.max(*now));
         info!(connections = self.connections(), ?limit, "draining");
         match tokio::time::timeout(limit, self.places.empty()).await {
             Ok(()) => 0,

@@ -71,6 +71,14 @@ pub struct Found {
     backend: Arc<Backend>,
 }
 
+impl Found {
+    /// The server of a session that began in another process.
+    pub fn resumed(server: Arc<TcpStream>, session: Session, meter: Meter, backend: Arc<Backend>) -> Self {
+        // Whatever it began with: its start is over.
+        Self { server, session, meter, tls: None, said: Vec::new(), packet: Packet::DirectTls, backend }
+    }
+}
+
 /// What comes of a request.
 #[derive(Debug)]
 pub enum Outcome {
@@ -252,7 +260,7 @@ impl<'a> Search<'a> {
             biased;
             outcome = wait => Ok(outcome),
             gone = self.client_stirs() => Err(gone),
-            () = self.router.drain_begun() => Err(No::Refused(Refusal::ShuttingDown)),
+            () = self.router.refusing() => Err(No::Refused(Refusal::ShuttingDown)),
             () = self.router.clock.sleep_until(deadline) => Err(No::Refused(Refusal::NoServer)),
         }
     }

@@ -11,16 +11,23 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
-use crate::accept;
-use crate::handover::{Giver, Taker};
-use crate::listeners::{Listeners, Opened};
+use crate::handover::{Given, Giver, Taker};
+use crate::listeners::{Listeners, Opened, Work};
 use crate::router::Router;
+use crate::table::Certainty;
+use crate::{accept, session};
 
 /// How long a process that was told to hand over waits for the next one to take.
 const TAKE_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long until it waits again after a hand-over that failed.
 const GIVE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Sessions on their way to the next process at once.
+const LEAVING: usize = 256;
+
+/// How often it is looked whether it is known where sessions may go.
+const TABLE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Work that goes on beside the sessions, on a thread of its own.
 pub type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -32,7 +39,7 @@ pub struct Plan {
     /// Its sockets, and what each thread gets of them.
     pub listeners: Arc<Listeners>,
     /// One for each thread.
-    pub threads: Vec<mpsc::Receiver<Opened>>,
+    pub threads: Vec<mpsc::Receiver<Work>>,
     /// Follows the cluster, serves the admin port, reloads.
     pub background: Background,
     /// Where the next process can take the sockets.
@@ -60,8 +67,11 @@ pub fn run(plan: Plan) -> io::Result<()> {
             if let Err(error) = taker.taken() {
                 warn!(%error, "the process whose sockets were taken does not know that it may end");
             }
+            let (router, listeners) = (router.clone(), listeners.clone());
+            let thread = std::thread::Builder::new().name("adoption".into());
+            thread.spawn(move || take_sessions(&router, &listeners, &taker))?;
         }
-        let handed_over = handed_over(listeners, upgrade_sock)?;
+        let handed_over = handed_over(router.clone(), listeners, upgrade_sock)?;
         tokio::spawn(background);
         signals.end(router, handed_over).await;
         Ok(())
@@ -73,27 +83,34 @@ fn runtime() -> io::Result<Runtime> {
 }
 
 /// The sessions of one thread.
-async fn relay(router: Arc<Router>, mut opened: mpsc::Receiver<Opened>) {
-    while let Some(Opened { bound, slot, closed }) = opened.recv().await {
-        match bound.into_listener() {
-            Ok(listener) => drop(tokio::spawn(accept::serve(router.clone(), slot, listener, closed))),
-            Err(error) => error!(%error, "can't accept"),
+async fn relay(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
+    while let Some(work) = work.recv().await {
+        match work {
+            Work::Accept(Opened { bound, slot, closed }) => match bound.into_listener() {
+                Ok(listener) => drop(tokio::spawn(accept::serve(router.clone(), slot, listener, closed))),
+                Err(error) => error!(%error, "can't accept"),
+            },
+            Work::Resume(adopted) => drop(tokio::spawn(session::resume(router.clone(), *adopted))),
         }
     }
     std::future::pending().await
 }
 
-/// Becomes ready once another process has taken the sockets; never, where there is no place for it.
-fn handed_over(listeners: Arc<Listeners>, path: Option<PathBuf>) -> io::Result<mpsc::Receiver<()>> {
+/// Becomes ready once another process has taken the sockets; never, where there is no place for it. Sessions follow.
+fn handed_over(
+    router: Arc<Router>,
+    listeners: Arc<Listeners>,
+    path: Option<PathBuf>,
+) -> io::Result<mpsc::Receiver<()>> {
     let (done, receiver) = mpsc::channel(1);
     let Some(path) = path else { return Ok(receiver) };
     let giver = Giver::at(&path)?;
     let give = move || {
         while !done.is_closed() {
             match giver.give(|| listeners.copies()) {
-                Ok(()) => {
+                Ok(given) => {
                     let _ = done.blocking_send(());
-                    return;
+                    return give_sessions(&router, &given);
                 }
                 Err(error) => {
                     warn!(%error, "the sockets were not handed over; going on");
@@ -104,6 +121,37 @@ fn handed_over(listeners: Arc<Listeners>, path: Option<PathBuf>) -> io::Result<m
     };
     std::thread::Builder::new().name("handover".into()).spawn(give)?;
     Ok(receiver)
+}
+
+/// Sends every session that can be sent, until this process ends.
+fn give_sessions(router: &Router, given: &Given) {
+    if let Err(error) = given.ready() {
+        return warn!(%error, "the next process takes no sessions; they are drained");
+    }
+    let (exit, mut leaving) = mpsc::channel(LEAVING);
+    router.sessions.leave(exit);
+    while let Some(leaving) = leaving.blocking_recv() {
+        if let Err(error) = given.session(&leaving) {
+            warn!(%error, "a session was lost on its way to the next process");
+        }
+    }
+}
+
+/// Takes the sessions of the process whose sockets were taken, once it is known where sessions may go.
+fn take_sessions(router: &Router, listeners: &Listeners, taker: &Taker) {
+    let tables = router.tables();
+    while tables.borrow().certainty == Certainty::Nothing {
+        std::thread::sleep(TABLE_PAUSE);
+    }
+    let mut count = 0;
+    let taken = taker.sessions(|adopted| {
+        count += 1;
+        listeners.resume(adopted);
+    });
+    match taken {
+        Ok(()) => info!(sessions = count, "the sessions of the process before are here"),
+        Err(error) => warn!(sessions = count, %error, "the process before sends no more sessions"),
+    }
 }
 
 /// What signals mean.
@@ -124,19 +172,24 @@ impl Signals {
 
     /// Returns when the process shall end.
     async fn end(mut self, router: Arc<Router>, mut handed_over: mpsc::Receiver<()>) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.int.recv() => {}
-            Some(()) = handed_over.recv() => info!("the next process has the sockets"),
+        let handed_over = tokio::select! {
+            _ = self.term.recv() => false,
+            _ = self.int.recv() => false,
+            Some(()) = handed_over.recv() => true,
             _ = self.quit.recv() => match tokio::time::timeout(TAKE_LIMIT, handed_over.recv()).await {
-                Ok(Some(())) => info!("the next process has the sockets"),
-                Ok(None) => {}
-                Err(_) => warn!("no process has come to take the sockets"),
+                Ok(taken) => taken.is_some(),
+                Err(_) => {
+                    warn!("no process has come to take the sockets");
+                    false
+                }
             },
+        };
+        if handed_over {
+            info!("the next process has the sockets");
         }
         let limit = router.limits().drain_timeout;
         tokio::select! {
-            ended = router.drain(limit) => info!(sessions_ended = ended, "drained"),
+            ended = router.drain(limit, handed_over) => info!(sessions_ended = ended, "drained"),
             () = self.another() => warn!("not waiting for sessions any more"),
         }
     }

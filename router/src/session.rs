@@ -5,16 +5,19 @@
 //! client's next packet is read as its first one was, and is a first packet again. Only where the port says so does TLS
 //! end, or begin, at the router ([`crypto`](crate::crypto)); then the server never hears of the client's requests for it.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tracing::debug;
+use trunkline_common::Clock;
 use trunkline_config::router::{Port, Target};
 
-use crate::accept::Permit;
+use crate::accept::{self, Permit};
 use crate::crypto::Crypto;
+use crate::handover::{Adopted, Leaving};
 use crate::port::{Counted, Listening, Peer};
 use crate::proxy::{self, Header};
 use crate::reply::Refusal;
@@ -22,6 +25,7 @@ use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
+use crate::table::Backend;
 use crate::wire::{Leg, Wire};
 use crate::{answer, cancel, relay, socket};
 
@@ -55,16 +59,61 @@ impl From<Malformed> for No {
 const TARGET: &str = "trunkline.target";
 
 /// Serves one accepted connection from its first byte to its end. The permit is the right to be there.
-pub async fn serve(router: Arc<Router>, listening: Arc<Listening>, client: TcpStream, peer: Peer, permit: Permit) {
-    router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
-    // In a box that is gone once there is a session: those last, and are many.
-    let ended = match Box::pin(begin(&router, &listening, client, peer)).await {
+// An `async fn` would keep room for its arguments beside what becomes of them.
+#[allow(clippy::manual_async_fn)]
+pub fn serve(
+    router: Arc<Router>,
+    listening: Arc<Listening>,
+    client: TcpStream,
+    peer: Peer,
+    permit: Permit,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
+        // In a box that is gone once there is a session: those last, and are many.
+        let begun = Box::pin(begin(&router, &listening, client, peer, permit)).await;
+        let ended = match begun {
+            Ok(mut begun) => begun.relay(&router).await,
+            Err(ended) => ended,
+        };
+        debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
+        router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
+    }
+}
+
+/// Goes on with a session of another process.
+pub async fn resume(router: Arc<Router>, adopted: Adopted) {
+    let name = adopted.registered.port.clone();
+    let ended = match adopt(&router, adopted) {
         Ok(mut begun) => begun.relay(&router).await,
         Err(ended) => ended,
     };
-    debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
-    router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
-    drop(permit);
+    debug!(port = &*name, reason = ended.label(), "connection ended");
+    router.metrics.ended.with_label_values(&[&*name, ended.label()]).inc();
+}
+
+fn adopt(router: &Router, adopted: Adopted) -> Result<Begun<'static>, Ended> {
+    let Adopted { registered, client, server, rests } = adopted;
+    let open = |socket: OwnedFd| TcpStream::from_std(socket.into()).map(Arc::new);
+    let (Ok(client), Ok(server)) = (open(client), open(server)) else { return Err(Ended::ClientGone) };
+    let permit = accept::permit_for_adopted(router, &registered.port);
+    let backend = Arc::new(Backend { epoch: registered.epoch, ..(*registered.backend).clone() });
+    let (name, now) = (&registered.port, router.clock.now());
+    let begun = router.sessions.begin(name, registered.client, &backend, &server, now);
+    let Some(session) = begun.filter(|session| session.begun(&client)) else {
+        // Its server is not the leader any more.
+        socket::abort(&server);
+        return Err(Ended::Cut(Cut::LeaderChanged));
+    };
+    if let Some(key) = registered.key {
+        session.learn(key.as_ref().into());
+    }
+    let meter = router.metrics.meter(name, backend.member.as_str());
+    let leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
+    let found = Found::resumed(server, session, meter, backend);
+    router.metrics.adopted.inc();
+    let rests = Some(Box::new(rests));
+    Ok(Begun { client, leg, found, unread: false, rests, permit: Some(permit), _counted: None })
 }
 
 /// A session that a server has taken.
@@ -74,19 +123,23 @@ struct Begun<'a> {
     found: Found,
     /// The client has sent something that tokio will not report again.
     unread: bool,
+    /// Read by another process and not written yet.
+    rests: Option<Box<relay::Rests>>,
+    /// The right to be there, until it leaves.
+    permit: Option<Permit>,
     _counted: Option<Counted<'a>>,
 }
 
 impl Begun<'_> {
-    /// To the end of the session.
+    /// To the end of the session, or until it leaves.
     async fn relay(&mut self, router: &Router) -> Ended {
-        let Self { client, leg, found, unread, .. } = self;
+        let Self { client, leg, found, unread, rests, .. } = self;
         let Found { server, session, meter, tls, said, packet, .. } = found;
-        let learn = |key| session.learn(key);
-        let end = match (&*leg, tls.take()) {
+        let outcome = match (&*leg, tls.take()) {
             (Leg::Plain(_), None) => {
-                let start = relay::Start { unread: *unread, plain: matches!(packet, Packet::Startup { .. }) };
-                relay::relay(client, server, start, &learn, &router.pipes, meter).await
+                let plain = matches!(packet, Packet::Startup { .. });
+                let start = relay::Start { unread: *unread, plain, rests: rests.take() };
+                relay::relay(client, server, start, session, &router.pipes, meter).await
             }
             (_, tls) => {
                 if *unread {
@@ -94,10 +147,24 @@ impl Begun<'_> {
                 }
                 let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
                 let server = tls.map_or_else(plain, Leg::Tls);
-                Box::pin(relay::relay_tls(leg, server, std::mem::take(said), &learn, meter)).await
+                relay::Outcome::Ended(
+                    Box::pin(relay::relay_tls(leg, server, std::mem::take(said), session, meter)).await,
+                )
             }
         };
-        session.cut().map_or(Ended::Relayed(end), Ended::Cut)
+        match outcome {
+            relay::Outcome::Ended(end) => session.cut().map_or(Ended::Relayed(end), Ended::Cut),
+            relay::Outcome::Left(rests) => Box::pin(self.leave(rests)).await,
+        }
+    }
+
+    /// To the next process. If nobody takes it any more, its sockets are closed with it.
+    async fn leave(&mut self, rests: relay::Rests) -> Ended {
+        if let (Some((exit, registered)), Some(permit)) = (self.found.session.exit(), self.permit.take()) {
+            let (client, server) = (self.client.clone(), self.found.server.clone());
+            let _ = exit.send(Leaving { registered, client, server, rests, _permit: permit }).await;
+        }
+        Ended::Left
     }
 }
 
@@ -107,6 +174,7 @@ async fn begin<'a>(
     listening: &'a Listening,
     client: TcpStream,
     peer: Peer,
+    permit: Permit,
 ) -> Result<Begun<'a>, Ended> {
     let (port, crypto) = (listening.settings(), listening.crypto());
     if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
@@ -119,7 +187,9 @@ async fn begin<'a>(
     let (unread, awaits_answer) = (search.has_looked(), search.awaits_answer());
     drop(search);
     match outcome {
-        Ok(Met::Session(found, _counted)) => Ok(Begun { client, leg, found, unread, _counted }),
+        Ok(Met::Session(found, _counted)) => {
+            Ok(Begun { client, leg, found, unread, rests: None, permit: Some(permit), _counted })
+        }
         Ok(Met::Cancel(result)) => Err(Ended::Cancel(result)),
         Err(No::ClientGone) => Err(Ended::ClientGone),
         Err(No::Handshake) => Err(Ended::Handshake),
@@ -330,6 +400,8 @@ enum Ended {
     Refused(Refusal),
     ClientGone,
     Handshake,
+    /// The next process has it.
+    Left,
     Cancel(&'static str),
 }
 
@@ -355,6 +427,7 @@ impl Ended {
             Ended::Refused(Refusal::TooSlow) => "too_slow",
             Ended::ClientGone => "client_gone",
             Ended::Handshake => "no_tls",
+            Ended::Left => "handed_over",
             Ended::Cancel(_) => "cancel",
         }
     }

@@ -11,12 +11,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::task::Waker;
 
+use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use trunkline_common::{Instant, MemberName};
 
+use crate::handover::Leaving;
 use crate::port::Peer;
 use crate::socket;
 use crate::table::{Backend, Epoch};
@@ -37,6 +41,15 @@ pub enum Cut {
 #[derive(Debug, Default)]
 pub struct Sessions {
     inner: Mutex<Inner>,
+    /// Sessions shall go to the next process.
+    leaving: AtomicBool,
+}
+
+/// What reaches a session from outside.
+#[derive(Debug, Default)]
+struct Ticket {
+    cut: AtomicU8,
+    waker: AtomicWaker,
 }
 
 #[derive(Debug, Default)]
@@ -47,6 +60,8 @@ struct Inner {
     /// Sessions by the key that cancels them, as far as it is known.
     keys: HashMap<Arc<[u8]>, u64>,
     load: HashMap<MemberName, usize>,
+    /// Where sessions go that leave.
+    exit: Option<mpsc::Sender<Leaving>>,
 }
 
 #[derive(Debug)]
@@ -62,7 +77,7 @@ struct Live {
     /// `None` until the server has taken the session.
     client: Option<Arc<TcpStream>>,
     server: Arc<TcpStream>,
-    cut: Arc<AtomicU8>,
+    ticket: Arc<Ticket>,
 }
 
 /// What is told of a session.
@@ -80,11 +95,26 @@ pub struct Line {
     pub began: Instant,
 }
 
+/// What a session is registered as.
+#[derive(Debug, Clone)]
+pub struct Registered {
+    /// The port it came by.
+    pub port: Arc<str>,
+    /// The client.
+    pub client: Peer,
+    /// The server.
+    pub backend: Arc<Backend>,
+    /// The epoch it belongs to.
+    pub epoch: Option<Epoch>,
+    /// What cancels it.
+    pub key: Option<Arc<[u8]>>,
+}
+
 /// A registered session; dropping it ends the registration.
 #[derive(Debug)]
 pub struct Session {
     id: u64,
-    cut: Arc<AtomicU8>,
+    ticket: Arc<Ticket>,
     sessions: Arc<Sessions>,
 }
 
@@ -112,9 +142,24 @@ impl Session {
         }
     }
 
+    /// Whether it shall go to the next process. If not, `waker` is woken once it shall.
+    pub fn leaves(&self, waker: &Waker) -> bool {
+        self.ticket.waker.register(waker);
+        self.sessions.leaving.load(Ordering::Acquire)
+    }
+
+    /// Where it goes, and what it was registered as.
+    pub fn exit(&self) -> Option<(mpsc::Sender<Leaving>, Registered)> {
+        let inner = self.sessions.inner.lock();
+        let live = inner.live.get(&self.id).filter(|_| self.cut().is_none())?;
+        let (port, client, backend) = (live.port.clone(), live.peer, live.backend.clone());
+        let registered = Registered { port, client, backend, epoch: live.epoch.clone(), key: live.key.clone() };
+        Some((inner.exit.clone()?, registered))
+    }
+
     /// Why it was ended from outside, if it was.
     pub fn cut(&self) -> Option<Cut> {
-        match self.cut.load(Ordering::Acquire) {
+        match self.ticket.cut.load(Ordering::Acquire) {
             1 => Some(Cut::LeaderChanged),
             2 => Some(Cut::Drained),
             3 => Some(Cut::Lag),
@@ -154,7 +199,7 @@ impl Sessions {
         inner.next += 1;
         // Chosen as a standby, promoted since: from now on a session of the leader.
         let epoch = inner.reign.clone().filter(|reign| reign.member == backend.member);
-        let cut = Arc::new(AtomicU8::new(0));
+        let ticket = Arc::new(Ticket::default());
         let live = Live {
             port: port.clone(),
             peer,
@@ -164,11 +209,11 @@ impl Sessions {
             key: None,
             client: None,
             server: server.clone(),
-            cut: cut.clone(),
+            ticket: ticket.clone(),
         };
         inner.live.insert(id, live);
         *inner.load.entry(backend.member.clone()).or_default() += 1;
-        Some(Session { id, cut, sessions: self.clone() })
+        Some(Session { id, ticket, sessions: self.clone() })
     }
 
     /// From now on only sessions of `reign` may talk to a leader; ends those of any other, and says how many.
@@ -196,8 +241,17 @@ impl Sessions {
     /// Ends the sessions of a port on a member that `is_over` says yes to, and says how many.
     pub fn end_where(&self, cut: Cut, is_over: impl Fn(&str, &MemberName) -> bool) -> usize {
         let inner = self.inner.lock();
-        let over = |live: &&Live| live.cut.load(Ordering::Acquire) == 0 && is_over(&live.port, &live.backend.member);
+        let over =
+            |live: &&Live| live.ticket.cut.load(Ordering::Acquire) == 0 && is_over(&live.port, &live.backend.member);
         inner.live.values().filter(over).map(|session| session.end(cut)).count()
+    }
+
+    /// From now on every session that can leave goes to `exit`.
+    pub fn leave(&self, exit: mpsc::Sender<Leaving>) {
+        let mut inner = self.inner.lock();
+        inner.exit = Some(exit);
+        self.leaving.store(true, Ordering::Release);
+        inner.live.values().for_each(|live| live.ticket.waker.wake());
     }
 
     /// Ends every session, and says how many.
@@ -283,7 +337,7 @@ impl Sessions {
 
 impl Live {
     fn end(&self, cut: Cut) {
-        self.cut.store(cut as u8, Ordering::Release);
+        self.ticket.cut.store(cut as u8, Ordering::Release);
         socket::abort(&self.server);
         if let Some(client) = &self.client {
             socket::close_both_ways(client);

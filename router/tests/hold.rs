@@ -288,7 +288,7 @@ async fn draining_refuses_the_held_and_waits_for_sessions() {
     let mut held = connect(ro, STARTUP).await;
     world.held(1).await;
     let router = world.router.clone();
-    let drained = tokio::spawn(async move { router.drain(PATIENCE).await });
+    let drained = tokio::spawn(async move { router.drain(PATIENCE, false).await });
     assert_eq!(refused(&mut held).await, "57P03");
     assert!(!drained.is_finished(), "the session goes on");
     drop((client, server_end));
@@ -302,6 +302,23 @@ async fn draining_ends_what_takes_too_long() {
     let server = Fake::start().await;
     world.lead("a", server.at).await;
     let (mut client, _server_end) = session(rw, &server).await;
-    assert_eq!(world.router.drain(Duration::from_millis(50)).await, 1);
+    assert_eq!(world.router.drain(Duration::from_millis(50), false).await, 1);
     assert_eq!(rest(&mut client).await, b"");
+}
+
+#[tokio::test]
+async fn those_who_are_held_outlast_a_hand_over() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    let mut held = connect(rw, STARTUP).await;
+    world.held(1).await;
+    let router = world.router.clone();
+    let drained = tokio::spawn(async move { router.drain(PATIENCE, true).await });
+    eventually(|| world.router.is_draining()).await;
+    world.lead("a", server.at).await;
+    let (session, _) = server.session().await;
+    assert_eq!(within(held.read_u8()).await.unwrap(), b'R');
+    drop((session, held));
+    assert_eq!(within(drained).await.unwrap(), 0);
 }

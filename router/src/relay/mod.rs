@@ -33,6 +33,7 @@ pub use tls::relay_tls;
 
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
+use crate::sessions::Session;
 use crate::socket;
 
 /// How long a client may go on without saying anything once its server has closed. PostgreSQL never closes one direction
@@ -60,33 +61,68 @@ pub enum End {
 }
 
 /// What a relay begins with.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 pub struct Start {
     /// The client has sent something that tokio has reported already and will not report again.
     pub unread: bool,
     /// The server is about to start a session in plain text.
     pub plain: bool,
+    /// Read by another process and not written yet.
+    pub rests: Option<Box<Rests>>,
 }
 
-/// Relays until both directions have ended, and says which side ended first. A plain session's key is told to `learn`.
+/// Bytes between two processes.
+#[derive(Debug, Default)]
+pub struct Rests {
+    /// To the server.
+    pub up: Vec<u8>,
+    /// To the client.
+    pub down: Vec<u8>,
+}
+
+/// How a relay ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// With the session.
+    Ended(End),
+    /// The session goes on in another process, with these bytes first.
+    Left(Rests),
+}
+
+/// Relays until both directions have ended, and says which side ended first; or until the session leaves.
 pub async fn relay(
     client: &TcpStream,
     server: &TcpStream,
     start: Start,
-    learn: &(dyn Fn(Box<[u8]>) + Sync),
+    session: &Session,
     pool: &Pool,
     meter: &Meter,
-) -> End {
-    let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), learn }));
+) -> Outcome {
+    let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session }));
+    let rests = start.rests.map(|rests| *rests).unwrap_or_default();
     let mut relay = Relay {
-        up: Half { unread: start.unread, ..Half::new(client, server) },
-        down: Half { watch, ..Half::new(server, client) },
+        up: Half { unread: start.unread, rest: rests.up, ..Half::new(client, server) },
+        down: Half { watch, rest: rests.down, ..Half::new(server, client) },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
         linger: None,
         end: None,
     };
-    poll_fn(|cx| relay.poll(cx, pool, meter)).await
+    let ended = poll_fn(|cx| {
+        let leaves = session.leaves(cx.waker());
+        if leaves && relay.can_leave() {
+            return Poll::Ready(None);
+        }
+        match relay.poll(cx, pool, meter) {
+            // Its start is over with this step.
+            Poll::Pending if leaves && relay.can_leave() => Poll::Ready(None),
+            polled => polled.map(Some),
+        }
+    });
+    match ended.await {
+        Some(end) => Outcome::Ended(end),
+        None => Outcome::Left(Rests { up: relay.up.into_rest(), down: relay.down.into_rest() }),
+    }
 }
 
 struct Relay<'a> {
@@ -101,6 +137,11 @@ struct Relay<'a> {
 }
 
 impl Relay<'_> {
+    /// Whether nothing has ended, and the start is over.
+    fn can_leave(&self) -> bool {
+        self.up.stop.is_none() && self.down.stop.is_none() && self.down.watch.is_none()
+    }
+
     fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
         for _ in 0..STEPS {
             // Both are polled even if the first can go on: each must be registered for its own wake-up.
@@ -191,7 +232,7 @@ enum Stop {
 /// Looks for a session's key.
 struct Watch<'a> {
     key: KeyWatch,
-    learn: &'a (dyn Fn(Box<[u8]>) + Sync),
+    session: &'a Session,
 }
 
 /// One direction.
@@ -224,6 +265,11 @@ impl<'a> Half<'a> {
         }
     }
 
+    /// What has been read and not been written.
+    fn into_rest(self) -> Vec<u8> {
+        [self.rest, self.way.into_rest()].concat()
+    }
+
     /// Nothing will be read from the source any more.
     fn ended(&self) -> bool {
         matches!(self.stop, Some(Stop::Eof | Stop::Read)) || self.drained
@@ -234,7 +280,7 @@ impl<'a> Half<'a> {
         let Some(watch) = &mut self.watch else { return self.way.copied(bytes.len()) };
         match watch.key.look(bytes) {
             Seen::More => return,
-            Seen::Key(key) => (watch.learn)(key),
+            Seen::Key(key) => watch.session.learn(key),
             Seen::Nothing => {}
         }
         self.watch = None;

@@ -89,6 +89,20 @@ pub(super) struct Way {
 }
 
 impl Way {
+    /// What is in the pipe.
+    pub(super) fn into_rest(self) -> Vec<u8> {
+        let mut rest = vec![0; self.filled];
+        let mut have = 0;
+        while let Some(pipe) = self.pipe.as_ref().filter(|_| have < rest.len()) {
+            match rustix::io::read(&pipe.read, &mut rest[have..]) {
+                Ok(bytes @ 1..) => have += bytes,
+                // Not possible: so much has been put in.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        rest
+    }
+
     /// Whether the next step should splice.
     pub(super) fn streams(&self) -> bool {
         self.streams

@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{End, LINGER, STEPS, Stop, Watch};
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
+use crate::sessions::Session;
 use crate::wire::Leg;
 
 /// What one read may take: a record of TLS.
@@ -23,14 +24,8 @@ thread_local! {
 }
 
 /// Relays until both directions have ended, and says which side ended first. `said`: read of the server already.
-pub async fn relay_tls(
-    client: &mut Leg,
-    mut server: Leg,
-    said: Vec<u8>,
-    learn: &(dyn Fn(Box<[u8]>) + Sync),
-    meter: &Meter,
-) -> End {
-    let mut down = Half::new(Some(Watch { key: KeyWatch::default(), learn }));
+pub async fn relay_tls(client: &mut Leg, mut server: Leg, said: Vec<u8>, session: &Session, meter: &Meter) -> End {
+    let mut down = Half::new(Some(Watch { key: KeyWatch::default(), session }));
     meter.down(said.len() as u64);
     down.look(&said);
     down.rest = said;
@@ -116,7 +111,7 @@ impl<'a> Half<'a> {
         let Some(watch) = &mut self.watch else { return };
         match watch.key.look(bytes) {
             Seen::More => return,
-            Seen::Key(key) => (watch.learn)(key),
+            Seen::Key(key) => watch.session.learn(key),
             Seen::Nothing => {}
         }
         self.watch = None;

@@ -1,5 +1,6 @@
 //! What a router's port can be told, in front of a real cluster.
 
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -272,12 +273,57 @@ async fn visitors(target: Target, stop: Arc<AtomicBool>, served: Arc<AtomicUsize
     Ok(())
 }
 
+/// Asks for 20 MB again and again, which is spliced, and counts the rows.
+async fn reader(client: Client, stop: Arc<AtomicBool>, served: Arc<AtomicUsize>) -> Result<()> {
+    while !stop.load(Ordering::Relaxed) {
+        let rows = client.query("SELECT i, repeat('x', 1000) FROM generate_series(1, 20000) i", &[]).await?;
+        let whole =
+            rows.iter().zip(1..).all(|(row, i)| row.get::<_, i32>(0) == i && row.get::<_, &str>(1).len() == 1000);
+        ensure!(rows.len() == 20_000 && whole, "{} rows", rows.len());
+        served.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Eight clients of pgbench for twenty seconds, and what it reports.
+async fn pgbench(port: u16, password: String) -> Result<String> {
+    let program = trunkline_tests::tools::find_program("pgbench", "postgresql")?;
+    let mut command = tokio::process::Command::new(program);
+    let port = port.to_string();
+    command.args(["-n", "-c", "8", "-T", "20", "-M", "prepared", "-h", "127.0.0.1", "-p", &port, "-U", "postgres"]);
+    command.args(["-f", "/dev/stdin", "postgres"]).env("PGPASSWORD", password);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn()?;
+    let mut script = child.stdin.take().context("no way to tell the script")?;
+    tokio::io::AsyncWriteExt::write_all(&mut script, b"SELECT 1;\n").await?;
+    drop(script);
+    let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await??;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    ensure!(output.status.success(), "{said}");
+    Ok(said)
+}
+
+/// Counts one up again and again in one session, a transaction each.
+async fn counter(client: Client, stop: Arc<AtomicBool>, served: Arc<AtomicUsize>) -> Result<()> {
+    let mut expected = 0;
+    while !stop.load(Ordering::Relaxed) {
+        client.batch_execute("BEGIN; UPDATE counter SET n = n + 1").await?;
+        let n: i32 = client.query_one("SELECT n FROM counter", &[]).await?.get(0);
+        client.batch_execute("COMMIT").await?;
+        expected += 1;
+        ensure!(n == expected, "{n} is not {expected}");
+        served.fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn upgrades_refuse_nobody_and_end_with_the_last_session() -> Result<()> {
+async fn ten_upgrades_refuse_nobody_and_drop_no_session() -> Result<()> {
     let mut scene = scene("upgrade", |_| Ok(Vec::new())).await?;
     let ports = scene.router.ports();
     scene.router.process().kill();
-    let start = |number: usize| -> Result<Proc> {
+    let start = |number: i32| -> Result<Proc> {
         let cwd = scene.lab.make_dir("router")?;
         let mut command = scene.lab.command(&Program::router()?, &cwd)?;
         command.arg("--upgrade-sock").arg(cwd.join("upgrade")).arg(scene.lab.dir().join("etc/router.yml"));
@@ -289,35 +335,52 @@ async fn upgrades_refuse_nobody_and_end_with_the_last_session() -> Result<()> {
     let mut running = start(0)?;
     let target = Target::new(ports.read_write, &scene.cluster.spec().password);
     wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+    target.execute("CREATE TABLE counter AS SELECT 0 AS n; CREATE TABLE kept (n int)", LIMIT).await?;
 
-    let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let visiting = (0..4).map(|_| tokio::spawn(visitors(target.clone(), stop.clone(), served.clone())));
-    let visiting: Vec<_> = visiting.collect();
-    for number in 1..=4 {
-        let stays = connect(&scene, ports.read_write, "").await?;
+    let idle = connect(&scene, ports.read_only, "").await?;
+    let in_transaction = connect(&scene, ports.read_write, "").await?;
+    in_transaction.batch_execute("BEGIN").await?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let served: [Arc<AtomicUsize>; 3] = Default::default();
+    let mut work = vec![
+        tokio::spawn(reader(connect(&scene, ports.read_write, "").await?, stop.clone(), served[0].clone())),
+        tokio::spawn(counter(connect(&scene, ports.read_write, "").await?, stop.clone(), served[1].clone())),
+    ];
+    work.extend((0..2).map(|_| tokio::spawn(visitors(target.clone(), stop.clone(), served[2].clone()))));
+    let pgbench = tokio::spawn(pgbench(ports.read_write, scene.cluster.spec().password.clone()));
+    let mut number = 0;
+    while number < 10 || !pgbench.is_finished() {
+        number += 1;
+        ensure!(number < 200, "pgbench does not end");
         let mut next = start(number)?;
-        let before = served.load(Ordering::Relaxed);
-        let more = wait::until("more to be served", LIMIT, async || {
+        let ended = wait::until("the old router to end, though sessions go on", LIMIT, async || {
             ensure!(next.ended().is_none(), "the new router has ended");
-            ensure!(served.load(Ordering::Relaxed) > before + 20);
-            Ok(())
-        });
-        more.await?;
-        ensure!(!is_standby(&stays).await?);
-        ensure!(running.ended().is_none(), "it had a session");
-        drop(stays);
-        let ended = wait::until("the old router to end", Duration::from_secs(10), async || {
             running.ended().context("it is still there")
         });
         ensure!(ended.await?.success());
         running = next;
+        in_transaction.execute("INSERT INTO kept VALUES ($1)", &[&number]).await?;
+        ensure!(is_standby(&idle).await?);
+        let before: Vec<usize> = served.iter().map(|served| served.load(Ordering::Relaxed)).collect();
+        let more = wait::until("everybody to be served", LIMIT, async || {
+            let more = served.iter().zip(&before).all(|(served, before)| served.load(Ordering::Relaxed) > *before);
+            ensure!(more || work.iter().any(|work| work.is_finished()), "{before:?}");
+            Ok(())
+        });
+        more.await?;
     }
     stop.store(true, Ordering::Relaxed);
-    for visitor in visiting {
-        if let Err(error) = visitor.await? {
-            bail!("somebody was refused: {error:#}");
+    for work in work {
+        if let Err(error) = work.await? {
+            bail!("somebody was refused or dropped: {error:#}");
         }
     }
+    let report = pgbench.await??;
+    ensure!(report.contains("number of failed transactions: 0 "), "{report}");
+    in_transaction.batch_execute("COMMIT").await?;
+    ensure!(target.query_one("SELECT count(*) FROM kept", LIMIT).await? == number.to_string());
+    let metrics = rest::get(ports.admin, "/metrics").await?.body;
+    ensure!(metrics.as_str().is_some_and(|text| text.contains("adopted_total")), "{metrics}");
     scene.lab.success();
     Ok(())
 }

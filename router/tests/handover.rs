@@ -1,0 +1,119 @@
+//! Sessions pass from one router to another, as from one process to the next.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use trunkline_config::router::Target;
+use trunkline_router::handover::{Giver, Taker};
+use trunkline_router::{Router, session};
+
+/// The first router gives what it has to whoever comes to `path`.
+fn give(router: &Arc<Router>, path: &Path) {
+    let (router, giver) = (router.clone(), Giver::at(path).unwrap());
+    std::thread::spawn(move || {
+        let given = giver.give(|| Ok(Default::default())).unwrap();
+        given.ready().unwrap();
+        let (exit, mut leaving) = tokio::sync::mpsc::channel(4);
+        router.sessions.leave(exit);
+        while let Some(leaving) = leaving.blocking_recv() {
+            given.session(&leaving).unwrap();
+        }
+    });
+}
+
+/// The second one takes it.
+fn take(router: &Arc<Router>, path: PathBuf) {
+    let (router, runtime) = (router.clone(), tokio::runtime::Handle::current());
+    std::thread::spawn(move || {
+        let (taker, _) = Taker::take(&path).unwrap();
+        taker.taken().unwrap();
+        taker.sessions(|adopted| drop(runtime.spawn(session::resume(router.clone(), adopted)))).unwrap();
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_go_on_in_the_next_process_with_every_byte() {
+    let (mut before, mut after) = (World::new(limits()), World::new(limits()));
+    let rw = before.open(port(Target::Leader)).await;
+    after.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    before.lead("a", server.at).await;
+    after.lead("a", server.at).await;
+    let said = b"R\0\0\0\x08\0\0\0\0K\0\0\0\x0cpidkeyesZ\0\0\0\x05I";
+    let mut sessions = Vec::new();
+    for _ in 0..3 {
+        let mut client = connect(rw, STARTUP).await;
+        let (mut at_server, _) = server.request().await;
+        passes(&mut at_server, &mut client, said).await;
+        sessions.push((client, at_server));
+    }
+    // One is in the middle of streams both ways that nobody reads, so that buffers and pipes are full.
+    let bytes: Vec<u8> = (0..16 << 20).map(|n: u32| (n ^ (n >> 8)) as u8).collect();
+    let (client, at_server) = sessions.pop().unwrap();
+    let ((mut client_read, mut client_write), (mut server_read, mut server_write)) =
+        (client.into_split(), at_server.into_split());
+    let (up, down) = (bytes.clone(), bytes.clone());
+    let writing = tokio::spawn(async move {
+        tokio::try_join!(client_write.write_all(&up), server_write.write_all(&down)).unwrap();
+        (client_write, server_write)
+    });
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    // One has not finished its start.
+    let mut starting = connect(rw, STARTUP).await;
+    let (mut starting_at_server, _) = server.session().await;
+    assert_eq!(within(starting.read_u8()).await.unwrap(), b'R');
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("upgrade");
+    give(&before.router, &path);
+    take(&after.router, path);
+    eventually(|| after.router.sessions.len() == 3 && before.router.sessions.len() == 1).await;
+    for (client, at_server) in &mut sessions {
+        passes(client, at_server, b"to the server").await;
+        passes(at_server, client, b"and back").await;
+    }
+    let (mut got_up, mut got_down) = (vec![0; bytes.len()], vec![0; bytes.len()]);
+    within(async { tokio::try_join!(server_read.read_exact(&mut got_up), client_read.read_exact(&mut got_down)) })
+        .await
+        .unwrap();
+    assert!(got_up == bytes && got_down == bytes, "every byte, in order");
+    let _open = within(writing).await.unwrap();
+    // What has not started stays until it has.
+    passes(&mut starting_at_server, &mut starting, b"\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await;
+    eventually(|| after.router.sessions.len() == 4 && before.router.connections() == 0).await;
+    passes(&mut starting, &mut starting_at_server, b"Q").await;
+    // They are what they were: known by their keys, and ended with their leader.
+    assert!(after.router.sessions.holder(b"pidkeyes").is_some());
+    let (lines, _) = after.router.sessions.list(10, |_| true);
+    assert!(lines.iter().any(|line| line.client.to_string() == sessions[0].0.local_addr().unwrap().to_string()));
+    after.change(|view| view.leader = None).await;
+    for (client, _) in &mut sessions {
+        assert_eq!(rest(client).await, b"");
+    }
+    eventually(|| after.router.connections() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_of_another_epoch_is_not_taken_over() {
+    let (mut before, mut after) = (World::new(limits()), World::new(limits()));
+    let rw = before.open(port(Target::Leader)).await;
+    let (old, new) = (Fake::start().await, Fake::start().await);
+    before.lead("a", old.at).await;
+    after.lead("b", new.at).await;
+    let mut client = connect(rw, STARTUP).await;
+    let (mut at_old, _) = old.request().await;
+    passes(&mut at_old, &mut client, b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("upgrade");
+    give(&before.router, &path);
+    take(&after.router, path);
+    assert_eq!(rest(&mut client).await, b"");
+    assert_eq!(rest(&mut at_old).await, b"", "not another byte");
+    eventually(|| before.router.connections() == 0 && after.router.connections() == 0).await;
+}
