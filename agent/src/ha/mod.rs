@@ -232,6 +232,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 _ = exits.changed() => debug!("woken by the exit of the postmaster"),
                 end = finished(&mut self.task) => self.finish(end),
+                // Whoever has to be rewound waits to hear of it.
+                () = done(&mut self.checkpoint) => debug!("woken by the end of the checkpoint after the promotion"),
                 () = Self::relevant_change(&mut self.parts.knowledge, &self.view) => debug!("woken by the DCS"),
                 _ = session.changed() => debug!("woken by the lease"),
                 Some(command) = self.parts.commands.recv() => self.command(command).await,
@@ -556,6 +558,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 /// Returns when it has been said to stop, or nobody is left who could say it.
 async fn said(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|stop| *stop).await;
+}
+
+/// Waits for the end of the checkpoint; for ever without one.
+async fn done(checkpoint: &mut Option<Task<()>>) {
+    let Some(running) = checkpoint else { return std::future::pending().await };
+    let _ = running.await;
+    *checkpoint = None;
 }
 
 /// Waits for the end of the task; for ever without one.
