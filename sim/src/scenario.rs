@@ -122,6 +122,8 @@ pub enum Fault {
     WallJump { node: usize, by: i64 },
     /// `trunklinectl switchover`.
     Switchover { candidate: Option<usize> },
+    /// `trunklinectl failover`, by which an operator may lose commits: not drawn where none may be lost.
+    Failover { candidate: usize },
     /// `trunklinectl restart`.
     Restart { node: usize },
     /// `trunklinectl reinit`.
@@ -223,7 +225,7 @@ impl Scenario {
         });
         let routers = rng.random_range(1..=2);
         let chaos = rng.random_range(10_000..=40_000u64);
-        let mut draw = Draw { rng, count, routers, ttl: ttl * 1000 };
+        let mut draw = Draw { rng, count, routers, ttl: ttl * 1000, synchronous };
         let events = draw.events(chaos);
         let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
         Self { seed, nodes, routers, settings, events, calm_at }
@@ -236,7 +238,7 @@ impl Scenario {
 
     /// Whether commits wait for standbys from the first one on to the last.
     pub fn always_synchronous(&self) -> bool {
-        let switched = |event: &Event| matches!(&event.what, Fault::Configure { patch } if patch.get("synchronous_mode").is_some());
+        let switched = |event: &Event| matches!(&event.what, Fault::Configure { patch } if patch.get("synchronous_mode") == Some(&json!(false)));
         self.settings["synchronous_mode"] != json!(false) && !self.events.iter().any(switched)
     }
 
@@ -266,6 +268,7 @@ struct Draw {
     count: usize,
     routers: usize,
     ttl: u64,
+    synchronous: bool,
 }
 
 impl Draw {
@@ -336,6 +339,7 @@ impl Draw {
             83..85 => Fault::DiskFull { node, ms },
             85..87 => Fault::SlowDisk { node, ms },
             87..89 => Fault::WallJump { node, by: self.rng.random_range(-3_600_000..3_600_000) },
+            89 if !self.synchronous => Fault::Failover { candidate: node },
             89..94 => Fault::Switchover { candidate: self.rng.random::<bool>().then_some(node) },
             94..96 => Fault::Restart { node },
             96..97 => Fault::Reinitialize { node },
@@ -366,7 +370,10 @@ impl Draw {
     }
 
     fn patch(&mut self) -> Value {
-        match self.rng.random_range(0..4) {
+        match self.rng.random_range(0..if self.synchronous { 6 } else { 4 }) {
+            // From one way to wait for standbys to the other.
+            4 => json!({ "synchronous_mode": "quorum" }),
+            5 => json!({ "synchronous_mode": true }),
             0 => json!({ "ttl": *[2, 3, 5, 10, 20].choose(&mut self.rng).unwrap_or(&5) }),
             1 => json!({ "primary_start_timeout": self.rng.random_range(0..10) }),
             2 => json!({ "maximum_lag_on_failover": self.rng.random_range(64..10_000) }),

@@ -575,6 +575,9 @@ impl World {
                 }
                 let _ = self.store().put_failover(&request, None).await;
             }
+            Fault::Failover { candidate } => {
+                let _ = self.store().put_failover(&json!({ "member": name(candidate).0 }), None).await;
+            }
             Fault::Restart { node } => {
                 let (reply, _) = oneshot::channel();
                 self.command(node, Command::Restart(RestartFilter::default(), reply)).await;

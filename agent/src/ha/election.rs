@@ -51,6 +51,12 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     if s.me.failover_priority() <= 0 {
         return Verdict::Yield("following a different leader because I am not allowed to promote".to_owned());
     }
+    // Not by an operator's word either: its timeline's number would be taken, and two histories with one number can't be told
+    // apart.
+    if is_left_behind(running.timeline, view) {
+        let (own, known) = (running.timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
+        return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
+    }
     let manual = view.failover.as_ref().filter(|request| request.leader.is_none());
     if manual.is_some_and(|request| request.candidate.as_ref() == Some(&s.me.name)) {
         // An operator's word, also for a node outside the synchronous set: that is what `failover` is for.
@@ -63,10 +69,6 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
             "not among the synchronous nodes ({}), so commits could be missing here",
             sync_names(view)
         ));
-    }
-    if is_left_behind(running.timeline, view) {
-        let (own, known) = (running.timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
-        return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
     }
     if s.is_primary() {
         return Verdict::Race("this node already runs as primary".to_owned());
