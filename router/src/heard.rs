@@ -31,6 +31,19 @@ pub struct Heard {
     last: Option<Last>,
     /// The leader key has vanished, and `last` may lead on by failsafe mode: until then, unless it proves it.
     vacant: Option<Instant>,
+    /// What the DCS said when it fell silent, while it is.
+    silenced: Option<Subject>,
+    /// The DCS is back and says the same, which may be old.
+    doubt: Option<Doubt>,
+}
+
+/// A leader by a record from before the DCS was silent. Its server may be a standby by now, and say so in its record as
+/// soon as it gets there; until then it is asked.
+#[derive(Debug)]
+struct Doubt {
+    about: Subject,
+    /// It does not answer: then the DCS's word has to do.
+    until: Option<Instant>,
 }
 
 /// Who says that it leads.
@@ -78,10 +91,30 @@ impl Heard {
         };
         let mut table = RouteTable::from_view(&shown);
         self.remember(view, &shown, &table);
-        if !confirmed || self.waits_until(now).is_some() {
+        self.weigh(&complete, now, confirmed);
+        if !confirmed || self.waits_until(now).is_some() || self.doubt.is_some() {
             table = table.unconfirmed(self.proven().is_some());
         }
         Reading { view: complete, table }
+    }
+
+    /// Whether what the DCS says may be from before it was silent.
+    fn weigh(&mut self, complete: &ClusterView, now: Instant, confirmed: bool) {
+        let about = subject(complete);
+        if !confirmed {
+            self.silenced = Some(about);
+            self.doubt = None;
+            return;
+        }
+        let can_be_asked = complete.leader_member().is_some_and(|member| member.api_url.is_some());
+        if self.silenced.take().is_some_and(|before| before == about) && can_be_asked {
+            self.doubt = Some(Doubt { about, until: None });
+        } else if self.doubt.as_ref().is_some_and(|doubt| doubt.about != about) {
+            self.doubt = None;
+        }
+        let proven = self.proven().is_some_and(|name| complete.is_leader(name));
+        let given_up = |doubt: &Doubt| doubt.until.is_some_and(|until| until <= now);
+        self.doubt = self.doubt.take().filter(|doubt| !proven && !given_up(doubt));
     }
 
     /// The leader whose key has vanished and who may lead on by failsafe mode.
@@ -117,6 +150,13 @@ impl Heard {
                     false => PATIENCE,
                 };
             }
+        }
+        if let Some(doubt) = &mut self.doubt {
+            let leader = doubt.about.key.as_ref().map(|(name, _)| name);
+            doubt.until = match answers.iter().find(|(name, _)| Some(name) == leader) {
+                Some((_, Err(_))) => doubt.until.or(Some(asked + WORD)),
+                _ => None,
+            };
         }
         let of_suspect = |(name, _): &&Answer| Some(name) == self.suspect();
         match answers.iter().find(of_suspect).map(|(_, answer)| answer) {
@@ -239,7 +279,10 @@ mod tests {
         fn view(&self, leader: Option<(&str, i64)>) -> ClusterView {
             let standby = ("b", member("replica", "running"));
             let mut view = match leader {
-                Some((name, created)) => view(Some((name, created)), &[standby, (name, member("primary", "running"))]),
+                Some((name, created)) => {
+                    let primary = Member { api_url: Some(format!("http://{name}")), ..member("primary", "running") };
+                    view(Some((name, created)), &[standby, (name, primary)])
+                }
                 // The record goes away with the key: both are attached to the same lease.
                 None => view(None, &[standby]),
             };
@@ -342,6 +385,34 @@ mod tests {
         let mut world = failsafe();
         world.hear("a", Ok(true), Some(("a", 7)), 1_000);
         assert_eq!(world.read(Some(("a", 9)), 3_001).0, reign("a", 9), "its word was too old");
+    }
+
+    #[test]
+    fn what_the_dcs_said_before_it_was_silent_is_proved_or_written_anew_before_it_counts_again() {
+        let told = |world: &mut World, answer: Result<bool, String>| {
+            let view = world.view(Some(("a", 7)));
+            world.heard.hear(&view, &[("a".into(), answer)], at(60_100));
+        };
+        let silent = || {
+            let mut world = World::default();
+            assert_eq!(world.read(Some(("a", 7)), 0), (reign("a", 7), true, false));
+            assert_eq!(world.read_as(Some(("a", 7)), 10_000, false), (reign("a", 7), false, true));
+            assert_eq!(world.read(Some(("a", 7)), 60_000), (reign("a", 7), false, true), "it may be a standby by now");
+            world
+        };
+        let mut world = silent();
+        told(&mut world, Ok(true));
+        assert_eq!(world.read(Some(("a", 7)), 60_101), (reign("a", 7), true, false));
+
+        let mut world = silent();
+        told(&mut world, Ok(false));
+        assert_eq!(world.read(Some(("a", 7)), 70_000), (reign("a", 7), false, true), "it is, and will say so");
+        assert_eq!(world.read(Some(("a", 9)), 70_001), (reign("a", 9), true, false), "elected anew");
+
+        let mut world = silent();
+        told(&mut world, Err("no answer".to_owned()));
+        assert_eq!(world.read(Some(("a", 7)), 62_099), (reign("a", 7), false, true));
+        assert_eq!(world.read(Some(("a", 7)), 62_100), (reign("a", 7), true, false), "it can't be asked");
     }
 
     #[test]
