@@ -224,6 +224,21 @@ pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(P
     }
 }
 
+/// Removes a `postmaster.pid` whose number belongs to a zombie, or to somebody else by now. PostgreSQL only asks whether
+/// there is a process of that number, and would refuse to start, and pg_rewind with it, until its parent or the init of a
+/// container cleans up.
+pub fn remove_stale_lock(data_dir: &Path) -> std::io::Result<()> {
+    let Some(file) = PidFile::read(data_dir) else { return Ok(()) };
+    let there = |pid: &Pid| stat(*pid).is_some() && !is_server_process(*pid, &real_path(data_dir));
+    match Pid::from_raw(file.pid).filter(there) {
+        Some(pid) => {
+            tracing::info!("removing postmaster.pid: process {} is no PostgreSQL server of this one", pid.as_raw_pid());
+            fs::remove_file(data_dir.join("postmaster.pid"))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Whether any process of the server in `data_dir` is there.
 pub fn has_processes(data_dir: &Path) -> bool {
     !processes_in(&real_path(data_dir)).is_empty()
@@ -348,6 +363,26 @@ mod tests {
         let supervisor = Supervisor::new(dir.path());
         assert!(supervisor.find().is_none());
         assert!(supervisor.kill(Duration::ZERO, Duration::from_secs(1)).is_ok());
+    }
+
+    #[test]
+    fn a_lock_of_a_zombie_or_a_stranger_is_no_lock() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let lock = dir.path().join("postmaster.pid");
+        let mut zombie = Command::new("true").spawn().expect("spawn");
+        let deadline = SystemClock.now() + Duration::from_secs(10);
+        while stat(Pid::from_child(&zombie)).is_some_and(|stat| stat.state != 'Z') {
+            assert!(SystemClock.now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Whether nobody has the number is for PostgreSQL to judge: it also looks for shared memory.
+        let nobody = 2_000_000_000;
+        for (pid, stays) in [(zombie.id(), false), (std::process::id(), false), (nobody, true)] {
+            fs::write(&lock, format!("{pid}\n/x\n1\n")).expect("lock");
+            remove_stale_lock(dir.path()).expect("removed");
+            assert_eq!(lock.exists(), stays, "{pid}");
+        }
+        zombie.wait().expect("reaped");
     }
 
     #[test]

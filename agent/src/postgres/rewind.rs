@@ -90,6 +90,8 @@ impl Instance {
             return Err(PgError::Failed("pg_rewind needs a stopped server".to_owned()));
         }
         let config = self.config_now();
+        super::process::remove_stale_lock(&config.data_dir)
+            .map_err(|error| PgError::Failed(format!("postmaster.pid: {error}")))?;
         program::require(&config, "pg_rewind")?;
         files::write_pgpass(&config, upstream)?;
         self.upstream_checkpoint(upstream).await?;

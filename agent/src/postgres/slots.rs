@@ -59,6 +59,19 @@ enum Step {
     InUse(String),
 }
 
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Step::Drop(name) => write!(f, "dropping replication slot {name}"),
+            Step::Create(name) => write!(f, "creating replication slot {name}"),
+            Step::Advance(name, to) => write!(f, "moving replication slot {name} to {to}"),
+            Step::Decode(job) => write!(f, "working on logical replication slot {} in {}", job.slot, job.database),
+            Step::Missing(name) => write!(f, "replication slot {name} is on the primary only"),
+            Step::InUse(name) => write!(f, "replication slot {name} is not wanted, but in use"),
+        }
+    }
+}
+
 /// What takes long, in a database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Job {
@@ -185,17 +198,19 @@ impl Instance {
                         jobs.push(job.clone());
                         continue;
                     }
-                    Step::InUse(name) => {
-                        tracing::debug!("slot: {name} is not wanted, but in use");
+                    Step::InUse(_) => {
+                        tracing::debug!("{step}");
                         done.again = true;
                         continue;
                     }
                     step => carry_out(client, step).await,
                 };
                 match carried_out {
-                    Ok(()) => tracing::info!("slot: {step:?}"),
+                    // As often as once a turn.
+                    Ok(()) if matches!(step, Step::Advance(..)) => tracing::debug!("{step}"),
+                    Ok(()) => tracing::info!("{step}"),
                     Err(error) => {
-                        tracing::warn!("slot: {step:?}: {error}");
+                        tracing::warn!("{step}: {error}");
                         failure = Some(error);
                     }
                 }

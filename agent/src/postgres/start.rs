@@ -159,6 +159,8 @@ impl Instance {
         if !super::process::kill_all(&config.data_dir, self.inner.clock.now() + Duration::from_secs(1)) {
             return Err(PgError::Failed("processes of an earlier postmaster are still there".to_owned()));
         }
+        super::process::remove_stale_lock(&config.data_dir)
+            .map_err(|error| PgError::Failed(format!("postmaster.pid: {error}")))?;
         port_is_free(config)?;
         let (standby, upstream) = match role {
             StartAs::Primary => (false, None),
