@@ -180,7 +180,10 @@ impl Lab {
     }
 
     /// `program` itself if the lab's user can execute it, else a copy: what lies below `/root` is out of its reach.
-    fn reachable(&self, program: &Path) -> Result<PathBuf> {
+    ///
+    /// # Errors
+    /// It can't be copied.
+    pub fn reachable(&self, program: &Path) -> Result<PathBuf> {
         let Some(user) = &self.0.user else { return Ok(program.to_owned()) };
         if user.may_execute(program) {
             return Ok(program.to_owned());

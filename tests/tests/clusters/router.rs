@@ -165,7 +165,7 @@ async fn a_flood_of_silent_clients_harms_nobody_who_is_there_and_passes() -> Res
     cluster.settled(LIMIT).await?;
     // So few file descriptors that the flood takes the last one.
     let mut program = Program::new("/usr/bin/prlimit");
-    program.args = vec!["--nofile=100".into(), Program::router()?.path.into_os_string()];
+    program.args = vec!["--nofile=100".into(), lab.reachable(&Program::router()?.path)?.into_os_string()];
     let extra = json!({ "limits": { "startup_timeout": 2 }, "threads": 2 });
     let ports = proxy::Ports::any(&lab)?;
     let router = Proxy::router(&lab, program, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
