@@ -224,19 +224,17 @@ pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(P
     }
 }
 
-/// Removes a `postmaster.pid` whose number belongs to a zombie, or to somebody else by now. PostgreSQL only asks whether
-/// there is a process of that number, and would refuse to start, and pg_rewind with it, until its parent or the init of a
-/// container cleans up.
+/// Removes the `postmaster.pid` of a postmaster that is a zombie. PostgreSQL only asks whether there is a process of that
+/// number, and would refuse to start, and pg_rewind with it, until the parent or the init of a container cleans up. Any
+/// other doubt is PostgreSQL's to judge: the file may be that of a server in another container.
 pub fn remove_stale_lock(data_dir: &Path) -> std::io::Result<()> {
     let Some(file) = PidFile::read(data_dir) else { return Ok(()) };
-    let there = |pid: &Pid| stat(*pid).is_some() && !is_server_process(*pid, &real_path(data_dir));
-    match Pid::from_raw(file.pid).filter(there) {
-        Some(pid) => {
-            tracing::info!("removing postmaster.pid: process {} is no PostgreSQL server of this one", pid.as_raw_pid());
-            fs::remove_file(data_dir.join("postmaster.pid"))
-        }
-        None => Ok(()),
+    let dead = |stat: Stat| stat.state == 'Z' && stat.program == "postgres" && stat.began(&file) == Some(true);
+    if Pid::from_raw(file.pid).and_then(stat).is_some_and(dead) {
+        tracing::info!("removing postmaster.pid: process {} has ended and only waits to be reaped", file.pid);
+        fs::remove_file(data_dir.join("postmaster.pid"))?;
     }
+    Ok(())
 }
 
 /// Whether any process of the server in `data_dir` is there.
@@ -246,6 +244,7 @@ pub fn has_processes(data_dir: &Path) -> bool {
 
 /// How a process blocks and sleeps, of `/proc/<pid>/stat`.
 struct Stat {
+    program: String,
     state: char,
     parent: i32,
     start_ticks: u64,
@@ -280,22 +279,29 @@ fn is_postmaster(pid: Pid, file: &PidFile, dir: &Path) -> bool {
     }
     // A stepped wall clock moves computed start times, so a mismatch alone proves nothing; a backend that got the number
     // has another server process as its parent.
-    let boot = fs::read_to_string("/proc/stat").ok().and_then(|text| {
-        text.lines().find_map(|line| line.strip_prefix("btime ")).and_then(|time| time.trim().parse::<i64>().ok())
-    });
-    let started = boot.map(|boot| boot.saturating_add_unsigned(stat.start_ticks / TICKS_PER_SECOND));
-    started.is_some_and(|started| started.abs_diff(file.started) <= 3)
-        || Pid::from_raw(stat.parent).is_none_or(|parent| !is_server_process(parent, dir))
+    stat.began(file) == Some(true) || Pid::from_raw(stat.parent).is_none_or(|parent| !is_server_process(parent, dir))
+}
+
+impl Stat {
+    /// Whether it began when `file` says, as far as the wall clock can tell.
+    fn began(&self, file: &PidFile) -> Option<bool> {
+        let text = fs::read_to_string("/proc/stat").ok()?;
+        let boot: i64 = text.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+        let began = boot.saturating_add_unsigned(self.start_ticks / TICKS_PER_SECOND);
+        Some(began.abs_diff(file.started) <= 3)
+    }
 }
 
 fn stat(pid: Pid) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_pid())).ok()?;
     // The command in parentheses may contain anything, parentheses included.
-    let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+    let (before, after) = text.rsplit_once(')')?;
+    let program = before.split_once('(')?.1.to_owned();
+    let mut fields = after.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
     let parent = fields.next()?.parse().ok()?;
     let start_ticks = fields.nth(17)?.parse().ok()?;
-    Some(Stat { state, parent, start_ticks })
+    Some(Stat { program, state, parent, start_ticks })
 }
 
 /// Links resolved; as it is where it does not exist.
@@ -366,23 +372,35 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_of_a_zombie_or_a_stranger_is_no_lock() {
+    fn the_lock_of_a_dead_postmaster_is_no_lock() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let lock = dir.path().join("postmaster.pid");
-        let mut zombie = Command::new("true").spawn().expect("spawn");
+        let program = dir.path().join("postgres");
+        std::os::unix::fs::symlink("/bin/true", &program).expect("link");
+        let mut zombies = [Command::new(program).spawn().expect("spawn"), Command::new("true").spawn().expect("spawn")];
         let deadline = SystemClock.now() + Duration::from_secs(10);
-        while stat(Pid::from_child(&zombie)).is_some_and(|stat| stat.state != 'Z') {
-            assert!(SystemClock.now() < deadline, "it does not end");
-            std::thread::sleep(Duration::from_millis(1));
+        for zombie in &zombies {
+            while stat(Pid::from_child(zombie)).is_some_and(|stat| stat.state != 'Z') {
+                assert!(SystemClock.now() < deadline, "it does not end");
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
-        // Whether nobody has the number is for PostgreSQL to judge: it also looks for shared memory.
-        let nobody = 2_000_000_000;
-        for (pid, stays) in [(zombie.id(), false), (std::process::id(), false), (nobody, true)] {
-            fs::write(&lock, format!("{pid}\n/x\n1\n")).expect("lock");
+        let lock = dir.path().join("postmaster.pid");
+        let now = SystemClock.wall().timestamp();
+        let [postmaster, other] = [zombies[0].id(), zombies[1].id()];
+        for (pid, started, stays) in [
+            (postmaster, now, false),
+            (postmaster, now - 100, true),
+            (other, now, true),
+            (std::process::id(), now, true),
+            (2_000_000_000, now, true),
+        ] {
+            fs::write(&lock, format!("{pid}\n/x\n{started}\n")).expect("lock");
             remove_stale_lock(dir.path()).expect("removed");
-            assert_eq!(lock.exists(), stays, "{pid}");
+            assert_eq!(lock.exists(), stays, "{pid} {started}");
         }
-        zombie.wait().expect("reaped");
+        for zombie in &mut zombies {
+            zombie.wait().expect("reaped");
+        }
     }
 
     #[test]
