@@ -376,7 +376,7 @@ fn cause(action: &Action) -> Option<&'static str> {
 }
 
 /// The `sync` key as we have just written it.
-fn written(me: &MemberName, write: &SyncWrite, revision: Revision) -> SyncState {
+pub(super) fn written(me: &MemberName, write: &SyncWrite, revision: Revision) -> SyncState {
     let Some(value) = &write.value else { return SyncState::default() };
     let listed = value.get("sync_standby").and_then(|names| names.as_str()).unwrap_or_default();
     let standbys = listed.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();

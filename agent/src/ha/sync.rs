@@ -244,6 +244,11 @@ pub fn waits_in_vain(view: &ClusterView, running: &Running, me: &MemberName) -> 
         && active(view, running, me).is_empty()
 }
 
+/// Whether a commit waits for each of the names in this value of `synchronous_standby_names`.
+pub fn all_confirm(in_force: &str) -> bool {
+    InForce::parse(in_force).all_confirm()
+}
+
 /// A value of `synchronous_standby_names`.
 struct InForce {
     /// `ANY`: whoever is first.

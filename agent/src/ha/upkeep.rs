@@ -14,7 +14,7 @@ use trunkline_config::dynamic::new_cluster;
 use super::situation::{FailsafeAttempt, by_promise, leader_upstream, upstream};
 use super::sync::{self, SyncStep};
 use super::task::TaskKind;
-use super::{Ha, Next, SlotsKept, decide, first_config, publish, slots};
+use super::{Ha, Next, SlotsKept, act, decide, first_config, publish, slots};
 use crate::node::Board;
 use crate::peer::Peers;
 use crate::postgres::{PgError, PgRole, PgStatus, Postgres, SlotPlan};
@@ -264,6 +264,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Some(SyncStep::Key(write, why)) => self.write_sync(write, why).await,
             Some(SyncStep::Names(names, why)) => {
                 info!("synchronous_standby_names = '{names}': {why}");
+                if !sync::all_confirm(&running.synchronous_standby_names) {
+                    // Until now others may have confirmed in their place: whoever is asked from here on has to catch up.
+                    self.memory.sync_since.clear();
+                }
                 if self.set_names(names, running.postmaster_start_time).await { Next::Again } else { Next::Wait }
             }
         }
@@ -293,10 +297,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn write_sync(&mut self, write: SyncWrite, why: String) -> Next {
-        match self.parts.store.put_sync(write).await {
-            Ok(Outcome::Done(_)) => {
+        match self.parts.store.put_sync(write.clone()).await {
+            Ok(Outcome::Done(revision)) => {
                 info!("sync key updated: {why}");
-                // The watch brings the new revision in a moment, and with it the next step.
+                // The watch brings the new revision in a moment, and with it the next step. A server that has to be started
+                // before that must already wait for whom the key names.
+                if let Some(view) = &self.view {
+                    let sync = act::written(&self.me.name, &write, revision);
+                    self.view = Some(Arc::new(ClusterView { revision, sync, ..(**view).clone() }));
+                }
                 Next::Wait
             }
             Ok(Outcome::Conflict) => {
