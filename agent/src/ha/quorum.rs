@@ -3,7 +3,8 @@
 //! A commit waits for any `count` of the `names`; whoever wants to lead after the leader's death needs the word of `quorum`
 //! of the other `voters`. Of everybody who may vote or confirm, whoever confirmed a commit and whoever votes must have one in
 //! common: `|voters ∪ names ∪ {leader}| ≤ quorum + count + 1`. No step may break that, in whichever order nodes come, go and
-//! change their minds. The steps are Patroni's, so that a cluster may change hands in the middle of them.
+//! change their minds. The steps are Patroni's, so that a cluster may change hands in the middle of them, but for one thing: who has
+//! confirmed is never taken for granted.
 
 use std::collections::BTreeSet;
 
