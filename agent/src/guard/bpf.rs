@@ -259,7 +259,9 @@ mod tests {
         std::thread::sleep(Duration::from_millis(50));
         sender.kill().and_then(|()| sender.wait()).expect("ends");
         // Its `sleep` may be there for a moment.
-        while std::fs::remove_dir(&cgroup).is_err() {
+        let limit = SystemClock.now() + Duration::from_secs(10);
+        while let Err(error) = std::fs::remove_dir(&cgroup) {
+            assert!(SystemClock.now() < limit, "{}: {error}", cgroup.display());
             std::thread::sleep(Duration::from_millis(5));
         }
         drop(gate);
