@@ -7,14 +7,13 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use trunkline_common::Clock;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
-use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_router::table::RouteTable;
 
 use crate::executor::{ProcessId, SimClock};
 use crate::scenario::End;
 use crate::server::{self, Written};
-use crate::stage::{Stage, host_of};
+use crate::stage::{Stage, host_of, paths};
 
 /// As long without a word of the DCS, and only proven leaders get new sessions.
 const STALE_AFTER: Duration = Duration::from_secs(3);
@@ -58,7 +57,7 @@ impl Router {
         process: ProcessId,
         link: trunkline_common::dcs::memory::MemoryDcs<SimClock>,
     ) -> Self {
-        let store = ClusterStore::new(link, Paths::new("service", "sim"));
+        let store = ClusterStore::new(link, paths());
         let knowledge = Follower::spawn(store, clock.clone());
         let (publish, tables) = watch::channel(Arc::new(RouteTable::unknown()));
         let routing = stage.clone();

@@ -35,6 +35,8 @@ pub struct Judge {
     pub reigns: u64,
     /// The newest reign under which a write was acknowledged, and on which host.
     newest: Option<(Reign, usize)>,
+    /// The host that began to take writes last.
+    pub began_last: Option<usize>,
     /// Acknowledged writes must survive every failover.
     pub keeps_all: bool,
     /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
@@ -75,13 +77,9 @@ impl Judge {
             self.check_kept(now, name, wal);
         }
         self.reigns += 1;
+        self.began_last = Some(host);
         tracing::info!("JUDGE {name} (host {host}) takes writes, reign {}, WAL {}", self.reigns, wal.end());
         Reign(self.reigns)
-    }
-
-    /// Where a client's write was acknowledged last.
-    pub fn newest_host(&self) -> Option<usize> {
-        self.newest.map(|(_, host)| host)
     }
 
     /// A server begins to take writes at `own`, and `known` is the last position that the store has of a leader; nobody

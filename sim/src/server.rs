@@ -290,7 +290,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on.
-    let failsafe = stage.key("failsafe").is_some() && stage.judge(|judge, _| judge.newest_host()) == Some(host);
+    let failsafe = stage.key("failsafe").is_some() && stage.judge(|judge, _| judge.began_last) == Some(host);
     let holder = stage.holder().or_else(|| failsafe.then(|| name(host).0));
     let initialised = is_initialised(stage);
     // A switchover may have to do with a candidate that is behind.

@@ -9,6 +9,7 @@ use rand::Rng;
 use serde_json::Value;
 use trunkline_common::MemberName;
 use trunkline_common::dcs::memory::MemoryDcs;
+use trunkline_common::dcs::paths::Paths;
 
 use crate::executor::{Executor, SimClock};
 use crate::guard::ModelGuard;
@@ -156,6 +157,11 @@ impl Stage {
         let key = self.0.store.peek("/service/sim/leader").entries.into_iter().next()?;
         String::from_utf8(key.value).ok()
     }
+}
+
+/// Where the store has the cluster's keys.
+pub fn paths() -> Paths {
+    Paths::new("service", "sim")
 }
 
 /// The name of a host's member.

@@ -13,12 +13,11 @@ use trunkline_agent::guard::Guard;
 use trunkline_agent::ha::{Ha, Parts};
 use trunkline_agent::node::{Board, Command, RestartFilter};
 use trunkline_agent::postgres::PgRole;
-use trunkline_common::Clock;
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::memory::MemoryDcs;
-use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::{Clock, ClusterView};
 use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::{Env, Local, PostgresConfig, Settings, merge};
 
@@ -29,7 +28,7 @@ use crate::peers::{Api, ModelPeers};
 use crate::postgres::{HALF_REWOUND, ModelPostgres};
 use crate::scenario::{Aim, End, Fault, Scenario};
 use crate::server::{self, Server};
-use crate::stage::{Stage, host_of, name};
+use crate::stage::{Stage, host_of, name, paths};
 
 /// What became of a world.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -269,7 +268,7 @@ impl World {
         let process = self.stage.executor().process(name(host).0);
         let clock = self.clock(host, process);
         let link = self.stage.store().client_with(clock.clone());
-        let store = ClusterStore::new(link.clone(), Paths::new("service", "sim"));
+        let store = ClusterStore::new(link.clone(), paths());
         let local = self.hosts.lock()[host].local.clone();
         let (config, _) = PostgresConfig::effective(&local, &Settings::default());
         let postgres = ModelPostgres::new(&self.stage, host, clock.clone(), config);
@@ -360,7 +359,7 @@ impl World {
     fn watch_timeline(&self) {
         let executor = self.stage.executor();
         let clock = SimClock::new(executor, self.process, Drift::default(), Arc::default());
-        let store = ClusterStore::new(self.stage.store().client(), Paths::new("service", "sim"));
+        let store = ClusterStore::new(self.stage.store().client(), paths());
         let mut knowledge = Follower::spawn(store, clock);
         let stage = self.stage.clone();
         executor.spawn(self.process, async move {
@@ -604,7 +603,7 @@ impl World {
 
     /// The store as an operator reaches it.
     fn store(&self) -> ClusterStore<MemoryDcs<SimClock>> {
-        ClusterStore::new(self.stage.store().client(), Paths::new("service", "sim"))
+        ClusterStore::new(self.stage.store().client(), paths())
     }
 
     async fn command(&self, node: usize, command: Command) {
@@ -616,6 +615,7 @@ impl World {
     /// Whether somebody leads, and what is not as it should be.
     fn unwell(&self) -> (bool, Option<String>) {
         let Some(leader) = self.stage.holder() else { return (false, Some("nobody holds the leader key".to_owned())) };
+        let members = self.view().members;
         let reclones = self.scenario.settings["postgresql"]["remove_data_directory_on_rewind_failure"] == json!(true);
         let fills = self.scenario.events.iter().any(|event| matches!(event.what, Fault::DiskFull { .. }));
         let rewinds = self.scenario.settings["postgresql"]["use_pg_rewind"] != json!(false);
@@ -629,6 +629,9 @@ impl World {
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
             for server in servers.iter().filter(|server| server.name.0 != leader) {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
+                if !members.contains_key(&server.name) {
+                    return (true, Some(format!("{} is no member", server.name)));
+                }
                 let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
                 if follows && data.wal.is_prefix_of(wal) {
                     continue;
@@ -649,15 +652,19 @@ impl World {
         })
     }
 
+    /// What the store has of the cluster, whoever can read it.
+    fn view(&self) -> ClusterView {
+        let paths = paths();
+        codec::view(&paths, &self.stage.store().peek(paths.prefix()), None)
+    }
+
     /// A healthy cluster carries out a switchover, also where it comes right after one that it has to refuse.
     fn check_switchover(&self) -> Result<(), Livelock> {
-        let store = self.store();
-        let read = || codec::view(store.paths(), &self.stage.store().peek(store.paths().prefix()), None);
-        if read().settings.failsafe_mode {
+        if self.view().settings.failsafe_mode {
             // A promise not to lead outlasts the trouble that it was given for.
             self.go_on(self.stage.executor().now() + Duration::from_secs(21))?;
         }
-        let view = read();
+        let view = self.view();
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
         let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
         let candidate = self.stage.servers(|servers| {
