@@ -14,7 +14,7 @@ use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode, step_down_margin};
 use super::situation::DivergenceState;
-use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, TaskKind};
+use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, StandbyNames, TaskKind};
 use super::{Ha, Next, sync};
 use crate::peer::Peers;
 use crate::postgres::{CustomBootstrap, PgStatus, Postgres, StartAs};
@@ -129,6 +129,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 if let Some(write) = write {
                     view.sync = written(&self.me.name, &write, revision);
+                    self.memory.sync_settled = true;
                 }
                 // A request that this fulfils is cleared once writes go on: the leader finds it out of date.
                 self.view = Some(Arc::new(view));
@@ -254,6 +255,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     let mut written_view = (*view).clone();
                     written_view.sync = written(&self.me.name, &write, revision);
                     self.view = Some(Arc::new(written_view));
+                    self.memory.sync_settled = true;
                 }
                 Ok(Outcome::Conflict) => {
                     info!("the sync key has changed; not promoting on an old list");
@@ -261,6 +263,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 Err(error) => {
                     warn!("the sync key could not be written; not promoting: {error}");
+                    self.memory.sync_settled = false;
                     return Next::Wait;
                 }
             }
@@ -335,10 +338,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// `synchronous_standby_names` for a start. A primary that comes back in place must wait for exactly those that the
     /// `sync` key promises to have everything; a standby waits for nobody.
-    pub(super) fn names_at_start(&self, role: &StartAs) -> String {
+    pub(super) fn names_at_start(&self, role: &StartAs) -> StandbyNames {
         match (&self.view, role) {
-            (Some(view), StartAs::Primary) => sync::names_in_key(view, &self.me.name, &self.configured_names()),
-            _ => String::new(),
+            (Some(view), StartAs::Primary) => StandbyNames {
+                text: sync::names_in_key(view, &self.me.name, &self.configured_names()),
+                settle: sync::settle(view).filter(|_| !self.memory.sync_settled),
+            },
+            _ => StandbyNames::default(),
         }
     }
 

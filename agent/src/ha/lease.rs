@@ -52,6 +52,12 @@ impl Session {
         self.lease.filter(|_| self.leading).map(|lease| lease.until)
     }
 
+    /// Until when a server here may take writes: as leader, or in a cluster that is being made.
+    fn writes_until(&self) -> Option<Instant> {
+        let bootstrap = self.lease.filter(|_| self.bootstrapping).map(|lease| lease.until);
+        self.leader_until().max(bootstrap)
+    }
+
     /// A server here may take writes because of the lease.
     fn writes(&self) -> bool {
         self.leading || self.bootstrapping
@@ -153,16 +159,17 @@ impl LeaseHandle {
         });
     }
 
-    /// Whether a server here may take writes now: the key is ours with time left, or an operator has taken over.
+    /// Whether a server here may take writes now: the key or the right to make a cluster is ours with time left, or an
+    /// operator has taken over.
     pub fn may_write(&self, now: Instant) -> bool {
-        self.timing.borrow().pause || self.session().leader_until().is_some_and(|until| now < until)
+        self.timing.borrow().pause || self.session().writes_until().is_some_and(|until| now < until)
     }
 
     /// Returns when a server here must not take writes (any more).
     pub async fn must_not_write<C: Clock>(&self, clock: &C) {
         let mut session = self.subscribe();
         loop {
-            let until = session.borrow_and_update().leader_until();
+            let until = session.borrow_and_update().writes_until();
             if !self.may_write(clock.now()) {
                 return;
             }

@@ -116,6 +116,9 @@ pub struct Memory {
     pub must_not_lead: Option<String>,
     /// Position of the primary when each name of `synchronous_standby_names` came into force there.
     pub sync_since: BTreeMap<String, Lsn>,
+    /// Every write of the `sync` key by this agent was answered; not so before the first one, which an earlier agent may
+    /// have left unanswered.
+    pub sync_settled: bool,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,
     /// Our word to a leader that lost the DCS.

@@ -27,8 +27,9 @@ pub enum SyncStep {
     Names(String, String),
 }
 
-/// What a node writes to `sync` as it becomes leader: itself, and in strict mode the standbys that it will wait for.
-/// `None`: nothing to write.
+/// What a node writes to `sync` as it becomes leader: itself, and in strict mode the standbys that it will wait for; also
+/// where the key says just that, so that nothing older can be carried out any more (see [`settle`]). `None`: nothing to
+/// write, or written with the leader key.
 pub fn on_promotion(view: &ClusterView, me: &MemberName) -> Option<SyncWrite> {
     let seen = view.sync.revision;
     if view.settings.synchronous_mode == SynchronousMode::Off {
@@ -38,13 +39,29 @@ pub fn on_promotion(view: &ClusterView, me: &MemberName) -> Option<SyncWrite> {
         // The same votes, and the one before is one of the voters now. Left as it was, the key would say that the one
         // before has every commit, which ends with the first commit of this one.
         let others: Vec<String> = before(view).into_iter().filter(|name| !me.matches(name)).collect();
-        let unchanged = view.sync.leader.as_ref() == Some(me);
+        let unchanged = view.sync.leader.as_ref() == Some(me) && written_in_this_reign(view);
         let value = || Some(key(me.as_str(), view.sync.quorum as usize, &others));
         return (!unchanged).then(|| SyncWrite { value: value(), seen });
     }
-    let standbys = inherited(view, me);
-    let unchanged = view.sync.leader.as_ref() == Some(me) && view.sync.standbys == standbys;
+    // What mode `quorum` left behind: not each of those named has every commit.
+    let by_votes = view.sync.quorum > 0;
+    let standbys = if by_votes { Vec::new() } else { inherited(view, me) };
+    let unchanged =
+        view.sync.leader.as_ref() == Some(me) && view.sync.standbys == standbys && written_in_this_reign(view);
     (!unchanged).then(|| SyncWrite { value: Some(key(me.as_str(), 0, &standbys)), seen })
+}
+
+fn written_in_this_reign(view: &ClusterView) -> bool {
+    view.leader.as_ref().is_some_and(|leader| leader.created <= view.sync.revision)
+}
+
+/// The `sync` key as it is, to be written once more: a write whose answer never came names the revision that it was to
+/// replace, and comes to nothing after this one. Otherwise it might add to the key, much later, somebody whom a server that
+/// is started by the key of now does not wait for. `None` where nothing is promised.
+pub fn settle(view: &ClusterView) -> Option<SyncWrite> {
+    let sync = &view.sync;
+    let leader = sync.leader.as_ref().filter(|_| view.settings.synchronous_mode != SynchronousMode::Off)?;
+    Some(SyncWrite { value: Some(key(leader.as_str(), sync.quorum as usize, &sync.standbys)), seen: sync.revision })
 }
 
 /// `synchronous_standby_names` at the moment of promotion: whom the first commits wait for.

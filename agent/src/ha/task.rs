@@ -3,6 +3,7 @@
 //! While a task runs the loop goes on listening and the keeper goes on renewing; nothing else is decided.
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -10,7 +11,7 @@ use tokio::sync::oneshot;
 use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, Status};
 use trunkline_common::dcs::codec;
-use trunkline_common::dcs::store::{ClusterStore, Outcome};
+use trunkline_common::dcs::store::{ClusterStore, Outcome, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
 use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, SystemId, TimelineId};
 use trunkline_config::dynamic::{Settings, SynchronousMode};
@@ -97,6 +98,15 @@ impl From<PgError> for TaskEnd {
     }
 }
 
+/// Whom commits wait for from the start of a server on.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StandbyNames {
+    /// `synchronous_standby_names`.
+    pub text: String,
+    /// To be written before: the `sync` key that this follows from (see [`super::sync::settle`]).
+    pub settle: Option<SyncWrite>,
+}
+
 /// What tasks need of the node.
 #[derive(Debug, Clone)]
 pub struct Hands<D, P, C, R> {
@@ -148,14 +158,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             None => {
                 self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
                 self.still_bootstraps(lease)?;
-                self.postgres.start(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
+                self.start_server(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
             }
-            Some(method) => self.postgres.restore(method.clone()).await.map_err(pg)?,
+            Some(method) => self.while_it_may(self.postgres.restore(method.clone())).await.map_err(pg)?,
         }
         self.still_bootstraps(lease)?;
         self.postgres.create_users(plan.post_bootstrap.clone()).await.map_err(pg)?;
         if plan.method.is_some() {
-            self.postgres.end_restore().await.map_err(pg)?;
+            self.while_it_may(self.postgres.end_restore()).await.map_err(pg)?;
         }
         let status = self.postgres.observe(Duration::from_secs(5)).await;
         let crate::postgres::PgStatus::Running(running) = status else {
@@ -228,10 +238,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
-    /// Starts the server. `names` is `synchronous_standby_names` from the first moment on: whoever may have been promised
-    /// to have every commit must be waited for, and a standby must not bring somebody else's list along.
-    pub async fn start(self, role: StartAs, names: String, limit: Duration, event: Option<&'static str>) -> TaskEnd {
-        if let Err(error) = self.postgres.set_synchronous_standby_names(names).await {
+    /// Starts the server, with `names` from the first moment on: whoever may have been promised to have every commit must
+    /// be waited for, and a standby must not bring somebody else's list along.
+    pub async fn start(
+        self,
+        role: StartAs,
+        names: StandbyNames,
+        limit: Duration,
+        event: Option<&'static str>,
+    ) -> TaskEnd {
+        if let Err(error) = self.set_names(names).await {
             return error.into();
         }
         let primary = role == StartAs::Primary;
@@ -247,7 +263,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     }
 
     /// Stops in order and starts again in the same role.
-    pub async fn restart(self, role: StartAs, names: String, limit: Duration) -> TaskEnd {
+    pub async fn restart(self, role: StartAs, names: StandbyNames, limit: Duration) -> TaskEnd {
         // Nothing else is decided meanwhile, not even a failover to this node.
         let limit_of_checkpoint = Duration::from_secs(300);
         if let Err(error) = self.postgres.checkpoint(limit_of_checkpoint).await {
@@ -256,7 +272,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         if let Err(error) = self.postgres.stop(StopMode::Fast, limit.max(START_LIMIT), None).await {
             return error.into();
         }
-        if let Err(error) = self.postgres.set_synchronous_standby_names(names).await {
+        if let Err(error) = self.set_names(names).await {
             return error.into();
         }
         let primary = role == StartAs::Primary;
@@ -269,26 +285,42 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
-    /// Starts the server; one that takes writes only while it may. The key can be lost at any time: a fence finds nothing
-    /// to kill where there is no postmaster yet, and nobody else looks while a task runs.
-    async fn start_server(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
-        if role != StartAs::Primary {
-            return self.postgres.start(role, limit).await;
+    async fn set_names(&self, names: StandbyNames) -> Result<(), PgError> {
+        if let Some(write) = names.settle {
+            match self.store.put_sync(write).await {
+                Ok(Outcome::Done(_)) => {}
+                Ok(Outcome::Conflict) => return Err(PgError::Failed("the sync key has changed meanwhile".to_owned())),
+                Err(error) => return Err(PgError::Failed(format!("the sync key could not be settled: {error}"))),
+            }
         }
+        self.postgres.set_synchronous_standby_names(names.text).await
+    }
+
+    /// Starts the server; one that takes writes only while it may.
+    async fn start_server(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
+        match role {
+            StartAs::Primary => self.while_it_may(self.postgres.start(role, limit)).await,
+            StartAs::Standby(_) => self.postgres.start(role, limit).await,
+        }
+    }
+
+    /// Work that brings up a server that takes writes. The right to that can be lost at any time: a fence finds nothing to
+    /// kill where there is no postmaster yet, and nobody else looks while a task runs.
+    async fn while_it_may(&self, work: impl Future<Output = Result<(), PgError>>) -> Result<(), PgError> {
         if self.lease.may_write(self.clock.now()) {
-            let started = tokio::select! {
+            let done = tokio::select! {
                 biased;
                 () = self.lease.must_not_write(&self.clock) => None,
-                started = self.postgres.start(role, limit) => Some(started),
+                done = work => Some(done),
             };
-            if let Some(started) = started
+            if let Some(done) = done
                 && self.lease.may_write(self.clock.now())
             {
-                return started;
+                return done;
             }
             self.postgres.stop(StopMode::Immediate, Duration::from_secs(5), None).await?;
         }
-        Err(PgError::Failed("the leader key was lost, so this server must not take writes".to_owned()))
+        Err(PgError::Failed("this node has lost its right to take writes".to_owned()))
     }
 
     /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
@@ -445,7 +477,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             Ok(copied) if copied.is_empty() => TaskEnd::Done,
             Ok(copied) => {
                 info!("logical slots copied from the primary: {}", copied.join(", "));
-                self.start(StartAs::Standby(upstream), String::new(), START_LIMIT, None).await
+                self.start(StartAs::Standby(upstream), StandbyNames::default(), START_LIMIT, None).await
             }
             Err(error) => error.into(),
         }

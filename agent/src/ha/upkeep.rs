@@ -300,6 +300,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         match self.parts.store.put_sync(write.clone()).await {
             Ok(Outcome::Done(revision)) => {
                 info!("sync key updated: {why}");
+                self.memory.sync_settled = true;
                 // The watch brings the new revision in a moment, and with it the next step. A server that has to be started
                 // before that must already wait for whom the key names.
                 if let Some(view) = &self.view {
@@ -314,6 +315,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             Err(error) => {
                 warn!("the sync key could not be written: {error}");
+                self.memory.sync_settled = false;
                 Next::Wait
             }
         }

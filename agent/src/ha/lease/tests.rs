@@ -290,6 +290,24 @@ async fn who_may_write_is_told_when_that_ends() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_makes_a_cluster_may_write_as_long_as_its_lease_lives() {
+    let bench = leading().await;
+    bench.handle.resign();
+    assert!(!bench.handle.may_write(bench.clock.now()));
+    let lease = bench.handle.session().lease.unwrap();
+    assert!(bench.handle.bootstrap(lease));
+    bench.live(TTL * 2).await;
+    assert!(bench.handle.may_write(bench.clock.now()));
+    let told = bench.handle.must_not_write(&bench.clock);
+    let (told, ()) = tokio::join!(tokio::time::timeout(TTL * 3, told), async {
+        bench.dcs.client().revoke(lease.id).await.unwrap();
+        bench.live(TTL * 2).await;
+    });
+    told.unwrap();
+    assert!(!bench.handle.may_write(bench.clock.now()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_is_disowned_is_fenced_soon_and_who_never_led_is_not() {
     let bench = leading().await;
     bench.handle.disown(bench.clock.now());

@@ -1,8 +1,8 @@
 //! The steps of synchronous mode, and the promise they keep: whoever the key names has every acknowledged commit.
 
 use proptest::prelude::*;
-use trunkline_common::cluster::{Member, SyncState};
-use trunkline_common::{Revision, SystemId, TimelineId};
+use trunkline_common::cluster::{LeaderKey, Member, SyncState};
+use trunkline_common::{LeaseId, Revision, SystemId, TimelineId};
 
 use super::*;
 use crate::postgres::PgRole;
@@ -169,13 +169,52 @@ fn a_leader_by_votes_waits_for_as_many_as_leave_no_majority_without_one() {
     };
     assert_eq!(written(1, &["b", "c"], "b"), json!({ "leader": "b", "quorum": 1, "sync_standby": "a,c" }));
     assert_eq!(written(1, &["b", "c"], "d"), json!({ "leader": "d", "quorum": 1, "sync_standby": "a,b,c" }));
-    assert_eq!(written(1, &["b", "c"], "a"), json!(null), "nobody has led since");
+    assert_eq!(written(1, &["b", "c"], "a"), json!({ "leader": "a", "quorum": 1, "sync_standby": "b,c" }));
     let in_place = |view: ClusterView| names_in_key(&view, &"a".into(), "");
     assert_eq!(in_place(quorum("a", 1, &["b", "c"])), "ANY 1 (b,c)");
     assert_eq!(in_place(quorum("b", 1, &["a", "c"])), "ANY 1 (b,c)", "promoted, and not on the key yet");
     let mut strict = quorum("a", 0, &[]);
     strict.settings.synchronous_mode_strict = true;
     assert_eq!(in_place(strict), format!("ANY 1 ({STRICT_PLACEHOLDER})"));
+}
+
+#[test]
+fn whoever_leads_after_quorum_mode_promises_nothing_of_those_who_had_votes() {
+    let mut on = quorum("a", 1, &["b", "c-1"]);
+    on.settings.synchronous_mode = SynchronousMode::On;
+    on.settings.synchronous_mode_strict = true;
+    for me in ["a", "b"] {
+        let written = on_promotion(&on, &me.into()).and_then(|write| write.value);
+        assert_eq!(written, Some(json!({ "leader": me, "quorum": 0, "sync_standby": null })));
+    }
+    assert_eq!(names_on_promotion(&on, &"b".into(), ""), "2 (a,\"c-1\")", "commits wait for them nevertheless");
+}
+
+#[test]
+fn nothing_older_is_carried_out_after_a_start() {
+    let written = |view: &ClusterView| on_promotion(view, &"a".into()).map(|write| (write.seen, write.value.unwrap()));
+    for (mut view, quorum) in [(view(&[]), 0), (quorum("a", 1, &["b", "c-1"]), 1)] {
+        let listed = if quorum == 0 { json!(null) } else { json!("b,c-1") };
+        let key = json!({ "leader": "a", "quorum": quorum, "sync_standby": listed });
+        let once_more = Some((Revision(9), key.clone()));
+        assert_eq!(written(&view), once_more, "an older write may be on its way");
+        let leader = |revision| LeaderKey {
+            name: "a".into(),
+            lease: LeaseId(1),
+            created: Revision(revision),
+            modified: Revision(revision),
+        };
+        view.leader = Some(leader(9));
+        assert_eq!(written(&view), None, "written with the leader key");
+        view.leader = Some(leader(10));
+        assert_eq!(written(&view), once_more, "written by whoever led before");
+        assert_eq!(settle(&view), Some(SyncWrite { value: Some(key), seen: Revision(9) }));
+        view.settings.synchronous_mode = SynchronousMode::Off;
+        assert_eq!(settle(&view), None);
+    }
+    let mut new = view(&[]);
+    new.sync = SyncState::default();
+    assert_eq!(settle(&new), None, "nothing is promised");
 }
 
 #[test]
