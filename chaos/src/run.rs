@@ -57,8 +57,8 @@ pub struct Args {
 }
 
 impl Args {
-    fn allowed(&self) -> Allowed {
-        Allowed { clock: !self.no_clock, synchronous_mode: self.asynchronous }
+    fn allowed(&self, fenced: bool) -> Allowed {
+        Allowed { clock: !self.no_clock, synchronous_mode: self.asynchronous, frozen_nodes: fenced }
     }
 }
 
@@ -68,19 +68,18 @@ impl Args {
 /// The run could not be made.
 pub async fn run(args: Args) -> Result<bool> {
     let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
-    let drawn = Draw::new(seed, args.allowed());
     if let Some(count) = args.print {
-        for episode in drawn.take(count) {
+        for episode in Draw::new(seed, args.allowed(true)).take(count) {
             println!("{}", schedule::line(&episode));
         }
         return Ok(true);
     }
-    let (episodes, limit): (Box<dyn Iterator<Item = Episode>>, Option<Duration>) = match &args.schedule {
+    let scheduled = match &args.schedule {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-            (Box::new(schedule::parse(&text)?.into_iter()), None)
+            Some(schedule::parse(&text)?)
         }
-        None => (Box::new(drawn), Some(Duration::from_secs(60 * args.minutes))),
+        None => None,
     };
     let preload = if args.no_clock { None } else { world::faketime() };
     let what = match &args.schedule {
@@ -100,7 +99,7 @@ pub async fn run(args: Args) -> Result<bool> {
         world.lab().keep();
     }
     let supervisor = tokio::spawn(world.clone().supervise());
-    let outcome = play(&world, settings, seed, episodes, limit).await;
+    let outcome = play(&world, settings, seed, scheduled, &args).await;
     supervisor.abort();
     let _ = supervisor.await;
 
@@ -118,13 +117,21 @@ async fn play(
     world: &Arc<World>,
     settings: Settings,
     seed: u64,
-    episodes: impl Iterator<Item = Episode>,
-    limit: Option<Duration>,
+    scheduled: Option<Vec<Episode>>,
+    args: &Args,
 ) -> Result<Report> {
     let start = wait::until("a whole cluster", START_LIMIT, async || world.whole(settings.synchronous).await);
     let leader = start.await?;
     let ready = wait::until("the routers", START_LIMIT, async || routed(world).await);
     ready.await?;
+    let fence = world.fence(leader).await?;
+    if let Err(why) = &fence {
+        println!("chaos: no egress fence here ({why}): nodes are not frozen as a whole, unless a schedule says so");
+    }
+    let (episodes, limit): (Box<dyn Iterator<Item = Episode>>, Option<Duration>) = match scheduled {
+        Some(episodes) => (Box::new(episodes.into_iter()), None),
+        None => (Box::new(Draw::new(seed, args.allowed(fence.is_ok()))), Some(Duration::from_secs(60 * args.minutes))),
+    };
     let recorder = Recorder::new(world, leader);
     let workload = Workload::start(world, &recorder, seed).await?;
     let began = world.journal().now();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal};
+use trunkline_agent::lab::cgroup::Cgroup;
 use trunkline_agent::lab::cluster::Members;
 use trunkline_agent::lab::process::{self, Proc};
 use trunkline_agent::lab::tools::own_program;
@@ -76,6 +77,8 @@ pub struct Host {
     /// Its file system: everything that runs on it works in here.
     pub dir: PathBuf,
     program: Program,
+    /// Of a node, where there can be one: what the egress fence is attached to, and what freezes all of it at once.
+    cgroup: Option<Cgroup>,
     unit: Mutex<Unit>,
 }
 
@@ -133,7 +136,13 @@ impl World {
                 fs::write(dir.join(CLOCK_FILE), "+0s\n")?;
                 program.env.extend(clock_environment(preload, &dir.join(CLOCK_FILE)));
             }
-            hosts.push(Host { name, ip, kind, dir, program, unit: Mutex::default() });
+            let cgroup = match kind {
+                Kind::Node(_) => {
+                    lab.cgroup(&name).inspect_err(|error| journal.note(&format!("{name}: {error:#}"))).ok()
+                }
+                _ => None,
+            };
+            hosts.push(Host { name, ip, kind, dir, program, cgroup, unit: Mutex::default() });
         }
         Ok(Arc::new(Self { lab, network: Mutex::new(network), hosts, journal }))
     }
@@ -160,7 +169,10 @@ impl World {
             unit.hold = unit.hold.max(now + RESTART_AFTER);
         }
         if unit.proc.is_none() && now >= unit.hold {
-            let command = self.lab.command(&host.program, &host.dir)?;
+            let command = match &host.cgroup {
+                Some(cgroup) => self.lab.command_in(cgroup, &host.program, &host.dir)?,
+                None => self.lab.command(&host.program, &host.dir)?,
+            };
             let proc = self.network.lock().on(at, || self.lab.spawn(&host.name, command));
             unit.hold = now + RESTART_AFTER;
             unit.proc = Some(proc?);
@@ -214,12 +226,26 @@ impl World {
 
     /// Stops processes of a host without ending them.
     pub fn freeze(&self, host: usize, part: Part) {
-        self.signal_part(&self.hosts[host], part, Signal::STOP);
+        let host = &self.hosts[host];
+        match &host.cgroup {
+            Some(cgroup) if part == Part::Host => self.report(host, cgroup.freeze(true)),
+            _ => self.signal_part(host, part, Signal::STOP),
+        }
     }
 
     /// Lets all processes of a host go on.
     pub fn thaw(&self, host: usize) {
-        process::signal_below(&self.hosts[host].dir, Signal::CONT);
+        let host = &self.hosts[host];
+        if let Some(cgroup) = &host.cgroup {
+            self.report(host, cgroup.freeze(false));
+        }
+        process::signal_below(&host.dir, Signal::CONT);
+    }
+
+    fn report(&self, host: &Host, done: Result<()>) {
+        if let Err(error) = done {
+            self.journal.note(&format!("{}: {error:#}", host.name));
+        }
     }
 
     fn signal_part(&self, host: &Host, part: Part, signal: Signal) {
@@ -333,6 +359,16 @@ impl World {
         let health = rest::get(self.address(Kind::Node(leader), REST_PORT), "/primary").await?;
         ensure!(health.status == 200, "{} is not primary", names[leader]);
         Ok(leader)
+    }
+
+    /// Whether the kernel lets no packet of this node's PostgreSQL out after the lease, and why not.
+    ///
+    /// # Errors
+    /// Its agent does not answer.
+    pub async fn fence(&self, node: usize) -> Result<Result<(), String>> {
+        let status = rest::get(self.address(Kind::Node(node), REST_PORT), "/patroni").await?;
+        let egress = status.body["guard"]["egress"].as_str().unwrap_or("unknown");
+        Ok(if egress == "armed" { Ok(()) } else { Err(egress.to_owned()) })
     }
 
     /// Which etcd member leads, by asking each.

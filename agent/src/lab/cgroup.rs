@@ -17,18 +17,18 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// A new one below the caller's.
+    /// A new one below the caller's, which has none of this name yet.
     ///
     /// # Errors
     /// The caller is not root, or there are no cgroups of version 2 that can be made.
-    pub fn new(name: &str, owner: (u32, u32)) -> Result<Self> {
+    pub(super) fn new(name: &str, owner: (u32, u32)) -> Result<Self> {
         ensure!(rustix::process::geteuid().is_root(), "cgroups of nodes need root");
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).and_then(|line| line.split(' ').nth(4));
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("in no cgroup of version 2")?;
         let parent = Path::new(mount.context("cgroup v2 is not mounted")?).join(own);
-        let dir = parent.join(format!("trunkline-lab-{}-{name}", std::process::id()));
+        let dir = parent.join(name);
         fs::create_dir(&dir).with_context(|| format!("{}", dir.display()))?;
         let cgroup = Self { dir };
         for file in ["", "cgroup.procs", "cgroup.subtree_control"] {

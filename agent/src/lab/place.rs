@@ -1,5 +1,6 @@
 //! Where a lab is: a directory, a block of ports and the user its servers run as.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
@@ -142,7 +143,9 @@ impl Lab {
     /// It can't be made: the caller is not root, or there is no cgroup v2.
     pub fn cgroup(&self, name: &str) -> Result<Cgroup> {
         let user = self.0.user.as_ref().context("cgroups of nodes need root")?;
-        Cgroup::new(name, (user.uid, user.gid))
+        // The place's name is nobody else's, in whatever namespace this runs.
+        let place = self.0.dir.file_name().unwrap_or_default().to_string_lossy();
+        Cgroup::new(&format!("{place}-{name}"), (user.uid, user.gid))
     }
 
     /// [`Lab::command`] in a cgroup, with the capabilities that the egress fence needs and no others.
@@ -154,14 +157,15 @@ impl Lab {
         let plain = self.command(program, cwd)?;
         let mut command = Command::new("setpriv");
         command.arg(format!("--reuid={}", user.uid)).arg(format!("--regid={}", user.gid)).arg("--clear-groups");
-        command.args(["--inh-caps=+bpf,+net_admin", "--ambient-caps=+bpf,+net_admin", "--"]);
-        command.arg(plain.get_program()).args(plain.get_args()).current_dir(cwd);
+        command.args(["--inh-caps=+bpf,+net_admin", "--ambient-caps=+bpf,+net_admin", "--", "env"]);
+        // By `env`, as the user: a library that is loaded before all others is not for setpriv, which begins as root.
         for (key, value) in plain.get_envs() {
             match value {
-                Some(value) => command.env(key, value),
+                Some(value) => command.arg([key, "=".as_ref(), value].into_iter().collect::<OsString>()),
                 None => command.env_remove(key),
             };
         }
+        command.arg(plain.get_program()).args(plain.get_args()).current_dir(cwd);
         cgroup.enter(&mut command)?;
         Ok(command)
     }
