@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::env::Env;
 use crate::local::{self, Ctl, Etcd};
 use crate::port::{read_ports, read_silence};
@@ -26,6 +28,8 @@ pub struct RouterConfig {
     pub etcd: Etcd,
     /// Certificates for the members' REST APIs.
     pub ctl: Ctl,
+    /// Members that are asked who leads where etcd has never been reached.
+    pub members: Vec<KnownMember>,
     /// The ports applications connect to; never empty, names unique.
     pub ports: Vec<Port>,
     /// Where `/metrics`, `/health` … listen, `host:port`; none = nowhere.
@@ -38,6 +42,17 @@ pub struct RouterConfig {
     pub log: crate::local::Log,
 }
 
+/// A member that is known without etcd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownMember {
+    /// Its name.
+    pub name: String,
+    /// Its REST API: `http(s)://host:port`.
+    pub api_url: String,
+    /// Its server: `host:port`.
+    pub connect_address: String,
+}
+
 /// Bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -45,6 +60,8 @@ pub struct Limits {
     pub max_sessions: usize,
     /// Held connections at once, over all ports.
     pub max_held: usize,
+    /// Connections made at once to a server that is about to lead, for those that are held.
+    pub max_ahead: usize,
     /// `/ready` says no while more connections are held.
     pub ready_held: usize,
     /// How long a connection is held, where its port says nothing else.
@@ -63,6 +80,9 @@ pub struct Limits {
     pub server_silence: Option<Duration>,
     /// How old unconfirmed knowledge of the leader may be before new connections are held.
     pub stale_after: Duration,
+    /// How long a session may go on once its leader has announced a planned stop, where its transactions can be seen; 0: until
+    /// the server ends it.
+    pub switchover_budget: Duration,
     /// How long sessions may go on at shutdown.
     pub drain_timeout: Duration,
 }
@@ -72,6 +92,7 @@ impl Default for Limits {
         Self {
             max_sessions: 20_000,
             max_held: 10_000,
+            max_ahead: 16,
             ready_held: 5_000,
             hold_timeout: Duration::from_secs(30),
             release_rate: 2_000,
@@ -81,6 +102,7 @@ impl Default for Limits {
             client_silence: Some(Duration::from_secs(20)),
             server_silence: Some(Duration::from_secs(8)),
             stale_after: Duration::from_secs(5),
+            switchover_budget: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
         }
     }
@@ -107,7 +129,10 @@ impl RouterConfig {
 /// Others are for an agent that shares the environment.
 const VARIABLES: &[&str] = &["PATRONI_SCOPE", "PATRONI_NAMESPACE", "PATRONI_ETCD3_", "PATRONI_ETCD_", "PATRONI_LOG_"];
 
-const KNOWN: &[&str] = &["scope", "namespace", "etcd3", "etcd", "ctl", "ports", "admin", "threads", "limits", "log"];
+const KNOWN: &[&str] =
+    &["scope", "namespace", "etcd3", "etcd", "ctl", "members", "ports", "admin", "threads", "limits", "log"];
+
+const MEMBER: &str = "write - {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}";
 
 fn read(root: &Section<'_>) -> Option<RouterConfig> {
     root.unknown(KNOWN);
@@ -118,6 +143,7 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
     let namespace = local::read_namespace(root);
     let etcd = etcd::read(root, true);
     let ctl = local::read_ctl(root);
+    let members = read_members(root);
     let limits = read_limits(root);
     let ports = read_ports(root, &limits);
     let admin = read_admin(root);
@@ -134,12 +160,53 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
         namespace,
         etcd: etcd?,
         ctl,
+        members,
         ports: ports?,
         admin,
         threads: threads.unwrap_or(0),
         limits,
         log,
     })
+}
+
+/// `members`: a list, names unique.
+fn read_members(root: &Section<'_>) -> Vec<KnownMember> {
+    let items = match root.get("members") {
+        None => return Vec::new(),
+        Some(Value::Array(items)) => items,
+        Some(_) => {
+            root.wrong_with::<()>("members", "a list of members is expected", Some(MEMBER));
+            return Vec::new();
+        }
+    };
+    let mut members: Vec<KnownMember> = Vec::new();
+    for (position, item) in items.iter().enumerate() {
+        let path = format!("members[{position}]");
+        let Value::Object(map) = item else {
+            let expected = "a member is expected";
+            root.report().problem(&path, Some(item.to_string()), expected, Some(MEMBER.to_owned()));
+            continue;
+        };
+        let section = Section::at(map, path, root.report());
+        section.unknown(&["name", "api_url", "connect_address"]);
+        for key in ["name", "api_url", "connect_address"].into_iter().filter(|key| !section.has(key)) {
+            section.missing::<()>(key, "name, REST API and server are needed of a member", Some(MEMBER));
+        }
+        let (name, api_url) = (section.name("name"), section.text("api_url"));
+        let api_url = api_url.filter(|url| {
+            let known = url.starts_with("http://") || url.starts_with("https://");
+            known || section.wrong::<()>("api_url", "http://host:port or https://host:port is expected").is_some()
+        });
+        let (Some(name), Some(api_url), Some(connect_address)) = (name, api_url, section.address("connect_address"))
+        else {
+            continue;
+        };
+        if members.iter().any(|known| known.name == name) {
+            section.wrong::<()>("name", "is that of another member already");
+        }
+        members.push(KnownMember { name, api_url, connect_address });
+    }
+    members
 }
 
 /// `admin: {listen: …}`, or just the address.
@@ -161,6 +228,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
     section.unknown(&[
         "max_sessions",
         "max_held",
+        "max_ahead",
         "ready_held",
         "hold_timeout",
         "release_rate",
@@ -170,6 +238,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
         "client_silence",
         "server_silence",
         "stale_after",
+        "switchover_budget",
         "drain_timeout",
     ]);
     let number = |key: &str, least: i64, default: usize| {
@@ -181,6 +250,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
     Limits {
         max_sessions: number("max_sessions", 1, default.max_sessions),
         max_held,
+        max_ahead: number("max_ahead", 0, default.max_ahead),
         ready_held: number("ready_held", 0, max_held / 2),
         hold_timeout: duration("hold_timeout", default.hold_timeout),
         release_rate: u32::try_from(number("release_rate", 1, default.release_rate as usize)).unwrap_or(u32::MAX),
@@ -190,6 +260,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
         client_silence: read_silence(&section, "client_silence", default.client_silence),
         server_silence: read_silence(&section, "server_silence", default.server_silence),
         stale_after: some_time("stale_after", default.stale_after),
+        switchover_budget: duration("switchover_budget", default.switchover_budget),
         drain_timeout: duration("drain_timeout", default.drain_timeout),
     }
 }
@@ -383,6 +454,31 @@ router.yml: ports[6].server_tls.mode = \"prefer\": one of require, verify-ca, ve
 router.yml: ports[3].listen = \"0.0.0.0:2\": is that of ports[2] already
 router.yml: ports[4].listen = \"/run/a\": is that of ports[3] already";
         assert_eq!(load(&text).expect_err("wrong"), expected);
+    }
+
+    #[test]
+    fn members_that_are_known_without_etcd() {
+        let members = "members:
+- {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}
+- {name: pg2, api_url: 'https://db2:8008', connect_address: '[::1]:5433'}
+";
+        let (config, notices) = load(&format!("{MINIMAL}{members}")).expect("loads");
+        assert_eq!((config.members.len(), notices.len()), (2, 0));
+        assert_eq!(config.members[1].connect_address, "[::1]:5433");
+        let wrong = "members:
+- {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}
+- {name: pg1, api_url: 'http://10.0.0.2:8008', connect_address: '10.0.0.2:5432'}
+- {name: pg3, api_url: '10.0.0.3:8008', connect_address: '10.0.0.3'}
+- {name: pg4, connect_address: '10.0.0.4:5432'}
+- pg5
+";
+        let expected = "\
+router.yml: members[1].name = \"pg1\": is that of another member already
+router.yml: members[2].api_url = \"10.0.0.3:8008\": http://host:port or https://host:port is expected
+router.yml: members[2].connect_address = \"10.0.0.3\": host:port is expected, with a port from 1 to 65535
+router.yml: members[3].api_url: missing: name, REST API and server are needed of a member; write - {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}
+router.yml: members[4] = \"pg5\": a member is expected; write - {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}";
+        assert_eq!(load(&format!("{MINIMAL}{wrong}")).expect_err("wrong"), expected);
     }
 
     #[test]

@@ -115,6 +115,6 @@ mod tests {
         let client = tokio::net::TcpStream::from_std(OwnedFd::from(client).into()).unwrap();
         let permit = permit_now(&router, &listening).unwrap();
         let size = size_of_val(&session::serve(router.clone(), listening, client, Peer::Unix, permit));
-        assert!(size <= 1_024, "{size} bytes of a task");
+        assert!(size <= 704, "{size} bytes of a task");
     }
 }

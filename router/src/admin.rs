@@ -172,6 +172,7 @@ impl Admin {
         for (name, value) in [
             ("max_sessions", limits.max_sessions as f64),
             ("max_held", limits.max_held as f64),
+            ("max_ahead", limits.max_ahead as f64),
             ("ready_held", limits.ready_held as f64),
             ("release_rate", f64::from(limits.release_rate)),
             ("cancel_rate", f64::from(limits.cancel_rate)),
@@ -179,6 +180,7 @@ impl Admin {
             ("startup_timeout", limits.startup_timeout.as_secs_f64()),
             ("connect_timeout", limits.connect_timeout.as_secs_f64()),
             ("stale_after", limits.stale_after.as_secs_f64()),
+            ("switchover_budget", limits.switchover_budget.as_secs_f64()),
             ("drain_timeout", limits.drain_timeout.as_secs_f64()),
         ] {
             metrics.limits.with_label_values(&[name]).set(value);

@@ -7,6 +7,9 @@
 //! another one's key or an absent one, and then it is at once. An absent key says less where failsafe mode is on: its
 //! holder may lead on by the promise of all members. It is asked, and its sessions go on while it proves that.
 //!
+//! A DCS that has never been reached leaves nothing to go by but members that the configuration names; they are asked in the
+//! same way.
+//!
 //! The members' word also counts where the DCS names a leader whose record does not say `primary` yet: Patroni writes that
 //! seconds after the promotion.
 
@@ -18,7 +21,7 @@ use futures::future::join_all;
 use tokio::sync::watch;
 use tracing::{debug, info};
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_common::{Clock, Instant, MemberName};
+use trunkline_common::{Clock, ClusterView, Instant, MemberName};
 
 use crate::heard::{Answer, Heard, Reading};
 use crate::lag::Lags;
@@ -34,25 +37,38 @@ const PROBE_LIMIT: Duration = Duration::from_secs(1);
 const PROMOTION_PAUSE: Duration = Duration::from_millis(100);
 
 /// Publishes a table for every change of knowledge, until the sender of `knowledge` is gone.
-pub async fn run(router: Arc<Router>, prober: Prober, mut knowledge: watch::Receiver<Knowledge>) {
+/// `seed`: the members that are asked while the DCS has never been reached.
+pub async fn run(
+    router: Arc<Router>,
+    prober: Prober,
+    mut knowledge: watch::Receiver<Knowledge>,
+    seed: Option<ClusterView>,
+) {
+    let started = router.clock.now();
     let (mut heard, mut lags) = (Heard::default(), Lags::default());
     let mut measured = router.measured.subscribe();
     let mut asked_at = router.clock.now();
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = router.clock.now();
-        let stale_at = known.confirmed_at.map(|confirmed| confirmed + router.limits().stale_after);
-        let confirmed = stale_at.is_some_and(|stale| now < stale);
+        // Nothing is confirmed before the DCS has been read, but it is given its time.
+        let stale_at = Some(known.confirmed_at.unwrap_or(started) + router.limits().stale_after);
+        let fresh = stale_at.is_some_and(|stale| now < stale);
+        let confirmed = fresh && known.confirmed_at.is_some();
         let well = confirmed && known.trouble.is_none();
         let mut question = None;
-        if let Some(view) = &known.view {
-            let mut reading = heard.read(view, now, confirmed, well);
+        let reading = match (&known.view, &seed) {
+            (Some(view), _) => Some(heard.read(view, now, confirmed, well)),
+            (None, Some(seed)) if !fresh => Some(heard.read_seed(seed, now)),
+            (None, _) => None,
+        };
+        if let Some(mut reading) = reading {
             lags.complete(&mut reading.table, &reading.view, &measured.borrow_and_update(), now);
             router.publish(reading.table.clone());
             question = Question::of(&heard, reading, now, well);
         }
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
-        let stale_at = stale_at.filter(|_| confirmed);
+        let stale_at = stale_at.filter(|_| fresh);
         let wake = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
             biased;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use trunkline_common::cluster::LeaderKey;
 use trunkline_common::{ClusterView, Instant, LeaseId, Member, MemberName, Revision};
+use trunkline_config::router::KnownMember;
 
 use crate::table::RouteTable;
 
@@ -33,6 +34,8 @@ pub struct Heard {
     vacant: Option<Instant>,
     /// What the DCS said when it fell silent, while it is.
     silenced: Option<Subject>,
+    /// The DCS has not said anything yet; members are known from elsewhere.
+    seeded: bool,
     /// The DCS is back and says the same, which may be old.
     doubt: Option<Doubt>,
 }
@@ -77,7 +80,26 @@ pub struct Reading {
     pub table: RouteTable,
 }
 
+/// The members that are known without the DCS, none of whom leads until it proves it.
+pub fn seed(members: &[KnownMember]) -> ClusterView {
+    let member = |known: &KnownMember| {
+        let member = Member {
+            conn_url: Some(format!("postgres://{}/postgres", known.connect_address)),
+            api_url: Some(known.api_url.clone()),
+            ..Member::default()
+        };
+        (MemberName::from(known.name.as_str()), member)
+    };
+    ClusterView { members: members.iter().map(member).collect(), ..ClusterView::default() }
+}
+
 impl Heard {
+    /// The same as [`read`](Self::read), of a [`seed`]: the DCS has not said anything yet.
+    pub fn read_seed(&mut self, seed: &ClusterView, now: Instant) -> Reading {
+        self.seeded = true;
+        self.read(seed, now, false, false)
+    }
+
     /// What the DCS says at `now`, completed by what was heard. `confirmed`: it has not been silent for too long; `well`:
     /// nor is there any doubt.
     pub fn read(&mut self, view: &ClusterView, now: Instant, confirmed: bool, well: bool) -> Reading {
@@ -107,7 +129,8 @@ impl Heard {
             return;
         }
         let can_be_asked = complete.leader_member().is_some_and(|member| member.api_url.is_some());
-        if self.silenced.take().is_some_and(|before| before == about) && can_be_asked {
+        let seeded = std::mem::take(&mut self.seeded);
+        if self.silenced.take().is_some_and(|before| before == about || seeded) && can_be_asked {
             self.doubt = Some(Doubt { about, until: None });
         } else if self.doubt.as_ref().is_some_and(|doubt| doubt.about != about) {
             self.doubt = None;
@@ -312,6 +335,36 @@ mod tests {
         let mut world = World { failsafe: true, ..World::default() };
         assert_eq!(world.read(Some(("a", 7)), 0), (reign("a", 7), true, false));
         world
+    }
+
+    #[test]
+    fn members_that_are_known_without_the_dcs_lead_once_they_prove_it() {
+        let known = |name: &str| KnownMember {
+            name: name.into(),
+            api_url: format!("http://{name}"),
+            connect_address: "10.0.0.1:5433".into(),
+        };
+        let (mut world, seed) = (World::default(), seed(&[known("a"), known("b")]));
+        let routed = |world: &mut World, ms| world.heard.read_seed(&seed, at(ms)).table;
+        let table = routed(&mut world, 0);
+        assert!(table.leader.is_none() && table.reign.is_none() && table.standbys.is_empty());
+        world.heard.hear(&seed, &[("a".into(), Ok(true)), ("b".into(), Ok(true))], at(0));
+        assert!(routed(&mut world, 1).leader.is_none(), "two of them: none");
+        world.heard.hear(&seed, &[("a".into(), Ok(true)), ("b".into(), Ok(false))], at(100));
+        let table = routed(&mut world, 101);
+        assert_eq!(table.certainty, Certainty::Unconfirmed { proven: true });
+        assert!(table.leader.is_some_and(|leader| leader.member == "a".into() && leader.epoch == table.reign));
+        // The DCS is there: sessions go on, and what it says may be old, so it is proved once more.
+        assert_eq!(world.read(Some(("a", 7)), 200), (reign("a", 0), false, true));
+        world.hear("a", Ok(true), Some(("a", 7)), 210);
+        assert_eq!(world.read(Some(("a", 7)), 220), (reign("a", 0), true, false));
+        let mut late = World::default();
+        late.heard.read_seed(&seed, at(0));
+        assert_eq!(late.read(Some(("a", 7)), 200), (reign("a", 7), false, true), "not proved yet");
+        late.hear("a", Ok(true), Some(("a", 7)), 210);
+        assert_eq!(late.read(Some(("a", 7)), 220), (reign("a", 7), true, false));
+        // Another one leads by the DCS: at once.
+        assert_eq!(world.read(Some(("b", 9)), 300).0, reign("b", 9));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! | what is the first packet? | [`startup`], [`proxy`] (both pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`key`], [`reply`] |
 //! | where does TLS end or begin, if it does? | [`crypto`], [`wire`], [`sasl`] |
-//! | where do bytes move? | [`relay`] |
+//! | where do bytes move? | [`relay`], with [`boundary`] (pure) |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
 //! | how many at once? | [`places`], [`port`], [`hold`] |
 //! | who listens, and what does a changed configuration change? | [`accept`], [`listeners`], [`reload`], [`socket`] |
@@ -16,12 +16,13 @@
 //!
 //! The router reads the DCS and never writes to it, knows no password and speaks no SQL: it looks at the first packet of
 //! a client and, for the key that cancels the session, at the start of what the server says in plain text; after that at
-//! nothing.
+//! the heads of messages in plain text that it copies anyway, to know when a session is idle.
 
 pub mod accept;
 pub mod admin;
 pub mod answer;
 pub mod balance;
+pub mod boundary;
 pub mod cancel;
 pub mod crypto;
 pub mod follow;

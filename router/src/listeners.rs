@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
-use tracing::info;
+use tracing::{info, warn};
 use trunkline_config::router::{Listen, Port};
 
 use crate::crypto::Crypto;
@@ -103,11 +103,13 @@ impl Listeners {
         for (port, listen) in addresses.clone() {
             if let (Some(open), Some(listening)) = (open.get(listen), listening.get(port.name.as_str())) {
                 *open.slot.write() = listening.clone();
+                tune(port, &open.sockets);
             }
         }
         for (port, listen, (address, sockets, copies)) in bound {
             let Some(listening) = listening.get(port.name.as_str()) else { continue };
             let (slot, close) = (Slot::new(RwLock::new(listening.clone())), watch::Sender::new(false));
+            tune(port, &copies);
             for (thread, bound) in self.threads.iter().zip(sockets) {
                 let opened = Opened { bound, slot: slot.clone(), closed: close.subscribe() };
                 // Full only if a thread has hung for thousands of changes; its share of connections hangs as well then.
@@ -181,6 +183,13 @@ impl Listeners {
     /// Where a port listens, ports that the kernel has chosen included.
     pub fn addresses(&self) -> Vec<(Arc<str>, Address)> {
         self.open.lock().values().map(|open| (open.slot.read().name.clone(), open.address.clone())).collect()
+    }
+}
+
+/// Sets what accepted connections inherit. Where the kernel refuses it, they work without.
+fn tune(port: &Port, sockets: &[Bound]) {
+    for error in sockets.iter().filter_map(|socket| socket.tune(port.client_silence).err()) {
+        warn!(port = port.name, %error, "socket options refused");
     }
 }
 

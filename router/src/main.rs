@@ -21,7 +21,7 @@ use trunkline_router::listeners::{Inherited, Listeners};
 use trunkline_router::probe::Prober;
 use trunkline_router::reload::Reloader;
 use trunkline_router::server::{Background, Plan};
-use trunkline_router::{Router, admin, follow, server, socket, survey};
+use trunkline_router::{Router, admin, follow, heard, server, socket, survey};
 
 /// How long a request to etcd may take, over all endpoints, before knowledge counts as doubtful.
 const DCS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -153,6 +153,7 @@ fn background(
             });
         }
         tokio::spawn(survey::positions(router.clone(), prober.clone(), knowledge.clone()));
-        follow::run(router, prober, knowledge).await;
+        let seed = Some(&config.members).filter(|members| !members.is_empty()).map(|members| heard::seed(members));
+        follow::run(router, prober, knowledge, seed).await;
     })
 }

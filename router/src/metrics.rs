@@ -59,6 +59,8 @@ pub struct Metrics {
     pub adopted: IntCounter,
     /// Changes of leadership seen.
     pub leader_changes: IntCounter,
+    /// Planned stops that leaders have announced.
+    pub resignations: IntCounter,
     /// Revision of the DCS that the routes were made of.
     pub revision: IntGauge,
 }
@@ -163,6 +165,10 @@ impl Metrics {
             )?,
             adopted: add(r, IntCounter::with_opts(opts("adopted_total", "Sessions taken over from another process.")))?,
             leader_changes: add(r, IntCounter::with_opts(opts("leader_changes_total", "Changes of leadership seen.")))?,
+            resignations: add(
+                r,
+                IntCounter::with_opts(opts("resignations_total", "Planned stops that leaders have announced.")),
+            )?,
             revision: add(r, IntGauge::with_opts(opts("revision", "Revision of the DCS that the routes show.")))?,
             registry: registry.clone(),
         };

@@ -22,7 +22,7 @@ pub struct Listening {
     /// Connections at once.
     pub places: Arc<Places>,
     /// Connections of each client address.
-    pub clients: Clients,
+    pub clients: Arc<Clients>,
     settings: RwLock<Arc<Port>>,
     crypto: RwLock<Arc<Crypto>>,
     pace: Mutex<Pace>,
@@ -35,7 +35,7 @@ impl Listening {
         Arc::new(Self {
             name: port.name.as_str().into(),
             places: Places::new(port.max_sessions.unwrap_or(usize::MAX)),
-            clients: Clients::default(),
+            clients: Arc::default(),
             pace: Mutex::new(Pace::new(port.accept_rate.unwrap_or(0))),
             turn: AtomicUsize::new(0),
             settings: RwLock::new(Arc::new(port)),
@@ -108,14 +108,14 @@ pub struct Clients {
 
 /// One connection of a client address; dropping it ends the count.
 #[derive(Debug)]
-pub struct Counted<'a> {
-    clients: &'a Clients,
+pub struct Counted {
+    clients: Arc<Clients>,
     ip: Option<IpAddr>,
 }
 
 impl Clients {
     /// Counts one more, unless there are `limit` already.
-    pub fn enter(&self, ip: Option<IpAddr>, limit: usize) -> Option<Counted<'_>> {
+    pub fn enter(self: &Arc<Self>, ip: Option<IpAddr>, limit: usize) -> Option<Counted> {
         let mut counts = self.counts.lock();
         let count = counts.entry(ip).or_default();
         // An entry that was just made has a place: limits are at least 1.
@@ -123,11 +123,11 @@ impl Clients {
             return None;
         }
         *count += 1;
-        Some(Counted { clients: self, ip })
+        Some(Counted { clients: self.clone(), ip })
     }
 }
 
-impl Drop for Counted<'_> {
+impl Drop for Counted {
     fn drop(&mut self) {
         let mut counts = self.clients.counts.lock();
         if let Some(count) = counts.get_mut(&self.ip) {
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn clients_are_counted_by_address_and_forgotten() {
-        let clients = Clients::default();
+        let clients = Arc::new(Clients::default());
         let ip = |text: &str| Some(text.parse().unwrap());
         let first = clients.enter(ip("10.0.0.1"), 1);
         assert!(first.is_some());

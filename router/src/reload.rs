@@ -115,6 +115,7 @@ fn needs_restart(before: &RouterConfig, after: &RouterConfig) -> Vec<&'static st
         ("namespace", before.namespace != after.namespace),
         ("etcd3", before.etcd != after.etcd),
         ("ctl", before.ctl != after.ctl),
+        ("members", before.members != after.members),
         ("admin", before.admin != after.admin),
         ("threads", before.threads != after.threads),
         ("log", before.log != after.log),

@@ -13,6 +13,8 @@ pub enum Refusal {
     NoServer,
     /// The router is going away (`cannot_connect_now`: another router, or the same one later, will do).
     ShuttingDown,
+    /// The server is about to stop for a planned switchover (`admin_shutdown`, as the server itself would say).
+    Switchover,
     /// Too many connections wait already (`too_many_connections`).
     TooManyHeld,
     /// The client's address has as many connections as it may have (`too_many_connections`).
@@ -36,6 +38,7 @@ impl Refusal {
     pub fn sqlstate(self) -> &'static str {
         match self {
             Refusal::NoServer | Refusal::ShuttingDown => "57P03",
+            Refusal::Switchover => "57P01",
             Refusal::TooManyHeld | Refusal::TooManyOfClient => "53300",
             Refusal::UnknownTarget => "22023",
             Refusal::PlainText => "28000",
@@ -49,6 +52,7 @@ impl Refusal {
         match self {
             Refusal::NoServer => "no server is available for this connection at the moment; try again".into(),
             Refusal::ShuttingDown => "the router is shutting down; connect again".into(),
+            Refusal::Switchover => "terminating connection due to a planned switchover; connect again".into(),
             Refusal::TooManyHeld => "too many connections are waiting for a server already".into(),
             Refusal::TooManyOfClient => "too many connections from this address".into(),
             Refusal::UnknownTarget => "trunkline.target must be leader, replica, sync, async or any".into(),
@@ -83,6 +87,7 @@ mod tests {
     fn packets_are_error_responses() {
         for refusal in [
             Refusal::NoServer,
+            Refusal::Switchover,
             Refusal::TooManyHeld,
             Refusal::TooManyOfClient,
             Refusal::UnknownTarget,

@@ -35,6 +35,8 @@ pub struct Router {
     pub places: Arc<Places>,
     /// Connections without one.
     pub hold: Hold,
+    /// Connections to a server that does not lead yet.
+    pub ahead: Arc<Places>,
     /// Pipes for streaming.
     pub pipes: relay::Pool,
     /// How many cancel requests are passed on.
@@ -79,6 +81,7 @@ impl Router {
             sessions: Arc::new(Sessions::default()),
             places: Places::new(limits.max_sessions),
             hold: Hold::new(limits.max_held, limits.release_rate),
+            ahead: Places::new(limits.max_ahead),
             pipes: relay::Pool::new(PIPES),
             cancels: CancelLimit::default(),
             clock: SystemClock,
@@ -100,6 +103,7 @@ impl Router {
     /// Other bounds, from now on. Nothing that has a place loses it.
     pub fn set_limits(&self, limits: Limits) {
         self.places.resize(limits.max_sessions);
+        self.ahead.resize(limits.max_ahead);
         self.hold.resize(limits.max_held, limits.release_rate);
         *self.limits.write() = limits;
     }
@@ -147,6 +151,11 @@ impl Router {
             let leader = table.reign.as_ref().map(|epoch| &epoch.member);
             info!(leader = leader.map(MemberName::as_str), sessions_ended = ended, "leadership changed");
             self.metrics.leader_changes.inc();
+        }
+        if let Some(asked) = self.sessions.set_resigns(table.resigns) {
+            let leader = table.reign.as_ref().map(|epoch| epoch.member.as_str());
+            info!(leader, sessions = asked, "the leader is about to stop");
+            self.metrics.resignations.inc();
         }
         let leader = table.leader.clone();
         if before.certainty != table.certainty {

@@ -13,13 +13,15 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tracing::{debug, warn};
-use trunkline_common::{Clock, Instant};
-use trunkline_config::router::{Balance, NoCandidate, Port};
+use trunkline_common::{Clock, Instant, MemberName};
+use trunkline_config::router::{Balance, NoCandidate, Port, Target};
 
 use crate::answer::{self, Answer};
 use crate::crypto::Crypto;
 use crate::metrics::Meter;
+use crate::places::Place;
 use crate::port::{Listening, Peer};
 use crate::reply::Refusal;
 use crate::router::Router;
@@ -71,14 +73,6 @@ pub struct Found {
     backend: Arc<Backend>,
 }
 
-impl Found {
-    /// The server of a session that began in another process.
-    pub fn resumed(server: Arc<TcpStream>, session: Session, meter: Meter, backend: Arc<Backend>) -> Self {
-        // Whatever it began with: its start is over.
-        Self { server, session, meter, tls: None, said: Vec::new(), packet: Packet::DirectTls, backend }
-    }
-}
-
 /// What comes of a request.
 #[derive(Debug)]
 pub enum Outcome {
@@ -86,6 +80,41 @@ pub enum Outcome {
     Begun(Found),
     /// A server that has no encryption. The search goes on with the client's next request.
     Denied,
+}
+
+/// A connection that is made before its server leads.
+#[derive(Debug)]
+struct Ahead {
+    host: String,
+    port: u16,
+    dialling: JoinHandle<io::Result<TcpStream>>,
+    _place: Place,
+}
+
+impl Ahead {
+    /// `None`: there are as many already as there may be.
+    fn dial(router: &Router, port: &Port, elected: &Backend) -> Option<Self> {
+        let place = router.ahead.try_take()?;
+        let (host, limit, silence) = (elected.host.clone(), port.connect_timeout, port.server_silence);
+        let server_port = elected.port;
+        let dialling = tokio::spawn(async move { socket::dial(&host, server_port, limit, silence).await });
+        Some(Self { host: elected.host.clone(), port: elected.port, dialling, _place: place })
+    }
+
+    fn leads_to(&self, backend: &Backend) -> bool {
+        (&self.host, self.port) == (&backend.host, backend.port)
+    }
+
+    /// The connection, if it came about.
+    async fn connection(mut self) -> Option<TcpStream> {
+        (&mut self.dialling).await.ok()?.ok()
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.dialling.abort();
+    }
 }
 
 /// One client's search for a server.
@@ -204,7 +233,7 @@ impl<'a> Search<'a> {
 
     async fn find(&self) -> Result<(Found, Answer), No> {
         let mut tables = self.router.tables();
-        if let Some(answered) = self.try_servers(&mut tables).await? {
+        if let Some(answered) = self.try_servers(&mut tables, None).await? {
             return Ok(answered);
         }
         if self.port.no_candidate == NoCandidate::Refuse {
@@ -230,7 +259,9 @@ impl<'a> Search<'a> {
         let _place = self.router.hold.enter().ok_or(No::Refused(Refusal::TooManyHeld))?;
         let deadline = began + self.port.hold_timeout;
         let mut pause = FIRST_PAUSE;
+        let mut ahead = None;
         loop {
+            self.dial_ahead(tables.borrow().elected.as_ref(), &mut ahead);
             let unreachable = !self.candidates(&tables.borrow()).is_empty();
             let retry = self.router.clock.now() + pause;
             let wake = async {
@@ -248,9 +279,18 @@ impl<'a> Search<'a> {
             // Who has been given a turn is past the reach of the deadline: turns are bounded by the number of places.
             let turn = self.router.hold.turn(self.router.clock.now());
             self.unless_over(deadline.max(turn + FIRST_PAUSE), self.router.clock.sleep_until(turn)).await?;
-            if let Some(answered) = self.try_servers(tables).await? {
+            if let Some(answered) = self.try_servers(tables, ahead.take()).await? {
                 return Ok(answered);
             }
+        }
+    }
+
+    /// Connects to the server that is about to lead, so that all that is left to do then is to say what the client has said.
+    /// So little is no session: no server has been told anything.
+    fn dial_ahead(&self, elected: Option<&Arc<Backend>>, ahead: &mut Option<Ahead>) {
+        let wanted = elected.filter(|_| self.port.target == Target::Leader);
+        if !ahead.as_ref().is_some_and(|ahead| wanted.is_some_and(|elected| ahead.leads_to(elected))) {
+            *ahead = wanted.and_then(|elected| Ahead::dial(self.router, &self.port, elected));
         }
     }
 
@@ -270,16 +310,19 @@ impl<'a> Search<'a> {
     }
 
     /// Tries candidates of the newest table, each once. `None`: none of them takes the session.
-    async fn try_servers(&self, tables: &mut Tables) -> Result<Option<(Found, Answer)>, No> {
-        let mut candidates = self.candidates(&tables.borrow_and_update());
+    async fn try_servers(&self, tables: &mut Tables, mut ahead: Option<Ahead>) -> Result<Option<(Found, Answer)>, No> {
+        let mut tried: Vec<MemberName> = Vec::new();
         for _ in 0..ATTEMPTS {
+            let mut candidates = self.candidates(&tables.borrow_and_update());
+            candidates.retain(|candidate| !tried.contains(&candidate.member));
             let Some(chosen) = self.choose(&candidates).cloned() else { break };
-            if let Some(found) = self.connect(&chosen, tables.clone()).await
-                && let Some(answered) = self.ask(found).await?
+            let ahead = ahead.take().filter(|ahead| ahead.leads_to(&chosen));
+            if let Some(found) = self.connect(&chosen, tables.clone(), ahead).await
+                && let Some(answered) = self.ask(found, tables.clone()).await?
             {
                 return Ok(Some(answered));
             }
-            candidates.retain(|candidate| candidate.member != chosen.member);
+            tried.push(chosen.member.clone());
         }
         Ok(None)
     }
@@ -298,8 +341,16 @@ impl<'a> Search<'a> {
     }
 
     /// Dials, registers, and repeats what the client has been through.
-    async fn connect(&self, backend: &Arc<Backend>, tables: Tables) -> Option<Found> {
-        let server = Arc::new(self.dial(backend, tables).await?);
+    async fn connect(&self, backend: &Arc<Backend>, tables: Tables, ahead: Option<Ahead>) -> Option<Found> {
+        let ready = match ahead {
+            Some(ahead) => ahead.connection().await,
+            None => None,
+        };
+        let server = match ready {
+            Some(server) => server,
+            None => self.dial(backend, tables).await?,
+        };
+        let server = Arc::new(server);
         let session =
             self.router.sessions.begin(&self.listening.name, self.peer, backend, &server, self.router.clock.now())?;
         let meter = self.router.metrics.meter(&self.listening.name, backend.member.as_str());
@@ -330,14 +381,21 @@ impl<'a> Search<'a> {
 
     async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
         match self.at_hand.take() {
-            Some(found) => self.ask(Found { packet: self.request.packet, ..found }).await,
+            Some(found) => self.ask(Found { packet: self.request.packet, ..found }, self.router.tables()).await,
             None => Ok(None),
         }
     }
 
-    /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more.
-    async fn ask(&self, mut found: Found) -> Result<Option<(Found, Answer)>, No> {
-        let (bytes, packet) = (&self.request.bytes, self.request.packet);
+    /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more, or is silent
+    /// while there is another one.
+    async fn ask(&self, mut found: Found, mut tables: Tables) -> Result<Option<(Found, Answer)>, No> {
+        let (bytes, packet, backend) = (&self.request.bytes, self.request.packet, found.backend.clone());
+        let other = |table: &Arc<RouteTable>| self.candidates(table).iter().any(|other| !other.same_server(&backend));
+        let better = async {
+            tokio::time::sleep(self.port.connect_timeout).await;
+            // The sender lives as long as the router, so this is never an error.
+            let _ = tables.wait_for(other).await.map(drop);
+        };
         let exchange = async {
             match &mut found.tls {
                 Some(tls) => answer::first_in_tls(tls, bytes, packet, &mut found.said).await,
@@ -351,6 +409,13 @@ impl<'a> Search<'a> {
             biased;
             answer = exchange => answer,
             gone = self.client_stirs() => return Err(gone),
+            () = better => {
+                self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "silent"]).inc();
+                return Ok(None);
+            }
+            () = tokio::time::sleep(self.port.connect_timeout + self.port.hold_timeout) => {
+                return Err(No::Refused(Refusal::NoServer));
+            }
         };
         match answer {
             Answer::Denied => Ok(Some((found, answer))),

@@ -15,7 +15,7 @@ use crate::handover::{Given, Giver, Taker};
 use crate::listeners::{Listeners, Opened, Work};
 use crate::router::Router;
 use crate::table::Certainty;
-use crate::{accept, session};
+use crate::{accept, relay, session};
 
 /// How long a process that was told to hand over waits for the next one to take.
 const TAKE_LIMIT: Duration = Duration::from_secs(30);
@@ -56,9 +56,11 @@ pub struct Plan {
 pub fn run(plan: Plan) -> io::Result<()> {
     let Plan { router, listeners, threads, background, upgrade_sock, taker } = plan;
     for (number, opened) in threads.into_iter().enumerate() {
-        let (runtime, router) = (runtime()?, router.clone());
+        let runtime =
+            Builder::new_current_thread().enable_all().on_thread_park(relay::pause::before_waiting).build()?;
+        let router = router.clone();
         let thread = std::thread::Builder::new().name(format!("relay-{number}"));
-        thread.spawn(move || runtime.block_on(relay(router, opened)))?;
+        thread.spawn(move || runtime.block_on(serve(router, opened)))?;
     }
     runtime()?.block_on(async {
         let signals = Signals::new()?;
@@ -83,7 +85,7 @@ fn runtime() -> io::Result<Runtime> {
 }
 
 /// The sessions of one thread.
-async fn relay(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
+async fn serve(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
     while let Some(work) = work.recv().await {
         match work {
             Work::Accept(Opened { bound, slot, closed }) => match bound.into_listener() {

@@ -18,12 +18,13 @@ use trunkline_config::router::{Port, Target};
 use crate::accept::{self, Permit};
 use crate::crypto::Crypto;
 use crate::handover::{Adopted, Leaving};
+use crate::metrics::Meter;
 use crate::port::{Counted, Listening, Peer};
 use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
-use crate::sessions::Cut;
+use crate::sessions::{Cut, Session};
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::table::Backend;
 use crate::wire::{Leg, Wire};
@@ -59,8 +60,6 @@ impl From<Malformed> for No {
 const TARGET: &str = "trunkline.target";
 
 /// Serves one accepted connection from its first byte to its end. The permit is the right to be there.
-// An `async fn` would keep room for its arguments beside what becomes of them.
-#[allow(clippy::manual_async_fn)]
 pub fn serve(
     router: Arc<Router>,
     listening: Arc<Listening>,
@@ -68,11 +67,11 @@ pub fn serve(
     peer: Peer,
     permit: Permit,
 ) -> impl Future<Output = ()> + Send {
+    // In a box that is gone once there is a session: those last, and are many.
+    let beginning = Box::pin(begin(router.clone(), listening.clone(), client, peer, permit));
     async move {
         router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
-        // In a box that is gone once there is a session: those last, and are many.
-        let begun = Box::pin(begin(&router, &listening, client, peer, permit)).await;
-        let ended = match begun {
+        let ended = match beginning.await {
             Ok(mut begun) => begun.relay(&router).await,
             Err(ended) => ended,
         };
@@ -92,7 +91,7 @@ pub async fn resume(router: Arc<Router>, adopted: Adopted) {
     router.metrics.ended.with_label_values(&[&*name, ended.label()]).inc();
 }
 
-fn adopt(router: &Router, adopted: Adopted) -> Result<Begun<'static>, Ended> {
+fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     let Adopted { registered, client, server, rests } = adopted;
     let open = |socket: OwnedFd| TcpStream::from_std(socket.into()).map(Arc::new);
     let (Ok(client), Ok(server)) = (open(client), open(server)) else { return Err(Ended::ClientGone) };
@@ -109,59 +108,80 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun<'static>, Ended> {
         session.learn(key.as_ref().into());
     }
     let meter = router.metrics.meter(name, backend.member.as_str());
-    let leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
-    let found = Found::resumed(server, session, meter, backend);
     router.metrics.adopted.inc();
-    let rests = Some(Box::new(rests));
-    Ok(Begun { client, leg, found, unread: false, rests, permit: Some(permit), _counted: None })
+    // Whatever it began with: its start is over.
+    let start = relay::Start { rests: Some(Box::new(rests)), ..relay::Start::default() };
+    Ok(Begun { client, server, session, meter, start, tls: None, permit: Some(permit), _counted: None })
 }
 
 /// A session that a server has taken.
-struct Begun<'a> {
+struct Begun {
     client: Arc<TcpStream>,
-    leg: Leg,
-    found: Found,
-    /// The client has sent something that tokio will not report again.
-    unread: bool,
-    /// Read by another process and not written yet.
-    rests: Option<Box<relay::Rests>>,
+    server: Arc<TcpStream>,
+    session: Session,
+    meter: Meter,
+    start: relay::Start,
+    /// Where TLS ends or begins here.
+    tls: Option<Box<Encrypted>>,
     /// The right to be there, until it leaves.
     permit: Option<Permit>,
-    _counted: Option<Counted<'a>>,
+    _counted: Option<Counted>,
 }
 
-impl Begun<'_> {
+/// A session's connections, of which at least one is encrypted.
+struct Encrypted {
+    client: Leg,
+    server: Leg,
+    /// Read of the server already.
+    said: Vec<u8>,
+}
+
+impl Begun {
     /// To the end of the session, or until it leaves.
     async fn relay(&mut self, router: &Router) -> Ended {
-        let Self { client, leg, found, unread, rests, .. } = self;
-        let Found { server, session, meter, tls, said, packet, .. } = found;
-        let outcome = match (&*leg, tls.take()) {
-            (Leg::Plain(_), None) => {
-                let plain = matches!(packet, Packet::Startup { .. });
-                let start = relay::Start { unread: *unread, plain, rests: rests.take() };
-                relay::relay(client, server, start, session, &router.pipes, meter).await
-            }
-            (_, tls) => {
-                if *unread {
-                    leg.look_again();
-                }
-                let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
-                let server = tls.map_or_else(plain, Leg::Tls);
-                relay::Outcome::Ended(
-                    Box::pin(relay::relay_tls(leg, server, std::mem::take(said), session, meter)).await,
-                )
-            }
-        };
-        match outcome {
-            relay::Outcome::Ended(end) => session.cut().map_or(Ended::Relayed(end), Ended::Cut),
-            relay::Outcome::Left(rests) => Box::pin(self.leave(rests)).await,
+        if self.tls.is_some() {
+            return Box::pin(self.relay_tls()).await;
         }
+        let Self { client, server, session, meter, start, .. } = self;
+        let outcome = relay::relay(client, server, std::mem::take(start), session, &router.pipes, meter).await;
+        match outcome {
+            relay::Outcome::Ended(end) => self.session.cut().map_or(Ended::Relayed(end), Ended::Cut),
+            other => Box::pin(self.part(other)).await,
+        }
+    }
+
+    async fn relay_tls(&mut self) -> Ended {
+        let Some(tls) = self.tls.take() else { return Ended::ClientGone };
+        let Encrypted { mut client, server, said } = *tls;
+        if self.start.unread {
+            client.look_again();
+        }
+        let end = relay::relay_tls(&mut client, server, said, &self.session, &self.meter).await;
+        self.session.cut().map_or(Ended::Relayed(end), Ended::Cut)
+    }
+
+    /// The ends of a session that does not just end.
+    async fn part(&mut self, outcome: relay::Outcome) -> Ended {
+        let idle = match outcome {
+            relay::Outcome::Ended(end) => return Ended::Relayed(end),
+            relay::Outcome::Left(rests) => return self.leave(rests).await,
+            relay::Outcome::Overdue => {
+                self.session.end(Cut::Overdue);
+                return Ended::Cut(Cut::Overdue);
+            }
+            relay::Outcome::Resigned { idle } => idle,
+        };
+        // Before the client hears of it: nothing that it says from now on may reach the server.
+        socket::close_both_ways(&self.server);
+        let mut leg = Leg::Plain(Wire::new(self.client.clone(), Vec::new()));
+        say_farewell(&mut leg, Refusal::Switchover).await;
+        if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
     }
 
     /// To the next process. If nobody takes it any more, its sockets are closed with it.
     async fn leave(&mut self, rests: relay::Rests) -> Ended {
-        if let (Some((exit, registered)), Some(permit)) = (self.found.session.exit(), self.permit.take()) {
-            let (client, server) = (self.client.clone(), self.found.server.clone());
+        if let (Some((exit, registered)), Some(permit)) = (self.session.exit(), self.permit.take()) {
+            let (client, server) = (self.client.clone(), self.server.clone());
             let _ = exit.send(Leaving { registered, client, server, rests, _permit: permit }).await;
         }
         Ended::Left
@@ -169,17 +189,16 @@ impl Begun<'_> {
 }
 
 /// From the first packet to a session, or to why there is none, which the client has been told.
-async fn begin<'a>(
-    router: &'a Router,
-    listening: &'a Listening,
+async fn begin(
+    router: Arc<Router>,
+    listening: Arc<Listening>,
     client: TcpStream,
     peer: Peer,
     permit: Permit,
-) -> Result<Begun<'a>, Ended> {
+) -> Result<Begun, Ended> {
+    let (router, listening) = (&*router, &*listening);
     let (port, crypto) = (listening.settings(), listening.crypto());
-    if let Err(error) = socket::tune_client(&client, peer, port.client_silence) {
-        debug!(port = &*listening.name, %peer, %error, "socket options refused");
-    }
+    relay::pause::busy();
     let client = Arc::new(client);
     let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
     let mut search = Search::new(router, listening, port.clone(), &crypto, &client, peer);
@@ -188,7 +207,16 @@ async fn begin<'a>(
     drop(search);
     match outcome {
         Ok(Met::Session(found, _counted)) => {
-            Ok(Begun { client, leg, found, unread, rests: None, permit: Some(permit), _counted })
+            let Found { server, session, meter, tls, said, packet, .. } = found;
+            let plain = matches!(packet, Packet::Startup { .. });
+            let budget = router.limits().switchover_budget;
+            let resignation = Some(budget).filter(|budget| !budget.is_zero());
+            let start = relay::Start { unread, plain, resignation, rests: None };
+            let tls = (matches!(leg, Leg::Tls(_)) || tls.is_some()).then(|| {
+                let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
+                Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said })
+            });
+            Ok(Begun { client, server, session, meter, start, tls, permit: Some(permit), _counted })
         }
         Ok(Met::Cancel(result)) => Err(Ended::Cancel(result)),
         Err(No::ClientGone) => Err(Ended::ClientGone),
@@ -203,20 +231,20 @@ async fn begin<'a>(
 }
 
 /// What a client has come for, and got.
-enum Met<'a> {
-    Session(Found, Option<Counted<'a>>),
+enum Met {
+    Session(Found, Option<Counted>),
     Cancel(&'static str),
 }
 
-async fn converse<'a>(
+async fn converse(
     router: &Router,
-    listening: &'a Listening,
+    listening: &Listening,
     port: &Port,
     crypto: &Crypto,
     client: &Arc<TcpStream>,
     leg: &mut Leg,
     search: &mut Search<'_>,
-) -> Result<Met<'a>, No> {
+) -> Result<Met, No> {
     let (peer, greeting) = introduction(port, client, search.peer()).await?;
     search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
@@ -375,6 +403,11 @@ async fn refuse(client: &mut Leg, refusal: Refusal, denials: usize, limit: Durat
             Err(_) => return,
         };
     }
+    say_farewell(client, refusal).await;
+}
+
+/// The last word to a client, which is given the time to hear it.
+async fn say_farewell(client: &mut Leg, refusal: Refusal) {
     let farewell = async {
         client.write_all(&refusal.packet()).await?;
         client.shutdown().await?;
@@ -400,6 +433,8 @@ enum Ended {
     Refused(Refusal),
     ClientGone,
     Handshake,
+    /// Between two transactions, as its server is about to stop.
+    Switchover,
     /// The next process has it.
     Left,
     Cancel(&'static str),
@@ -415,8 +450,11 @@ impl Ended {
             Ended::Cut(Cut::LeaderChanged) => "leader_changed",
             Ended::Cut(Cut::Drained) => "drained",
             Ended::Cut(Cut::Lag) => "lag",
+            Ended::Cut(Cut::Overdue) => "switchover_overdue",
+            Ended::Switchover => "switchover",
             Ended::Refused(Refusal::NoServer) => "no_server",
             Ended::Refused(Refusal::ShuttingDown) => "shutdown",
+            Ended::Refused(Refusal::Switchover) => "switchover",
             Ended::Refused(Refusal::TooManyHeld) => "too_many_held",
             Ended::Refused(Refusal::TooManyOfClient) => "too_many_of_client",
             Ended::Refused(Refusal::UnknownTarget) => "unknown_target",

@@ -35,6 +35,8 @@ pub enum Cut {
     Drained = 2,
     /// Its server is too far behind.
     Lag = 3,
+    /// Its server is about to stop, and its transaction took too long.
+    Overdue = 4,
 }
 
 /// All sessions that have a server.
@@ -49,14 +51,27 @@ pub struct Sessions {
 #[derive(Debug, Default)]
 struct Ticket {
     cut: AtomicU8,
+    /// Its server is about to stop.
+    resign: AtomicBool,
     waker: AtomicWaker,
+}
+
+/// What a session is asked to do as soon as it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// To go to the next process.
+    pub leave: bool,
+    /// To end, as its server is about to stop.
+    pub resign: bool,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     reign: Option<Epoch>,
+    /// The leader has said that it is about to stop.
+    resigns: bool,
     next: u64,
-    live: HashMap<u64, Live>,
+    live: HashMap<u64, Box<Live>>,
     /// Sessions by the key that cancels them, as far as it is known.
     keys: HashMap<Arc<[u8]>, u64>,
     load: HashMap<MemberName, usize>,
@@ -120,10 +135,10 @@ pub struct Session {
 
 impl Session {
     /// The server has taken the session: from now on it ends together with its client's connection. `false`: it has been
-    /// ended already, and the client has not noticed.
+    /// ended already or is about to be, and the client has not noticed.
     pub fn begun(&self, client: &Arc<TcpStream>) -> bool {
         let mut inner = self.sessions.inner.lock();
-        if self.cut().is_some() {
+        if self.cut().is_some() || self.ticket.resign.load(Ordering::Acquire) {
             return false;
         }
         if let Some(live) = inner.live.get_mut(&self.id) {
@@ -142,10 +157,13 @@ impl Session {
         }
     }
 
-    /// Whether it shall go to the next process. If not, `waker` is woken once it shall.
-    pub fn leaves(&self, waker: &Waker) -> bool {
+    /// What it shall do; `waker` is woken when that changes.
+    pub fn called(&self, waker: &Waker) -> Call {
         self.ticket.waker.register(waker);
-        self.sessions.leaving.load(Ordering::Acquire)
+        Call {
+            leave: self.sessions.leaving.load(Ordering::Acquire),
+            resign: self.ticket.resign.load(Ordering::Acquire),
+        }
     }
 
     /// Where it goes, and what it was registered as.
@@ -157,12 +175,20 @@ impl Session {
         Some((inner.exit.clone()?, registered))
     }
 
+    /// Ends it as if from outside.
+    pub fn end(&self, cut: Cut) {
+        if let Some(live) = self.sessions.inner.lock().live.get(&self.id) {
+            live.end(cut);
+        }
+    }
+
     /// Why it was ended from outside, if it was.
     pub fn cut(&self) -> Option<Cut> {
         match self.ticket.cut.load(Ordering::Acquire) {
             1 => Some(Cut::LeaderChanged),
             2 => Some(Cut::Drained),
             3 => Some(Cut::Lag),
+            4 => Some(Cut::Overdue),
             _ => None,
         }
     }
@@ -182,7 +208,7 @@ impl Drop for Session {
 }
 
 impl Sessions {
-    /// Registers a session; `None` if its server has stopped being the leader it was chosen as.
+    /// Registers a session; `None` if its server has stopped being the leader it was chosen as, or is about to.
     pub fn begin(
         self: &Arc<Self>,
         port: &Arc<str>,
@@ -192,7 +218,7 @@ impl Sessions {
         now: Instant,
     ) -> Option<Session> {
         let mut inner = self.inner.lock();
-        if backend.epoch.is_some() && backend.epoch != inner.reign {
+        if backend.epoch.is_some() && (backend.epoch != inner.reign || inner.resigns) {
             return None;
         }
         let id = inner.next;
@@ -200,7 +226,7 @@ impl Sessions {
         // Chosen as a standby, promoted since: from now on a session of the leader.
         let epoch = inner.reign.clone().filter(|reign| reign.member == backend.member);
         let ticket = Arc::new(Ticket::default());
-        let live = Live {
+        let live = Box::new(Live {
             port: port.clone(),
             peer,
             backend: backend.clone(),
@@ -210,7 +236,7 @@ impl Sessions {
             client: None,
             server: server.clone(),
             ticket: ticket.clone(),
-        };
+        });
         inner.live.insert(id, live);
         *inner.load.entry(backend.member.clone()).or_default() += 1;
         Some(Session { id, ticket, sessions: self.clone() })
@@ -222,7 +248,7 @@ impl Sessions {
         if inner.reign == reign {
             return 0;
         }
-        inner.reign = reign;
+        (inner.reign, inner.resigns) = (reign, false);
         let Inner { reign, live, .. } = &mut *inner;
         let mut ended = 0;
         for session in live.values_mut() {
@@ -238,12 +264,29 @@ impl Sessions {
         ended
     }
 
+    /// Whether the leader is about to stop: if so, its sessions are asked to end as soon as they can. Says how many are, if
+    /// that is new.
+    pub fn set_resigns(&self, resigns: bool) -> Option<usize> {
+        let mut inner = self.inner.lock();
+        if inner.resigns == resigns {
+            return None;
+        }
+        inner.resigns = resigns;
+        let reign = inner.reign.clone();
+        let of_leader = inner.all().filter(|live| live.epoch.is_some() && live.epoch == reign);
+        let asked = |live: &Live| {
+            live.ticket.resign.store(resigns, Ordering::Release);
+            live.ticket.waker.wake();
+        };
+        Some(of_leader.map(asked).count()).filter(|_| resigns)
+    }
+
     /// Ends the sessions of a port on a member that `is_over` says yes to, and says how many.
     pub fn end_where(&self, cut: Cut, is_over: impl Fn(&str, &MemberName) -> bool) -> usize {
         let inner = self.inner.lock();
         let over =
             |live: &&Live| live.ticket.cut.load(Ordering::Acquire) == 0 && is_over(&live.port, &live.backend.member);
-        inner.live.values().filter(over).map(|session| session.end(cut)).count()
+        inner.all().filter(over).map(|session| session.end(cut)).count()
     }
 
     /// From now on every session that can leave goes to `exit`.
@@ -304,7 +347,7 @@ impl Sessions {
             began: live.began,
         };
         let (mut lines, mut more) = (Vec::new(), 0);
-        for line in inner.live.values().map(line).filter(wanted) {
+        for line in inner.all().map(line).filter(wanted) {
             if lines.len() < limit {
                 lines.push(line);
             } else {
@@ -332,6 +375,12 @@ impl Sessions {
             *counts.entry((live.port.clone(), live.backend.member.clone())).or_default() += 1;
         }
         counts
+    }
+}
+
+impl Inner {
+    fn all(&self) -> impl Iterator<Item = &Live> {
+        self.live.values().map(|live| &**live)
     }
 }
 

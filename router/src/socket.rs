@@ -99,6 +99,16 @@ impl Bound {
         }
     }
 
+    /// What accepted connections inherit: no delay, and how soon a silent client is given up.
+    ///
+    /// # Errors
+    /// The kernel refuses an option.
+    pub fn tune(&self, silence: Option<Duration>) -> io::Result<()> {
+        let Bound::Tcp(listener) = self else { return Ok(()) };
+        sockopt::set_tcp_nodelay(listener, true)?;
+        notice_silence(listener, silence)
+    }
+
     /// The same socket once more.
     pub fn try_clone(&self) -> io::Result<Self> {
         match self {
@@ -238,34 +248,30 @@ async fn dial_address(address: SocketAddr, silence: Option<Duration>) -> io::Res
     socket.connect(address).await
 }
 
-/// Prepares an accepted connection.
-pub fn tune_client(client: &TcpStream, peer: Peer, silence: Option<Duration>) -> io::Result<()> {
-    if peer == Peer::Unix {
-        return Ok(());
-    }
-    client.set_nodelay(true)?;
-    notice_silence(client, silence)
-}
-
 /// A peer that acknowledges nothing for `silence` is given up: an idle one by keepalive, one that was sent something by
-/// `TCP_USER_TIMEOUT` (see [`forget_user_timeout`]).
+/// `TCP_USER_TIMEOUT`, which also bounds the number of probes (until [`forget_user_timeout`]).
 fn notice_silence(socket: impl AsFd, silence: Option<Duration>) -> io::Result<()> {
-    let Some(silence) = silence else { return Ok(()) };
-    let (idle, interval, probes) = probes(silence);
+    let Some(silence) = silence else {
+        // A listening socket may have been told something else before.
+        sockopt::set_socket_keepalive(&socket, false)?;
+        return Ok(sockopt::set_tcp_user_timeout(&socket, 0)?);
+    };
+    let (idle, interval) = probes(silence);
     sockopt::set_socket_keepalive(&socket, true)?;
     sockopt::set_tcp_keepidle(&socket, idle)?;
     sockopt::set_tcp_keepintvl(&socket, interval)?;
-    sockopt::set_tcp_keepcnt(&socket, probes)?;
     sockopt::set_tcp_user_timeout(&socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
 }
 
-/// When the first probe is sent, the distance of the others, and their number; the kernel counts whole seconds.
-fn probes(silence: Duration) -> (Duration, Duration, u32) {
-    const PROBES: u32 = 3;
+/// Probes without an answer after which a peer is given up.
+const PROBES: u32 = 3;
+
+/// When the first probe is sent, and the distance of the others; the kernel counts whole seconds.
+fn probes(silence: Duration) -> (Duration, Duration) {
     let interval = (silence.as_secs() / 8).max(1);
     let idle = silence.as_secs().saturating_sub(interval * u64::from(PROBES)).max(1);
-    (Duration::from_secs(idle), Duration::from_secs(interval), PROBES)
+    (Duration::from_secs(idle), Duration::from_secs(interval))
 }
 
 /// Whether there is a byte to read, or an end (0); nothing is taken.
@@ -308,9 +314,10 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 
 /// Turns `TCP_USER_TIMEOUT` off. Linux ends a connection by it also when the peer is alive and acknowledges every probe,
 /// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die, and so would a client
-/// that reads its rows slowly.
+/// that reads its rows slowly. From then on the number of probes is the bound.
 pub fn forget_user_timeout(stream: &TcpStream) {
-    if let Err(error) = sockopt::set_tcp_user_timeout(stream, 0) {
+    let forgotten = sockopt::set_tcp_keepcnt(stream, PROBES).and_then(|()| sockopt::set_tcp_user_timeout(stream, 0));
+    if let Err(error) = forgotten {
         tracing::debug!(%error, "TCP_USER_TIMEOUT can't be turned off");
     }
 }
@@ -349,9 +356,9 @@ mod tests {
     #[test]
     fn silence_is_noticed_in_its_time() {
         for (silence, expected) in [(4, (1, 1)), (8, (5, 1)), (20, (14, 2)), (60, (39, 7))] {
-            let (idle, interval, probes) = probes(Duration::from_secs(silence));
-            assert_eq!((idle.as_secs(), interval.as_secs(), probes), (expected.0, expected.1, 3), "{silence}");
-            assert_eq!(idle + interval * probes, Duration::from_secs(silence));
+            let (idle, interval) = probes(Duration::from_secs(silence));
+            assert_eq!((idle.as_secs(), interval.as_secs()), expected, "{silence}");
+            assert_eq!(idle + interval * PROBES, Duration::from_secs(silence));
         }
     }
 

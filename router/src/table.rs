@@ -11,7 +11,8 @@
 //!   - The holder's record denies being primary (`demoted`, `replica` …): over.
 //!   - The holder's record is missing, or says `primary` and another state (`stopping`, `restarting`): the epoch goes on,
 //!     there is just no place for new sessions. Nobody else can have been elected, so what becomes of the old sessions
-//!     is between the client and PostgreSQL.
+//!     is between the client and PostgreSQL. `stopping` is the notice of a planned stop ([`RouteTable::resigns`]): sessions
+//!     that are seen to be idle are ended before the server does it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -94,6 +95,10 @@ pub struct RouteTable {
     pub certainty: Certainty,
     /// Whose sessions may go on; see the module's documentation.
     pub reign: Option<Epoch>,
+    /// The leader has announced that it is about to stop: its sessions end as soon as they can.
+    pub resigns: bool,
+    /// Who has the leader key and is about to take writes.
+    pub elected: Option<Arc<Backend>>,
     /// Where new read-write sessions go.
     pub leader: Option<Arc<Backend>>,
     /// Standbys that may be read from, whatever their lag, by name.
@@ -109,6 +114,8 @@ impl RouteTable {
             revision: Revision(0),
             certainty: Certainty::Nothing,
             reign: None,
+            resigns: false,
+            elected: None,
             leader: None,
             standbys: Vec::new(),
             verdicts: Vec::new(),
@@ -122,16 +129,19 @@ impl RouteTable {
             revision: view.revision,
             certainty: Certainty::Confirmed,
             reign: reign.clone(),
+            resigns: reign.is_some() && view.leader_member().is_some_and(|member| member.state == "stopping"),
+            elected: None,
             leader: None,
             standbys: Vec::new(),
             verdicts: Vec::new(),
         };
         for (name, member) in &view.members {
             let verdict = if view.is_leader(name) { leader_verdict(member) } else { standby_verdict(member) };
+            let elected = verdict == Err(NOT_PROMOTED) && member.is_running();
             let (verdict, address) = match (verdict, member.host_port()) {
                 (Ok(_), None) => ("no usable conn_url", None),
                 (Ok(good), address) => (good, address),
-                (Err(bad), _) => (bad, None),
+                (Err(bad), address) => (bad, address.filter(|_| elected)),
             };
             table.verdicts.push((name.clone(), verdict));
             let Some((host, port)) = address else { continue };
@@ -148,6 +158,7 @@ impl RouteTable {
                 timeline: member.timeline,
             });
             match view.is_leader(name) {
+                true if elected => table.elected = Some(backend),
                 true => table.leader = Some(backend),
                 false => table.standbys.push(backend),
             }
@@ -158,6 +169,7 @@ impl RouteTable {
     /// The same table once the DCS has been silent for too long.
     pub fn unconfirmed(mut self, proven: bool) -> Self {
         self.certainty = Certainty::Unconfirmed { proven };
+        self.elected = None;
         if !proven {
             self.leader = None;
         }
@@ -177,12 +189,15 @@ fn reign(view: &ClusterView) -> Option<Epoch> {
 /// The verdict on a leader that takes sessions.
 pub(crate) const LEADER: &str = "leader";
 
+/// The verdict on a leader that will take sessions soon.
+const NOT_PROMOTED: &str = "leader, but not promoted yet";
+
 fn leader_verdict(member: &Member) -> Result<&'static str, &'static str> {
     match member.role.as_str() {
         _ if member.claims_primary() => Ok(LEADER),
         "primary" | "master" => Err("leader, but its server is not running"),
         "standby_leader" => Err("leader of a standby cluster: never writable"),
-        _ => Err("leader, but not promoted yet"),
+        _ => Err(NOT_PROMOTED),
     }
 }
 

@@ -7,6 +7,7 @@ mod common;
 use std::net::SocketAddr;
 
 use common::*;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::memory::MemoryDcs;
@@ -41,6 +42,7 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
         router.clone(),
         trunkline_router::probe::Prober::default(),
         Follower::spawn(store, SystemClock),
+        None,
     ));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rw = listener.local_addr().unwrap();
@@ -71,7 +73,11 @@ async fn keys_become_routes_and_their_changes_end_sessions() {
     let _held = connect(rw, STARTUP).await;
     eventually(|| router.hold.held() == 1).await;
     put(&dcs, "leader", "b").await;
-    b.stays_alone().await;
+    // Connected to while it is promoted, and told nothing before.
+    let mut ahead = b.connection().await;
+    assert!(tokio::time::timeout(std::time::Duration::from_millis(100), ahead.read_u8()).await.is_err());
     put(&dcs, "members/b", &record("primary", b.at)).await;
-    b.session().await;
+    let mut startup = vec![0; STARTUP.len()];
+    within(ahead.read_exact(&mut startup)).await.unwrap();
+    assert_eq!(startup, STARTUP);
 }

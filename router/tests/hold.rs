@@ -32,7 +32,7 @@ async fn a_client_without_a_leader_is_held_and_then_served() {
 }
 
 #[tokio::test]
-async fn an_elected_standby_is_not_connected_to_before_it_says_primary() {
+async fn an_elected_standby_is_told_nothing_before_it_says_primary() {
     let mut world = World::new(limits());
     let rw = world.open(port(Target::Leader)).await;
     let server = Fake::start().await;
@@ -44,9 +44,10 @@ async fn an_elected_standby_is_not_connected_to_before_it_says_primary() {
         .await;
     let _client = connect(rw, STARTUP).await;
     world.held(1).await;
-    server.stays_alone().await;
+    let mut ahead = server.connection().await;
+    assert!(tokio::time::timeout(Duration::from_millis(100), ahead.read_u8()).await.is_err());
     world.lead("a", server.at).await;
-    server.session().await;
+    assert_eq!(within(ahead.read_u32()).await.unwrap() as usize, STARTUP.len());
 }
 
 #[tokio::test]

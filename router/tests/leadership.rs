@@ -10,7 +10,8 @@ use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use trunkline_common::Revision;
-use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+use trunkline_config::router::{KnownMember, Limits, NoCandidate, Port, Target};
+use trunkline_router::heard;
 
 /// The session is over for the client at once, and its server gets nothing more.
 async fn is_ended(client: &mut TcpStream, server: &mut TcpStream) {
@@ -195,6 +196,159 @@ async fn with_a_silent_dcs_another_member_can_prove_that_it_leads_now() {
     is_ended(&mut client, &mut server).await;
     let (mut client, mut server) = session(rw, &b).await;
     passes(&mut client, &mut server, b"hello").await;
+}
+
+#[tokio::test]
+async fn a_router_that_never_reached_the_dcs_asks_the_members_it_knows() {
+    let (a, b) = (Fake::start().await, Fake::start().await);
+    let known = |name: &str, api_url: String, at: &Fake| KnownMember {
+        name: name.into(),
+        api_url,
+        connect_address: at.at.to_string(),
+    };
+    let seed = heard::seed(&[
+        known("a", api("503 Service Unavailable", "replica").await, &a),
+        known("b", api("200 OK", "primary").await, &b),
+    ]);
+    let limits = Limits { stale_after: Duration::from_millis(200), ..limits() };
+    let mut world = World::seeded(limits, Some(seed));
+    let rw = world.open(port(Target::Leader)).await;
+    let (mut client, mut server) = session(rw, &b).await;
+    // The DCS comes back and confirms it: the session goes on.
+    let at = b.at;
+    world
+        .change(|view| {
+            view.leader = Some(key("b", view.revision));
+            view.members.insert("b".into(), member("primary", at));
+        })
+        .await;
+    eventually(|| world.router.table().leader.is_some()).await;
+    passes(&mut client, &mut server, b"never noticed").await;
+    world.lead("a", a.at).await;
+    is_ended(&mut client, &mut server).await;
+}
+
+/// The leader says that it is about to stop, as an agent does in a planned switchover.
+async fn resign(world: &mut World) {
+    world.change(|view| view.members.get_mut(&"a".into()).unwrap().state = "stopping".into()).await;
+}
+
+#[tokio::test]
+async fn a_planned_switchover_ends_sessions_between_transactions() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let (a, b) = (Fake::start().await, Fake::start().await);
+    world.lead("a", a.at).await;
+    let (mut idle, mut idle_end) = started(rw, &a).await;
+    let (mut writer, mut writer_end) = started(rw, &a).await;
+    passes(&mut writer, &mut writer_end, &message(b'Q', b"insert\0")).await;
+    let (mut within_one, mut within_end) = started(rw, &a).await;
+    passes(&mut within_one, &mut within_end, &message(b'Q', b"begin\0")).await;
+    passes(&mut within_end, &mut within_one, &[message(b'C', b"BEGIN\0"), message(b'Z', b"T")].concat()).await;
+    // What it is can't be told: it did not begin as PostgreSQL's do.
+    let (mut unknown, mut unknown_end) = session(rw, &a).await;
+    resign(&mut world).await;
+    assert_eq!(refused(&mut idle).await, "57P01");
+    assert_eq!(rest(&mut idle_end).await, b"", "its server is told nothing but the end");
+    // A newcomer is held, and those in the middle of something go on to its end.
+    let _newcomer = connect(rw, STARTUP).await;
+    world.held(1).await;
+    passes(&mut writer_end, &mut writer, &message(b'C', b"INSERT 0 1\0")).await;
+    passes(&mut within_one, &mut within_end, &message(b'Q', b"commit\0")).await;
+    passes(&mut unknown, &mut unknown_end, b"whatever").await;
+    let answer = message(b'Z', b"I");
+    writer_end.write_all(&answer).await.unwrap();
+    let mut got = vec![0; answer.len()];
+    within(writer.read_exact(&mut got)).await.unwrap();
+    assert_eq!(got, answer, "its answer comes first");
+    assert_eq!(refused(&mut writer).await, "57P01");
+    within_end.write_all(&[message(b'C', b"COMMIT\0"), answer].concat()).await.unwrap();
+    within(within_one.read_exact(&mut [0; 18])).await.unwrap();
+    assert_eq!(refused(&mut within_one).await, "57P01");
+    a.stays_alone().await;
+    world.lead("b", b.at).await;
+    is_ended(&mut unknown, &mut unknown_end).await;
+    assert_eq!(b.session().await.1, STARTUP);
+    let text = world.router.metrics.render().unwrap();
+    for line in ["ended_total{port=\"leader\",reason=\"switchover\"} 3", "resignations_total 1"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_transaction_has_a_budget_where_its_end_would_be_seen() {
+    let mut world = World::new(Limits { switchover_budget: Duration::from_millis(100), ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let a = Fake::start().await;
+    world.lead("a", a.at).await;
+    let (mut waits, mut waits_end) = started(rw, &a).await;
+    passes(&mut waits, &mut waits_end, &message(b'Q', b"begin\0")).await;
+    passes(&mut waits_end, &mut waits, &message(b'Z', b"T")).await;
+    let (mut reads, mut reads_end) = started(rw, &a).await;
+    passes(&mut reads, &mut reads_end, &message(b'Q', b"select\0")).await;
+    passes(&mut reads_end, &mut reads, &message(b'D', b"half a row")[..9]).await;
+    resign(&mut world).await;
+    assert_eq!(refused(&mut waits).await, "57P01");
+    is_ended(&mut reads, &mut reads_end).await;
+    eventually(|| world.router.sessions.is_empty()).await;
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
+}
+
+#[tokio::test]
+async fn without_a_budget_a_notice_ends_nothing_and_a_notice_can_be_taken_back() {
+    for budget in [Duration::ZERO, Duration::from_secs(60)] {
+        let mut world = World::new(Limits { switchover_budget: budget, ..limits() });
+        let rw = world.open(port(Target::Leader)).await;
+        let a = Fake::start().await;
+        world.lead("a", a.at).await;
+        let (mut client, mut server) = started(rw, &a).await;
+        passes(&mut client, &mut server, &message(b'Q', b"begin\0")).await;
+        passes(&mut server, &mut client, &message(b'Z', b"T")).await;
+        resign(&mut world).await;
+        world.change(|view| view.members.get_mut(&"a".into()).unwrap().state = "running".into()).await;
+        passes(&mut client, &mut server, &message(b'Q', b"commit\0")).await;
+        passes(&mut server, &mut client, &message(b'Z', b"I")).await;
+        passes(&mut client, &mut server, b"Q").await;
+        session(rw, &a).await;
+    }
+}
+
+#[tokio::test]
+async fn held_clients_are_connected_before_their_server_leads() {
+    let mut world = World::new(Limits { max_ahead: 1, ..limits() });
+    let rw = world.open(port(Target::Leader)).await;
+    let b = Fake::start().await;
+    world.follow("b", b.at).await;
+    let _clients = [connect(rw, STARTUP).await, connect(rw, STARTUP).await];
+    world.held(2).await;
+    world.change(|view| view.leader = Some(key("b", view.revision))).await;
+    let mut ahead = b.connection().await;
+    // No more than are allowed, and nothing is said on it.
+    b.stays_alone().await;
+    world.change(|view| view.members.get_mut(&"b".into()).unwrap().role = "primary".into()).await;
+    let mut startup = vec![0; STARTUP.len()];
+    within(ahead.read_exact(&mut startup)).await.unwrap();
+    assert_eq!(startup, STARTUP);
+    b.session().await;
+    b.stays_alone().await;
+}
+
+#[tokio::test]
+async fn a_server_that_accepts_and_says_nothing_is_left_for_another() {
+    let mut world = World::new(limits());
+    let ro = world.open(Port { connect_timeout: Duration::from_millis(100), ..port(Target::Replica) }).await;
+    let (frozen, other) = (Fake::start().await, Fake::start().await);
+    world.follow("b", frozen.at).await;
+    let _client = connect(ro, STARTUP).await;
+    let _silent = frozen.request().await;
+    // As long as there is nothing better, it is waited for …
+    frozen.stays_alone().await;
+    world.follow("c", other.at).await;
+    // … and left as soon as there is.
+    assert_eq!(other.session().await.1, STARTUP);
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("connects_total{member=\"b\",result=\"silent\"} 1"), "{text}");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::{Half, Stop, poll_io};
+use super::{Half, Stop, pause, poll_io};
 
 /// What one read may take.
 pub(super) const BUFFER: usize = 32 << 10;
@@ -27,6 +27,7 @@ impl Half<'_> {
                 Some(bytes) => bytes,
                 None => ready!(poll_read(cx, self.from, scratch)).map_err(|_| Stop::Read)?,
             };
+            pause::busy();
             self.copied(&scratch[..bytes]);
             let sent = send_now(self.to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
             self.rest.extend_from_slice(&scratch[sent..bytes]);

@@ -7,6 +7,9 @@
 //!
 //! Sessions with TLS that ends or begins here have a way of their own ([`relay_tls`]).
 //!
+//! What is copied of a session in plain text is also followed message by message ([`boundary`]), so that the session can be
+//! ended in between when its server is about to stop.
+//!
 //! What must never be lost:
 //! * *Backpressure*: a half holds at most one buffer or one pipe of unwritten bytes and reads nothing more until they are
 //!   written.
@@ -16,6 +19,7 @@
 //!   still sends is read and thrown away: closing a socket with unread bytes would reset it and destroy the last words.
 
 mod copy;
+pub mod pause;
 mod splice;
 mod tls;
 
@@ -31,9 +35,10 @@ use tokio::net::TcpStream;
 pub use splice::Pool;
 pub use tls::relay_tls;
 
+use crate::boundary::{self, Trace};
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
-use crate::sessions::Session;
+use crate::sessions::{Call, Session};
 use crate::socket;
 
 /// How long a client may go on without saying anything once its server has closed. PostgreSQL never closes one direction
@@ -41,7 +46,7 @@ use crate::socket;
 const LINGER: Duration = Duration::from_secs(10);
 
 /// Steps a session may take before others of its thread get their turn.
-const STEPS: usize = 16;
+const STEPS: usize = 8;
 
 /// From this many bytes sent without any answer, the receive window may be closed by a peer that is alive but busy
 /// (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
@@ -67,6 +72,9 @@ pub struct Start {
     pub unread: bool,
     /// The server is about to start a session in plain text.
     pub plain: bool,
+    /// How long the session may go on once its server has said that it is about to stop, where its messages can be followed;
+    /// `None`: until the server ends it.
+    pub resignation: Option<Duration>,
     /// Read by another process and not written yet.
     pub rests: Option<Box<Rests>>,
 }
@@ -85,44 +93,57 @@ pub struct Rests {
 pub enum Outcome {
     /// With the session.
     Ended(End),
+    /// The server is about to stop, and the client may be told so: it waits for no answer, or for one that has not begun.
+    Resigned {
+        /// Nothing of what the client has asked for is lost.
+        idle: bool,
+    },
+    /// The server is about to stop, and the session could not be brought to an end in time.
+    Overdue,
     /// The session goes on in another process, with these bytes first.
     Left(Rests),
 }
 
 /// Relays until both directions have ended, and says which side ended first; or until the session leaves.
-pub async fn relay(
-    client: &TcpStream,
-    server: &TcpStream,
+pub fn relay<'a>(
+    client: &'a TcpStream,
+    server: &'a TcpStream,
     start: Start,
-    session: &Session,
-    pool: &Pool,
-    meter: &Meter,
-) -> Outcome {
+    session: &'a Session,
+    pool: &'a Pool,
+    meter: &'a Meter,
+) -> impl Future<Output = Outcome> + Send + 'a {
     let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session }));
     let rests = start.rests.map(|rests| *rests).unwrap_or_default();
+    let followed = start.plain && start.resignation.is_some();
     let mut relay = Relay {
-        up: Half { unread: start.unread, rest: rests.up, ..Half::new(client, server) },
-        down: Half { watch, rest: rests.down, ..Half::new(server, client) },
+        up: Half {
+            unread: start.unread,
+            rest: rests.up,
+            trace: followed.then(Trace::of_client),
+            ..Half::new(client, server)
+        },
+        down: Half { watch, rest: rests.down, trace: followed.then(Trace::of_server), ..Half::new(server, client) },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
-        linger: None,
+        resignation: start.resignation.unwrap_or_default(),
+        alarm: None,
         end: None,
     };
-    let ended = poll_fn(|cx| {
-        let leaves = session.leaves(cx.waker());
-        if leaves && relay.can_leave() {
-            return Poll::Ready(None);
+    poll_fn(move |cx| {
+        let call = session.called(cx.waker());
+        if let Some(outcome) = relay.follow(call) {
+            return Poll::Ready(outcome);
         }
         match relay.poll(cx, pool, meter) {
-            // Its start is over with this step.
-            Poll::Pending if leaves && relay.can_leave() => Poll::Ready(None),
-            polled => polled.map(Some),
+            Poll::Ready(end) => Poll::Ready(Outcome::Ended(end)),
+            // This step may have ended its start, or a transaction.
+            Poll::Pending => match relay.follow(call) {
+                Some(outcome) => Poll::Ready(outcome),
+                None => relay.poll_overdue(cx, call),
+            },
         }
-    });
-    match ended.await {
-        Some(end) => Outcome::Ended(end),
-        None => Outcome::Left(Rests { up: relay.up.into_rest(), down: relay.down.into_rest() }),
-    }
+    })
 }
 
 struct Relay<'a> {
@@ -132,14 +153,46 @@ struct Relay<'a> {
     unanswered_up: Option<u64>,
     /// The same of the client.
     unanswered_down: Option<u64>,
-    linger: Option<Pin<Box<tokio::time::Sleep>>>,
+    /// How long the session may go on once its server is about to stop.
+    resignation: Duration,
+    /// When waiting ends: for a client whose server has closed, or for the end of a transaction.
+    alarm: Option<Pin<Box<tokio::time::Sleep>>>,
     end: Option<End>,
 }
 
 impl Relay<'_> {
+    /// Does as it was told from outside, if that can be done now.
+    fn follow(&mut self, call: Call) -> Option<Outcome> {
+        if call.leave && self.can_leave() {
+            let rest = |half: &mut Half<'_>| half.take_rest();
+            return Some(Outcome::Left(Rests { up: rest(&mut self.up), down: rest(&mut self.down) }));
+        }
+        (call.resign && self.is_idle()).then_some(Outcome::Resigned { idle: true })
+    }
+
+    /// Whether the client has been answered everything, outside of a transaction, as far as that can be known.
+    fn is_idle(&self) -> bool {
+        let (Some(client), Some(server)) = (&self.up.trace, &self.down.trace) else { return false };
+        self.is_open() && boundary::is_idle(client, server) && self.up.rest.is_empty() && self.down.rest.is_empty()
+    }
+
+    fn is_open(&self) -> bool {
+        self.up.stop.is_none() && self.down.stop.is_none()
+    }
+
+    /// Once the server is about to stop, the time for a transaction is limited, where its end would be seen.
+    fn poll_overdue(&mut self, cx: &mut Context<'_>, call: Call) -> Poll<Outcome> {
+        let between = self.down.trace.as_ref().map(|trace| trace.between_messages() && self.down.rest.is_empty());
+        let Some(between) = between.filter(|_| call.resign && self.up.trace.is_some() && self.is_open()) else {
+            return Poll::Pending;
+        };
+        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.resignation)));
+        alarm.as_mut().poll(cx).map(|()| if between { Outcome::Resigned { idle: false } } else { Outcome::Overdue })
+    }
+
     /// Whether nothing has ended, and the start is over.
     fn can_leave(&self) -> bool {
-        self.up.stop.is_none() && self.down.stop.is_none() && self.down.watch.is_none()
+        self.is_open() && self.down.watch.is_none()
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
@@ -156,7 +209,7 @@ impl Relay<'_> {
                 return self.poll_linger(cx);
             }
         }
-        cx.waker().wake_by_ref();
+        yield_to_others(cx);
         Poll::Pending
     }
 
@@ -165,7 +218,7 @@ impl Relay<'_> {
         let (up, down) = (moved(up), moved(down));
         if up > 0 {
             meter.up(up);
-            self.linger = None;
+            self.alarm = None;
         }
         if down > 0 {
             meter.down(down);
@@ -201,11 +254,8 @@ impl Relay<'_> {
         if !self.down.ended() {
             return Poll::Pending;
         }
-        let linger = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        match linger.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(self.end.unwrap_or(End::Server)),
-            Poll::Pending => Poll::Pending,
-        }
+        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        alarm.as_mut().poll(cx).map(|()| self.end.unwrap_or(End::Server))
     }
 }
 
@@ -244,6 +294,8 @@ struct Half<'a> {
     unread: bool,
     /// Until the session's key has passed, or can't any more.
     watch: Option<Box<Watch<'a>>>,
+    /// What has passed, as long as all of it was seen.
+    trace: Option<Trace>,
     /// Read and not yet written.
     rest: Vec<u8>,
     stop: Option<Stop>,
@@ -259,6 +311,7 @@ impl<'a> Half<'a> {
             way: splice::Way::default(),
             unread: false,
             watch: None,
+            trace: None,
             rest: Vec::new(),
             stop: None,
             drained: false,
@@ -266,8 +319,8 @@ impl<'a> Half<'a> {
     }
 
     /// What has been read and not been written.
-    fn into_rest(self) -> Vec<u8> {
-        [self.rest, self.way.into_rest()].concat()
+    fn take_rest(&mut self) -> Vec<u8> {
+        [std::mem::take(&mut self.rest), std::mem::take(&mut self.way).into_rest()].concat()
     }
 
     /// Nothing will be read from the source any more.
@@ -277,6 +330,9 @@ impl<'a> Half<'a> {
 
     /// Some bytes have been copied. While they are looked at, they are not spliced.
     fn copied(&mut self, bytes: &[u8]) {
+        if self.trace.as_mut().is_some_and(|trace| !trace.look(bytes)) {
+            self.trace = None;
+        }
         let Some(watch) = &mut self.watch else { return self.way.copied(bytes.len()) };
         match watch.key.look(bytes) {
             Seen::More => return,
@@ -295,7 +351,10 @@ impl<'a> Half<'a> {
             return self.poll_discard(cx);
         }
         let step = match self.way.streams() {
-            true => self.poll_splice(cx, pool),
+            true => {
+                self.trace = None;
+                self.poll_splice(cx, pool)
+            }
             false => self.poll_copy(cx),
         };
         match step {
@@ -322,6 +381,12 @@ impl<'a> Half<'a> {
             let _ = rustix::net::shutdown(self.to, rustix::net::Shutdown::Write);
         }
     }
+}
+
+/// Wakes this task once the thread has looked for events: to wake it at once would let it go on before them.
+fn yield_to_others(cx: &mut Context<'_>) {
+    // Pending at its first poll, after which it is not needed any more.
+    let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
 }
 
 /// Runs `operation` when `stream` is ready for it, and waits if it isn't.

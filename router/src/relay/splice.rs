@@ -11,7 +11,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags};
 use tokio::io::Interest;
 
 use super::copy::BUFFER;
-use super::{Half, Stop, poll_io};
+use super::{Half, Stop, pause, poll_io};
 
 /// A half streams after this many reads in a row that filled half of the buffer …
 const LARGE_READS: u8 = 4;
@@ -19,10 +19,13 @@ const LARGE_READS: u8 = 4;
 const SMALL_MOVES: u8 = 4;
 const SMALL: usize = 4 << 10;
 
-/// What one move may take: the size of a pipe.
-const MOVE: usize = 64 << 10;
+/// What one move may take: the size that a pipe is given, if the kernel agrees. It always has 64 KiB.
+const MOVE: usize = 256 << 10;
 
-/// Pipes for all threads. Linux gives an unprivileged user 1 024 of 64 KiB (`pipe-user-pages-soft`); the pool stays far
+/// So many pipes of the pool are that large. With 256 pipes in all that is a third of what a user may have.
+const LARGE: usize = 32;
+
+/// Pipes for all threads. Linux gives an unprivileged user 1 024 of 64 KiB, or 64 MiB (`pipe-user-pages-soft`); the pool stays
 /// below, and whoever gets none goes on copying.
 #[derive(Debug)]
 pub struct Pool {
@@ -45,7 +48,14 @@ impl Pool {
         self.made.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).ok()?;
         let counted = Counted(self.made.clone());
         match rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
-            Ok((read, write)) => Some(Pipe { read, write, _counted: counted }),
+            Ok((read, write)) => {
+                if self.made.load(Ordering::Relaxed) <= LARGE
+                    && let Err(error) = rustix::pipe::fcntl_setpipe_size(&write, MOVE)
+                {
+                    tracing::debug!(%error, "a pipe stays small");
+                }
+                Some(Pipe { read, write, _counted: counted })
+            }
             Err(error) => {
                 tracing::debug!(%error, "no pipe");
                 None
@@ -150,6 +160,7 @@ impl Half<'_> {
             Poll::Ready(Ok(bytes)) => {
                 self.way.pipe = Some(pipe);
                 self.way.filled = bytes;
+                pause::streamed();
                 self.way.moved(bytes);
                 // What can't be written now is written by the next step.
                 match self.poll_drain(cx, pool) {

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{End, LINGER, STEPS, Stop, Watch};
+use super::{End, LINGER, STEPS, Stop, Watch, pause, yield_to_others};
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
 use crate::sessions::Session;
@@ -70,7 +70,7 @@ impl Relay<'_> {
                 return self.poll_linger(cx);
             }
         }
-        cx.waker().wake_by_ref();
+        yield_to_others(cx);
         Poll::Pending
     }
 
@@ -153,6 +153,7 @@ impl<'a> Half<'a> {
         });
         self.rest = rest;
         let bytes = ready!(read).map_err(|_| Stop::Read)?;
+        pause::busy();
         // What can't be written now is written by the next step.
         match self.poll_rest(cx, to) {
             Poll::Ready(Err(stop)) => Poll::Ready(Err(stop)),

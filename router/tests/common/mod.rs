@@ -57,10 +57,15 @@ pub struct World {
 
 impl World {
     pub fn new(limits: Limits) -> Self {
+        Self::seeded(limits, None)
+    }
+
+    /// With members that are known without the DCS.
+    pub fn seeded(limits: Limits, seed: Option<ClusterView>) -> Self {
         let router = Router::new(limits).unwrap();
         let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
         tokio::spawn(survey::candidates(router.clone()));
-        tokio::spawn(follow::run(router.clone(), Prober::default(), receiver));
+        tokio::spawn(follow::run(router.clone(), Prober::default(), receiver, seed));
         let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
         Self { router, knowledge: sender, view }
     }
@@ -70,6 +75,7 @@ impl World {
         let router = self.router.clone();
         let bound = Bound::listen(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
         let address = bound.address().unwrap();
+        bound.tune(port.client_silence).unwrap();
         let slot = Arc::new(parking_lot::RwLock::new(self.router.listening(&port, Crypto::of(&port).unwrap())));
         let listener = bound.into_listener().unwrap();
         let (open, closed) = tokio::sync::watch::channel(false);
@@ -197,6 +203,20 @@ pub async fn session(to: SocketAddr, server: &Fake) -> (TcpStream, TcpStream) {
     let (server, packet) = server.session().await;
     assert_eq!(packet, STARTUP);
     assert_eq!(within(client.read_u8()).await.unwrap(), b'R');
+    (client, server)
+}
+
+/// A message of PostgreSQL's.
+pub fn message(kind: u8, body: &[u8]) -> Vec<u8> {
+    [&[kind][..], &(body.len() as u32 + 4).to_be_bytes(), body].concat()
+}
+
+/// A session through the router whose start-up is over.
+pub async fn started(to: SocketAddr, server: &Fake) -> (TcpStream, TcpStream) {
+    let mut client = connect(to, STARTUP).await;
+    let (mut server, _) = server.request().await;
+    let start = [message(b'R', &[0; 4]), message(b'K', b"pid_key_"), message(b'Z', b"I")].concat();
+    passes(&mut server, &mut client, &start).await;
     (client, server)
 }
 
