@@ -34,6 +34,8 @@ pub struct ClusterView {
     pub sync: SyncState,
     /// The `status` key (or the legacy `optime/leader`).
     pub status: Status,
+    /// Revision of the `status` key, 0 while it is absent.
+    pub status_revision: Revision,
     /// The `history` key.
     pub history: Vec<HistoryLine>,
     /// Whether there is a `history` key: an empty one says "timeline 1", an absent one says nothing.

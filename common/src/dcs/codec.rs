@@ -46,6 +46,7 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
             }
             "status" => {
                 view.status = reader.read(entry, status, || before.status.clone());
+                view.status_revision = entry.modified;
                 has_status = true;
             }
             "optime/leader" => legacy_optime = Some(entry),

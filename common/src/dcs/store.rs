@@ -61,12 +61,19 @@ pub struct Seen {
     pub failsafe: Revision,
     /// The revision of `initialize`: somebody may be making another cluster.
     pub initialize: Revision,
+    /// The revision of `status`: nobody leads by the position that a leader had some time before its last one.
+    pub status: Revision,
 }
 
 impl Seen {
     /// As `view` shows it.
     pub fn of(view: &ClusterView) -> Self {
-        Self { sync: view.sync.revision, failsafe: view.failsafe_revision, initialize: view.initialize_revision }
+        Self {
+            sync: view.sync.revision,
+            failsafe: view.failsafe_revision,
+            initialize: view.initialize_revision,
+            status: view.status_revision,
+        }
     }
 }
 
@@ -104,10 +111,10 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(view)
     }
 
-    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync`, `failsafe` and `initialize` still
-    /// are what the decision was made on; `also` is written in the same step. So a stale view can't elect a node that has
-    /// been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime, nor one
-    /// beside which another cluster is being made.
+    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync`, `failsafe`, `initialize` and `status`
+    /// still are what the decision was made on; `also` is written in the same step. So a stale view can't elect a node that
+    /// has been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime, nor one
+    /// beside which another cluster is being made, nor one that is further behind than it knows.
     ///
     /// A request of ours that was carried out although its answer got lost counts as done.
     pub async fn acquire_leader(
@@ -130,6 +137,7 @@ impl<D: Dcs> ClusterStore<D> {
                     Compare::Modified(self.paths.key("sync"), seen.sync),
                     Compare::Modified(self.paths.key("failsafe"), seen.failsafe),
                     Compare::Modified(initialize, seen.initialize),
+                    Compare::Modified(self.paths.key("status"), seen.status),
                 ],
                 then,
                 otherwise: vec![Op::Get(leader)],
@@ -443,7 +451,11 @@ mod tests {
         assert_eq!(store.read().await.unwrap().status.optime.0, 0);
         assert!(store.release_leader(&name("a"), a, Some(status)).await.unwrap().is_done());
         let view = store.read().await.unwrap();
-        assert_eq!((view.leader, view.status.optime.0), (None, 7));
+        assert_eq!((view.leader.as_ref(), view.status.optime.0), (None, 7));
+        let acquired = store.acquire_leader(&name("b"), other, Seen::default(), Alongside::default()).await;
+        assert_eq!(acquired, Ok(Outcome::Conflict), "by an older position of the leader before");
+        let acquired = store.acquire_leader(&name("b"), other, Seen::of(&view), Alongside::default()).await;
+        assert!(acquired.unwrap().is_done());
     }
 
     #[tokio::test(start_paused = true)]
