@@ -243,7 +243,8 @@ fn may_lead_without_key(view: &ClusterView, name: &MemberName) -> bool {
     view.settings.failsafe_mode && view.failsafe.as_ref().is_some_and(|members| members.contains_key(name))
 }
 
-/// What a member's word is about: the leader key as it was created, and role and state in its holder's record.
+/// What a member's word is about: the leader key as it was created, and role and state in its holder's record, where Patroni's
+/// `promoted` takes nothing back that was true of a replica with the key.
 #[derive(Debug, PartialEq, Eq)]
 struct Subject {
     key: Option<(MemberName, Revision)>,
@@ -251,9 +252,10 @@ struct Subject {
 }
 
 fn subject(view: &ClusterView) -> Subject {
+    let role = |member: &Member| if member.role == "promoted" { "replica".to_owned() } else { member.role.clone() };
     Subject {
         key: view.leader.as_ref().map(|key| (key.name.clone(), key.created)),
-        record: view.leader_member().map(|member| (member.role.clone(), member.state.clone())),
+        record: view.leader_member().map(|member| (role(member), member.state.clone())),
     }
 }
 
@@ -466,6 +468,23 @@ mod tests {
         told(&mut world, Err("no answer".to_owned()));
         assert_eq!(world.read(Some(("a", 7)), 62_099), (reign("a", 7), false, true));
         assert_eq!(world.read(Some(("a", 7)), 62_100), (reign("a", 7), true, false), "it can't be asked");
+    }
+
+    /// Patroni's record says `replica`, `promoted` and `primary` in turn; sessions begin with the proof.
+    #[test]
+    fn a_leader_that_proved_its_promotion_goes_on_while_its_record_follows() {
+        let mut heard = Heard::default();
+        let read = |heard: &mut Heard, role: &str, ms: u64| {
+            let table = heard.read(&view(Some(("a", 7)), &[("a", member(role, "running"))]), at(ms), true, true).table;
+            (table.reign.is_some(), table.leader.is_some())
+        };
+        assert_eq!(read(&mut heard, "replica", 0), (false, false));
+        heard.hear(&view(Some(("a", 7)), &[("a", member("replica", "running"))]), &[("a".into(), Ok(true))], at(10));
+        for role in ["replica", "promoted", "primary"] {
+            assert_eq!(read(&mut heard, role, 20), (true, true), "{role}");
+        }
+        assert_eq!(read(&mut heard, "demoted", 30), (false, false), "written after the proof");
+        assert_eq!(read(&mut heard, "promoted", 40), (true, false), "nobody has proved anything since");
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //!   - The key is absent, names another member or was created anew: the epoch is over. Who has lost the key may be
 //!     replaced at any moment, and a frozen host or a partitioned one would go on to answer old sessions.
 //!   - The holder's record denies being primary (`demoted`, `replica` …): over.
-//!   - The holder's record is missing, or says `primary` and another state (`stopping`, `restarting`): the epoch goes on,
+//!   - The holder's record is missing, or says `promoted` (Patroni, before it has looked; one that has proved itself by then
+//!     has sessions already), or `primary` and another state (`stopping`, `restarting`): the epoch goes on,
 //!     there is just no place for new sessions. Nobody else can have been elected, so what becomes of the old sessions
 //!     is between the client and PostgreSQL. `stopping` is the notice of a planned stop ([`RouteTable::resigns`]): sessions
 //!     that are seen to be idle are ended before the server does it.
@@ -179,7 +180,7 @@ impl RouteTable {
 
 fn reign(view: &ClusterView) -> Option<Epoch> {
     let key = view.leader.as_ref()?;
-    let denies = |member: &Member| !matches!(member.role.as_str(), "primary" | "master");
+    let denies = |member: &Member| !matches!(member.role.as_str(), "primary" | "master" | "promoted");
     if view.members.get(&key.name).is_some_and(denies) {
         return None;
     }
@@ -274,7 +275,7 @@ pub(crate) mod tests {
             ("left over after a clean stop (§6.2)", None, Some(member("primary", "stopped")), false, false),
             ("another one's key", Some("b"), Some(member("primary", "running")), false, true),
             ("elected, still replaying", Some("a"), Some(member("replica", "running")), false, false),
-            ("promotion not confirmed", Some("a"), Some(member("promoted", "running")), false, false),
+            ("promotion not confirmed", Some("a"), Some(member("promoted", "running")), false, true),
             ("demoted", Some("a"), Some(member("demoted", "stopping")), false, false),
             ("a standby cluster", Some("a"), Some(member("standby_leader", "running")), false, false),
             ("restarting in place", Some("a"), Some(member("primary", "restarting")), false, true),
