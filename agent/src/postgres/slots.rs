@@ -42,7 +42,7 @@ struct Slot {
     has_xmin: bool,
     /// `wal_status = lost`: useless for ever.
     lost: bool,
-    /// PostgreSQL 17 takes care of it itself.
+    /// PostgreSQL 17 copies it to standbys itself; not such a copy, those are not listed.
     failover: bool,
 }
 
@@ -99,6 +99,11 @@ fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<Lsn>
     let mut steps = Vec::new();
     let mut there = BTreeSet::new();
     for (name, slot) in present {
+        if slot.failover && standby.is_some() && plan.may_clean {
+            // From the time as primary: PostgreSQL copies the new primary's only where none of that name is in the way.
+            steps.push(if slot.active { Step::InUse(name.clone()) } else { Step::Drop(name.clone()) });
+            continue;
+        }
         let Some(wanted) = plan.wanted.get(name) else {
             let ours = plan.known.as_ref().is_none_or(|known| known.contains(name));
             if ours && plan.may_drop && !slot.failover && !is_ignored(&plan.ignored, name, slot) {
@@ -490,11 +495,16 @@ mod tests {
                 None,
                 vec![drop.clone(), create],
             ),
-            ("not wanted", Some(there.clone()), None, Some(99), vec![drop]),
-            ("PostgreSQL's own", Some(Slot { failover: true, ..there }), None, Some(99), vec![]),
+            ("not wanted", Some(there.clone()), None, Some(99), vec![drop.clone()]),
+            ("PostgreSQL's own on the primary", Some(Slot { failover: true, ..there.clone() }), None, None, vec![]),
+            ("left over from a primary", Some(Slot { failover: true, ..there }), None, Some(99), vec![drop]),
         ] {
             assert_eq!(planned(present, wanted, standby, &plan), expected, "{what}");
         }
+        // Before somebody else leads this node may yet lead again.
+        let own = Slot { failover: true, ..slot(logical()) };
+        let nobody_leads = SlotPlan { may_clean: false, ..plan };
+        assert_eq!(planned(Some(own), None, Some(99), &nobody_leads), vec![]);
     }
 
     #[test]
