@@ -45,6 +45,13 @@ async fn three_members_keep_the_contract() {
     check_contract(&Cluster::start(3).await).await;
 }
 
+#[tokio::test]
+async fn etcd_3_5_keeps_the_contract() {
+    let Some(etcd) = support::etcd_35() else { return };
+    check_contract(&Cluster::start_of(etcd.clone(), 1).await).await;
+    check_contract(&Cluster::start_of(etcd, 3).await).await;
+}
+
 /// Renews every half second for `duration`; gives the longest time between two renewals as the lease sees it.
 async fn longest_gap(dcs: &EtcdDcs<SystemClock>, lease: Lease, duration: Duration) -> Duration {
     let end = SystemClock.now() + duration;
@@ -261,7 +268,7 @@ async fn speaks_tls_with_certificates_on_both_sides() {
     let options = [("cert-file", "node.pem"), ("key-file", "node.key"), ("trusted-ca-file", "ca.pem")];
     let mut extra: Vec<String> = options.iter().map(|(option, file)| format!("--{option}={}", path(file))).collect();
     extra.push("--client-cert-auth=true".to_owned());
-    let cluster = Cluster::start_with(1, "https", &extra);
+    let cluster = Cluster::start_with("etcd".into(), 1, "https", &extra);
     let config = Etcd {
         cacert: Some(path("ca.pem").into()),
         cert: Some(path("node.pem").into()),

@@ -5,8 +5,11 @@
 
 pub use trunkline_agent::lab::*;
 
+pub mod certificate;
+pub mod drivers;
 pub mod haproxy;
 pub mod patroni;
 pub mod scene;
+pub mod versions;
 
 pub use scene::{LIMIT, Scene};

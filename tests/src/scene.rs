@@ -37,7 +37,14 @@ impl Scene {
     /// # Errors
     /// Something does not come up.
     pub async fn with(name: &str, etcd: usize, spec: Spec) -> Result<Self> {
-        let lab = Lab::new(name)?;
+        Self::in_lab(Lab::new(name)?, etcd, spec).await
+    }
+
+    /// The same in a lab that is there.
+    ///
+    /// # Errors
+    /// Something does not come up.
+    pub async fn in_lab(lab: Lab, etcd: usize, spec: Spec) -> Result<Self> {
         let etcd = Etcd::start(&lab, etcd).await?;
         let cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
         let router = cluster.router().await?;

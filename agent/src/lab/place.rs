@@ -49,7 +49,14 @@ impl Lab {
     /// # Errors
     /// PostgreSQL or etcd are missing; no directory, no ports, no user to run PostgreSQL as.
     pub fn new(name: &str) -> Result<Self> {
-        let tools = Tools::find()?;
+        Self::with_tools(name, Tools::find()?)
+    }
+
+    /// A lab with other servers than [`Tools::find`] takes.
+    ///
+    /// # Errors
+    /// No directory, no ports, no user to run PostgreSQL as.
+    pub fn with_tools(name: &str, tools: Tools) -> Result<Self> {
         let user = if rustix::process::geteuid().is_root() { Some(User::unprivileged()?) } else { None };
         let dir = make_place(name, user.as_ref())?;
         let guard = match start_guard(&dir) {

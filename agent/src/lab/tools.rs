@@ -38,6 +38,20 @@ impl Tools {
             _ => bail!("this needs programs that are not here:\n{}", missing.trim_end()),
         }
     }
+
+    /// The same with the PostgreSQL of the directory `bin`.
+    ///
+    /// # Errors
+    /// It is incomplete, too old, or does not run.
+    pub fn with_postgres(self, bin: &Path) -> Result<Self> {
+        let (postgres_bin, postgres_major) = choose_postgres(&[bin.to_owned()])?;
+        Ok(Self { postgres_bin, postgres_major, ..self })
+    }
+
+    /// The same with another etcd.
+    pub fn with_etcd(self, etcd: impl Into<PathBuf>) -> Self {
+        Self { etcd: etcd.into(), ..self }
+    }
 }
 
 /// A program with the arguments that come before its configuration file.
@@ -121,7 +135,11 @@ fn find_postgres() -> Result<(PathBuf, u32)> {
         Some(dir) => vec![dir],
         None => installed.into_iter().chain(in_path).collect(),
     };
+    choose_postgres(&candidates)
+}
 
+/// The first complete one, and its major version.
+fn choose_postgres(candidates: &[PathBuf]) -> Result<(PathBuf, u32)> {
     let complete = |dir: &&PathBuf| POSTGRES_PROGRAMS.iter().all(|name| dir.join(name).is_file());
     let Some(bin) = candidates.iter().find(complete) else {
         bail!("PostgreSQL's server programs are missing; install them: apt-get install -y postgresql");

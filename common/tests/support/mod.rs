@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ pub const RETRY_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Cluster {
     pub members: Vec<Member>,
     dir: tempfile::TempDir,
+    program: PathBuf,
     extra: Vec<String>,
     scheme: &'static str,
 }
@@ -34,13 +35,18 @@ pub struct Member {
 impl Cluster {
     /// Starts `size` members and waits until they answer.
     pub async fn start(size: usize) -> Self {
-        let cluster = Self::start_with(size, "http", &[]);
+        Self::start_of("etcd".into(), size).await
+    }
+
+    /// The same with the etcd of that path.
+    pub async fn start_of(program: PathBuf, size: usize) -> Self {
+        let cluster = Self::start_with(program, size, "http", &[]);
         cluster.ready(&cluster.config()).await;
         cluster
     }
 
     /// Starts members with further options of etcd, without waiting.
-    pub fn start_with(size: usize, scheme: &'static str, extra: &[String]) -> Self {
+    pub fn start_with(program: PathBuf, size: usize, scheme: &'static str, extra: &[String]) -> Self {
         let ports = free_ports(size * 2);
         let member = |i: usize| {
             let (client_port, peer_port) = (ports[2 * i], ports[2 * i + 1]);
@@ -48,7 +54,8 @@ impl Cluster {
             Member { url, name: format!("m{i}"), client_port, peer_port, child: None }
         };
         let dir = tempfile::Builder::new().prefix("trunkline-etcd-").tempdir().expect("a directory");
-        let mut cluster = Self { members: (0..size).map(member).collect(), dir, extra: extra.to_vec(), scheme };
+        let mut cluster =
+            Self { members: (0..size).map(member).collect(), dir, program, extra: extra.to_vec(), scheme };
         (0..size).for_each(|i| cluster.run(i));
         cluster
     }
@@ -115,7 +122,7 @@ impl Cluster {
         let peer = format!("http://127.0.0.1:{}", member.peer_port);
         let log = File::options().create(true).append(true).open(self.path(&format!("{}.log", member.name)));
         let log = log.expect("a log file");
-        let child = Command::new("etcd")
+        let child = Command::new(&self.program)
             .args(["--name", &member.name, "--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &peers.join(","), "--initial-cluster-state", "new"])
@@ -145,6 +152,20 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         (0..self.members.len()).for_each(|i| self.kill(i));
     }
+}
+
+/// etcd 3.5 from where `tools/versions` puts it, with a line of why if it can't be had on this machine.
+pub fn etcd_35() -> Option<PathBuf> {
+    let root = rustix::process::geteuid().is_root();
+    let in_workspace = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/versions");
+    let dir = if root { "/var/tmp/trunkline-versions".into() } else { in_workspace() };
+    let (program, why) = (dir.join("etcd35"), std::fs::read_to_string(dir.join("unavailable")));
+    if let (false, Ok(why)) = (program.exists(), why) {
+        println!("SKIPPED: etcd 3.5 can't be had here: {why}");
+        return None;
+    }
+    assert!(program.exists(), "{} is missing; run tools/versions", program.display());
+    Some(program)
 }
 
 /// A client with the bound of these tests.

@@ -1,10 +1,12 @@
 //! Whole clusters of real programs, one theme a file.
 
 mod agent;
+mod backup;
 mod bootstrap;
 mod configuration;
 mod dcs;
 mod demo;
+mod drivers;
 mod failover;
 mod guard;
 mod patroni;
@@ -12,3 +14,4 @@ mod ports;
 mod rejoin;
 mod router;
 mod switchover;
+mod versions;

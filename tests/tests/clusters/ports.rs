@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio_postgres::{Client, Config, NoTls};
 use trunkline_tests::process::Proc;
 use trunkline_tests::workload::Target;
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, proxy, rest, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, certificate, proxy, rest, wait};
 
 /// Two nodes behind a router with these ports beside the usual ones.
 async fn scene(name: &str, more: impl FnOnce(&Lab) -> Result<Vec<Value>>) -> Result<Scene> {
@@ -145,18 +145,6 @@ async fn behind_haproxy_clients_keep_their_addresses() -> Result<()> {
     Ok(())
 }
 
-/// A certificate that has signed itself, for 127.0.0.1, and its key.
-fn certificate(lab: &Lab) -> Result<(std::path::PathBuf, std::path::PathBuf)> {
-    let dir = lab.make_dir("certificate")?;
-    let line = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=test -addext \
-                subjectAltName=IP:127.0.0.1 -keyout key -out certificate";
-    let made = std::process::Command::new("openssl").args(line.split_whitespace()).current_dir(&dir).output()?;
-    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    // For the unprivileged user that everything runs as.
-    let own = |name: &str| lab.write_config(&format!("{name}.pem"), &std::fs::read_to_string(dir.join(name))?);
-    Ok((own("certificate")?, own("key")?))
-}
-
 /// What psql says, with libpq's own TLS.
 async fn psql(scene: &Scene, port: u16, options: &str) -> Result<String> {
     let program = trunkline_tests::tools::find_program("psql", "postgresql-client")?;
@@ -172,7 +160,7 @@ async fn psql(scene: &Scene, port: u16, options: &str) -> Result<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn libpq_speaks_tls_through_the_router_and_with_it() -> Result<()> {
     let lab = Lab::new("tls")?;
-    let (certificate, key) = certificate(&lab)?;
+    let (certificate, key) = certificate::own(&lab)?;
     let mut spec = Spec::new(2, &Program::agent()?);
     let ssl = json!({"ssl": "on", "ssl_cert_file": certificate, "ssl_key_file": key});
     spec.dcs["postgresql"] = json!({"parameters": ssl});
