@@ -1,7 +1,7 @@
 # Everything a person or a CI runs. `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test sim sim-mutants chaos behave bench-failover bench-faults bench-relay compose-check fmt lint clean
+.PHONY: help setup build demo demo-check test sim sim-mutants chaos behave bench-failover bench-faults bench-idle bench-relay compose-check fmt lint clean
 
 # rustup puts cargo where a login shell finds it; make may run outside of one.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
@@ -70,6 +70,12 @@ bench-faults: ## write outage when a host freezes, etcd is lost, or etcd's leade
 	@tools/setup test
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	@$(BIN)/faults $(ARGS)
+
+bench-idle: ## memory and processor time of idle agents beside Patroni's in the same run (ARGS="--seconds 60")
+	@tools/setup test
+	@tools/patroni-venv
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+	@$(BIN)/idle $(ARGS)
 
 bench-relay: ## throughput, CPU and memory of the router beside HAProxy, PgBouncer, nginx and no proxy (ARGS="--rounds 5")
 	@tools/setup bench

@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use sd_notify::NotifyState;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 use trunkline_agent::guard::{self, Guard, HostGuard};
 use trunkline_agent::ha::{Exit, Ha, Parts};
+use trunkline_agent::init;
 use trunkline_agent::node::{Board, Command};
 use trunkline_agent::peer::{HttpPeers, RestClient};
 use trunkline_agent::postgres::{Instance, Postgres};
-use trunkline_agent::rest::{Api, Server};
+use trunkline_agent::rest::{Api, Edges, Server};
+use trunkline_agent::rto;
 use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
 use trunkline_common::dcs::paths::Paths;
@@ -22,6 +25,7 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::shutdown::Signals;
 use trunkline_common::telemetry::{self, Telemetry};
 use trunkline_common::{Clock, MemberName, SystemClock};
+use trunkline_config::explain::Sources;
 use trunkline_config::{Env, Local, PostgresConfig, Problem, Settings};
 
 /// Runs one PostgreSQL of a highly available cluster; reads Patroni's patroni.yml.
@@ -42,6 +46,9 @@ struct Args {
     /// Not for people: the agent starts itself with this as the guard of a data directory.
     #[arg(long, hide = true, value_name = "DATA_DIR")]
     guard: Option<PathBuf>,
+    /// Not for people: an address that the guard gives up.
+    #[arg(long, hide = true, value_name = "INTERFACE=ADDRESS")]
+    guard_vip: Vec<String>,
 }
 
 /// Bound of the queue of commands from REST and signals.
@@ -50,7 +57,10 @@ const COMMANDS: usize = 64;
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(data_dir) = &args.guard {
-        return guard::run(data_dir);
+        return guard::run(data_dir, guard::vip::Vip::of_arguments(&args.guard_vip));
+    }
+    if init::is_needed() {
+        return contain();
     }
     // What this process may do is not for the programs that it starts.
     let _ = rustix::thread::clear_ambient_capability_set();
@@ -91,6 +101,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// As the first process of a container: this very program once more, as a child.
+fn contain() -> ExitCode {
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.args(std::env::args_os().skip(1));
+    init::run(&mut command).unwrap_or_else(|error| {
+        eprintln!("the agent can't be started: {error}");
+        ExitCode::FAILURE
+    })
 }
 
 /// An agent of which a part has died must not go on: without its keeper nobody would fence PostgreSQL. The supervisor
@@ -177,7 +197,11 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         postgres.clone(),
         clock,
     )?;
-    let api = Arc::new(api);
+    let asked = etcd.clone();
+    let api = Arc::new(api.with_edges(Edges {
+        sources: Sources { path: path.clone(), env: env.clone() },
+        latency: Box::new(move || asked.latency()),
+    }));
     let server = Server::bind(api.clone()).await?;
     // From here on no other agent of this node runs.
     let guard = start_guard(&postgres, &local);
@@ -187,11 +211,16 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     tokio::spawn(server.run(async move {
         let _ = rest_stopped.wait_for(|stop| *stop).await;
     }));
+    tokio::spawn(tell_rto(etcd.clone(), knowledge.clone(), postgres.clone()));
     tokio::spawn(apply_retry_timeout(etcd, knowledge.clone()));
     tokio::spawn(tell_systemd(board_seen));
 
     let reload_env = env.clone();
     let reload = move || {
+        // For Type=notify-reload: from here to READY.
+        let now = NotifyState::monotonic_usec_now();
+        let _ = now.and_then(|now| sd_notify::notify(&[NotifyState::Reloading, now]));
+        let _ready = Readier;
         let (local, notices) = Local::load(path.as_deref(), &reload_env).map_err(|errors| errors.to_string())?;
         for notice in notices {
             warn!("{notice}");
@@ -228,13 +257,22 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     Ok(exit)
 }
 
+/// Tells systemd that a reload is over, also where it has failed.
+struct Readier;
+
+impl Drop for Readier {
+    fn drop(&mut self) {
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
+    }
+}
+
 /// SIGTERM and SIGINT end the agent in order; SIGHUP reads the file again.
 async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sender<Command>) {
     let mut reload = signals.reload.clone();
     loop {
         tokio::select! {
             () = signals.stopped() => {
-                let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+                let _ = sd_notify::notify(&[NotifyState::Stopping]);
                 stop.send_replace(true);
                 return;
             }
@@ -247,7 +285,7 @@ async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sende
 
 /// Before anything can take writes. A deadline that was left behind is good for the server that was left with it.
 fn start_guard(postgres: &Instance, local: &Local) -> Arc<HostGuard> {
-    let guard = HostGuard::start(&postgres.config().data_dir, local.guard.egress, &local.watchdog);
+    let guard = HostGuard::start(&postgres.config().data_dir, local.guard.egress, &local.watchdog, local.vip.as_ref());
     if guard.deadline().is_some() && !postgres.has_processes() {
         guard.disarm();
     }
@@ -280,9 +318,43 @@ async fn apply_retry_timeout<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::R
     }
 }
 
-/// READY after the first turn of the loop: from then on the node takes part.
+/// How long writes will be out, as far as that is known a little after the start; and again where the times are changed or
+/// the DCS has become too slow for them.
+async fn tell_rto<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::Receiver<Knowledge>, postgres: Instance) {
+    let mut told = None;
+    while knowledge.wait_for(|knowledge| knowledge.view.is_some()).await.is_ok() {
+        // Some renewals first.
+        tokio::time::sleep(Duration::from_secs(if told.is_none() { 5 } else { 60 })).await;
+        let Some(settings) = knowledge.borrow().view.as_ref().map(|view| view.settings.clone()) else { continue };
+        let estimate = rto::estimate(&settings, &etcd.latency(), postgres.took());
+        let times = (settings.ttl, settings.retry_timeout, settings.primary_start_timeout);
+        let news = (times, !estimate.warnings.is_empty());
+        if told != Some(news) {
+            info!("how long writes will be out: {estimate}");
+            estimate.warnings.iter().for_each(|warning| warn!("{warning}"));
+            told = Some(news);
+        }
+    }
+}
+
+/// READY after the first turn of the loop: from then on the node takes part. After that what it is and does, for
+/// `systemctl status`, whenever that changes.
 async fn tell_systemd(mut board: watch::Receiver<Board>) {
-    if board.changed().await.is_ok() {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let mut told = None;
+    while board.changed().await.is_ok() {
+        let status = {
+            let board = board.borrow_and_update();
+            let task = board.task.as_ref().map(|task| format!(" ({task})")).unwrap_or_default();
+            format!("{}, {}{task}: {}", board.role, board.state, board.decision)
+        };
+        if told.as_ref() == Some(&status) {
+            continue;
+        }
+        let line = NotifyState::Status(&status);
+        let _ = match told {
+            None => sd_notify::notify(&[NotifyState::Ready, line]),
+            Some(_) => sd_notify::notify(&[line]),
+        };
+        told = Some(status);
     }
 }

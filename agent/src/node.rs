@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use trunkline_common::{Instant, MemberName};
 
 use crate::guard;
+use crate::ha::situation::Ground;
 use crate::postgres::PgStatus;
 
 /// The Patroni version that this node behaves like: members of a mixed cluster read it in the member key and in status
@@ -52,6 +53,8 @@ pub struct Board {
     pub decisions: Arc<VecDeque<Noted>>,
     /// Failsafe mode is what keeps this leader up, or a leader in failsafe mode has told us so lately.
     pub failsafe_active: bool,
+    /// What the last decision was made on; `None` before the first turn.
+    pub ground: Option<Arc<Ground>>,
     /// What ends writes where this process can't.
     pub guard: guard::Status,
 }
@@ -76,6 +79,7 @@ impl Board {
             transitions: BTreeMap::new(),
             decisions: Arc::default(),
             failsafe_active: false,
+            ground: None,
             guard: guard::Status::default(),
         }
     }

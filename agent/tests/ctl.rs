@@ -276,6 +276,23 @@ async fn without_an_api_the_request_goes_to_the_dcs_whoever_reads_the_output() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_asks_members_of_patroni_what_they_can_say() {
+    let world = World::start().await;
+    let why = world.run(&["why"]).await;
+    assert!(why.out.starts_with("pg-a leads.\nLast known end of WAL 0/3077198"), "{why:?}");
+    assert!(
+        why.out.contains("Synchronous: only pg-a and [pg-b] may lead.") && why.out.contains("no verdict"),
+        "{why:?}"
+    );
+    let rto = world.run(&["rto"]).await;
+    assert!(rto.err.contains("pg-b: Patroni does not measure") && rto.out.contains("Host death ≤ 30.6 s"), "{rto:?}");
+    let explained = world.run(&["config", "explain", "ttl"]).await;
+    assert!(explained.err.contains("Patroni does not explain"), "{explained:?}");
+    assert!(explained.out.starts_with("ttl: 30, by dynamic configuration\n"), "{explained:?}");
+    world.lab.success();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn removing_needs_three_answers() {
     let world = World::start().await;
     let wrong = world.run_with_input(&["remove", "demo"], "demo\nYes I am aware\npg-b\n").await;

@@ -7,22 +7,35 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::env::{self, Env};
+use crate::explain::Layer;
 use crate::report::{Origins, Problem, Report};
 use crate::{merge, yaml};
 
 /// Reads a file, or every `*.yml` and `*.yaml` of a directory in the order of their names, and lays the environment over it.
 /// Without a file: `PATRONI_CONFIGURATION` alone, else the environment alone. What is wrong goes to the report.
 pub(crate) fn load(path: Option<&Path>, env: &Env) -> (Map<String, Value>, Report) {
+    let (document, found) = read(path, env);
+    document.finish(path.filter(|_| !found))
+}
+
+/// The same layer by layer, the lowest first.
+pub(crate) fn layers(path: Option<&Path>, env: &Env) -> Vec<Layer> {
+    read(path, env).0.layers
+}
+
+/// The document, and whether there was anything at `path`.
+fn read(path: Option<&Path>, env: &Env) -> (Document, bool) {
     let mut document = Document::new(path);
     let found = path.is_some_and(|path| document.read_path(path));
     match env.get("PATRONI_CONFIGURATION") {
         Some(text) if !found => document.lay_text("PATRONI_CONFIGURATION", text),
         _ => document.lay_environment(env),
     }
-    document.finish(path.filter(|_| !found))
+    (document, found)
 }
 
 struct Document {
+    layers: Vec<Layer>,
     map: Map<String, Value>,
     origins: Origins,
     problems: Vec<Problem>,
@@ -33,7 +46,13 @@ struct Document {
 impl Document {
     fn new(path: Option<&Path>) -> Self {
         let fallback = path.map_or("environment".to_owned(), |path| path.display().to_string());
-        Self { map: Map::new(), origins: Origins::new(fallback), problems: Vec::new(), notices: Vec::new() }
+        Self {
+            layers: Vec::new(),
+            map: Map::new(),
+            origins: Origins::new(fallback),
+            problems: Vec::new(),
+            notices: Vec::new(),
+        }
     }
 
     /// Whether there was anything at `path`.
@@ -81,6 +100,7 @@ impl Document {
     fn lay_environment(&mut self, env: &Env) {
         let layer = env::layer(env);
         merge::patch(&mut self.map, &layer.map);
+        self.layers.push(Layer { name: "environment".to_owned(), map: layer.map });
         for (path, variable) in &layer.origins {
             self.origins.set(path.clone(), variable);
         }
@@ -91,6 +111,7 @@ impl Document {
 
     fn lay(&mut self, source: &str, layer: &Map<String, Value>) {
         merge::patch(&mut self.map, layer);
+        self.layers.push(Layer { name: format!("file {source}"), map: layer.clone() });
         mark(&mut self.origins, "", layer, source);
     }
 

@@ -99,7 +99,7 @@ pub const MIN_TTL: i64 = 2;
 /// Longest time that any of these settings can mean: a year.
 const MAX_SECONDS: i64 = 31_536_000;
 
-const KNOWN: &[&str] = &[
+pub(crate) const KNOWN: &[&str] = &[
     "ttl",
     "loop_wait",
     "retry_timeout",

@@ -8,6 +8,7 @@ mod document;
 pub mod dynamic;
 mod env;
 mod etcd;
+pub mod explain;
 pub mod guc;
 pub mod local;
 pub mod merge;

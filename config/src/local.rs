@@ -5,9 +5,10 @@ mod read;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use serde_json::{Map, Value};
 
-pub(crate) use self::read::{read_ctl, read_log, read_namespace, read_root};
+pub(crate) use self::read::{KNOWN, read_ctl, read_log, read_namespace, read_root};
 use crate::env::Env;
 use crate::report::{Errors, Notice};
 use crate::{Secret, document};
@@ -37,6 +38,8 @@ pub struct Local {
     pub watchdog: Watchdog,
     /// What ends writes where the agent can't.
     pub guard: Guard,
+    /// Addresses that the leader holds.
+    pub vip: Option<Vip>,
     /// Logging.
     pub log: Log,
     /// The whole merged document, for `--print` and for what has no typed field yet.
@@ -125,6 +128,15 @@ impl Default for Guard {
     fn default() -> Self {
         Self { egress: true }
     }
+}
+
+/// `vip`: Trunkline's own; Patroni ignores it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vip {
+    /// The addresses, with the length of their network's prefix.
+    pub addresses: Vec<IpNet>,
+    /// The interface that they are added to.
+    pub interface: String,
 }
 
 /// `restapi.verify_client`.

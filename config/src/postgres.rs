@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-pub(crate) use self::effective::{guc_text, read, told_local_only};
-pub(crate) use self::local::{read_local, unknown_keys};
+pub(crate) use self::effective::{LOCAL_ONLY, RECOVERY, guc_text, read, told_local_only};
+pub(crate) use self::local::{KNOWN, read_local, unknown_keys};
 
 use crate::Secret;
 use crate::dynamic::Settings;

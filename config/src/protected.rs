@@ -87,6 +87,19 @@ pub(crate) fn read(parameters: Option<&Section<'_>>) -> BTreeMap<String, String>
     values
 }
 
+/// Patroni's default of one of these.
+pub(crate) fn default(name: &str) -> Option<&'static str> {
+    PROTECTED.iter().find(|guc| guc.name == name).map(|guc| guc.default)
+}
+
+/// The value as it is used, or why it can't be.
+pub(crate) fn check(name: &str, value: &Value) -> Result<String, String> {
+    PROTECTED
+        .iter()
+        .find(|guc| guc.name == name)
+        .map_or_else(|| Err("is no such setting".to_owned()), |guc| accepted(guc, value))
+}
+
 fn accepted(guc: &Guc, value: &Value) -> Result<String, String> {
     let text = guc_text(value).unwrap_or_default();
     let default = guc.default;

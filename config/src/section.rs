@@ -240,7 +240,7 @@ pub(crate) fn shown(key: &str, value: &Value) -> String {
 }
 
 /// Hides what stands between `://` and `@`.
-fn masked_url(text: &str) -> String {
+pub(crate) fn masked_url(text: &str) -> String {
     match (text.find("://"), text.rfind('@')) {
         (Some(from), Some(to)) if from + 3 < to => format!("{}***{}", &text[..from + 3], &text[to..]),
         _ => text.to_owned(),

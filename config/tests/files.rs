@@ -407,3 +407,38 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn the_leaders_address() {
+    let text = |vip: &str| {
+        format!(
+            "scope: d\nname: a\netcd3: {{host: 'e:1'}}\nrestapi: {{listen: '127.0.0.1:1'}}\nbootstrap: {{dcs: {{}}}}\n\
+             postgresql: {{listen: '127.0.0.1:2', data_dir: /d, authentication: {{replication: {{username: r}}}}}}\nvip: {vip}\n"
+        )
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("p.yml");
+    let load = |vip: &str| {
+        std::fs::write(&file, text(vip)).unwrap();
+        let loaded = Local::load(Some(&file), &Env::default());
+        loaded.map(|(local, _)| local.vip).map_err(|errors| errors.to_string())
+    };
+    let vip = load("{address: 10.0.0.9/24, interface: eth0}").unwrap().unwrap();
+    assert_eq!((vip.addresses[0].to_string().as_str(), vip.interface.as_str()), ("10.0.0.9/24", "eth0"));
+    let both = load("{address: [10.0.0.9/24, 'fd00::9/64'], interface: eth0.7}").unwrap().unwrap();
+    assert_eq!(both.addresses.len(), 2);
+    for (vip, complaint) in [
+        ("{address: 10.0.0.9/24}", "vip.interface: missing"),
+        ("{interface: eth0}", "vip.address: missing"),
+        (
+            "{address: 10.0.0.9, interface: eth0}",
+            "vip.address = \"10.0.0.9\": an address with the length of its prefix",
+        ),
+        ("{address: 127.0.0.1/8, interface: eth0}", "an address with the length of its prefix"),
+        ("{address: [], interface: eth0}", "an address with the length of its prefix"),
+        ("{address: 10.0.0.9/24, interface: 'far too long a name'}", "the name of a network interface"),
+    ] {
+        let errors = load(vip).unwrap_err();
+        assert!(errors.contains(complaint), "{vip}: {errors}");
+    }
+}

@@ -35,6 +35,12 @@ pub(super) enum Command {
     History(HistoryArgs),
     /// Show what the members decided lately, and why
     Decisions(DecisionsArgs),
+    /// Ask every member whether it may lead, and which numbers it compares
+    Why(DecisionsArgs),
+    /// Show how long writes will be out, from what has been measured
+    Rto(HistoryArgs),
+    /// Questions about the configuration
+    Config(ConfigArgs),
     /// Show the dynamic configuration
     ShowConfig(DefaultGroupArgs),
     /// Edit the dynamic configuration
@@ -185,6 +191,27 @@ pub(super) struct DecisionsArgs {
     /// The member; default: all
     #[arg(short, long)]
     pub member: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ConfigArgs {
+    #[command(subcommand)]
+    pub command: ConfigCommand,
+}
+
+/// What to ask about the configuration.
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Say which layer a setting comes from, and why the others have no effect
+    Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    /// A dotted path (ttl, restapi.listen, postgresql.parameters.work_mem) or the name of a parameter of PostgreSQL
+    pub key: String,
+    #[command(flatten)]
+    pub of: DecisionsArgs,
 }
 
 #[derive(Debug, Args)]

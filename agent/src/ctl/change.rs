@@ -1,5 +1,8 @@
 //! `switchover` and `failover`: another leader, through the REST API of the present one, or else through the DCS.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
 use chrono::{DateTime, FixedOffset};
 use serde_json::{Map, Value, json};
 use trunkline_common::dcs::store::Outcome;
@@ -7,13 +10,14 @@ use trunkline_common::{Clock, MemberName};
 
 use super::args::{FailoverArgs, SwitchoverArgs};
 use super::context::{Cluster, Context, Target};
-use super::error::{CtlError, Result};
+use super::error::{CtlError, Result, complain};
 use super::list::show_members;
 use super::output::Format;
 use super::prompt::{ask, confirm, echo, warning};
 use super::rest::{Answer, CallError, Method};
 use super::select::Node;
 use super::text::{fine_stamp, isoformat, next_hour, parse_schedule, python_repr};
+use crate::rest::switchover::Phase;
 
 /// `switchover`.
 pub(super) async fn switchover(context: &Context, args: &SwitchoverArgs) -> Result<()> {
@@ -200,7 +204,16 @@ impl Change<'_> {
     }
 
     async fn carry_out(&self, context: &Context, target: &Target, cluster: Cluster, plan: &Plan) -> Result<()> {
-        let answer = match self.post(context, &cluster, plan).await {
+        let before = cluster.view.leader.as_ref().map(|leader| leader.name.clone());
+        let mut progress = Progress::new(target, before);
+        let posted = {
+            let post = self.post(context, &cluster, plan);
+            tokio::select! {
+                answered = post => answered,
+                never = progress.watch(SILENT) => match never {},
+            }
+        };
+        let answer = match posted {
             Ok(answer) => answer,
             Err(error) => {
                 warning(&error.to_string());
@@ -218,9 +231,16 @@ impl Change<'_> {
             echo(format!("{} {}", fine_stamp(context.clock.wall()), answer.body))?;
             return show_members(&cluster, false, Format::Pretty);
         }
-        let result = if answer.body.to_lowercase().contains("status unknown") { "result unknown" } else { "failed" };
+        let unknown = answer.body.to_lowercase().contains("status unknown");
         let verb = if self.is_switchover() { "Switchover" } else { "Failover" };
-        echo(format!("{verb} {result}, details: {}, {}", answer.status, answer.body))
+        let result = if unknown { "result unknown" } else { "failed" };
+        echo(format!("{verb} {result}, details: {}, {}", answer.status, answer.body))?;
+        if unknown && plan.at.is_none() {
+            complain("It goes on; its end is waited for (Ctrl-C ends the waiting, not the change).");
+            let end = progress.end(GOES_ON).await;
+            echo(format!("{} {end}", fine_stamp(context.clock.wall())))?;
+        }
+        Ok(())
     }
 
     async fn post(&self, context: &Context, cluster: &Cluster, plan: &Plan) -> std::result::Result<Answer, CallError> {
@@ -244,6 +264,68 @@ impl Change<'_> {
             return context.rest.call(&node, Method::Post, "failover", Some(&body)).await;
         }
         Ok(answer)
+    }
+}
+
+/// A change that is done sooner needs no words in between.
+const SILENT: Duration = Duration::from_secs(1);
+
+/// How long a change whose end the agent has not waited for is followed.
+const GOES_ON: Duration = Duration::from_secs(600);
+
+/// Between two looks at the DCS.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Follows a change of leaders in the DCS and tells each phase of it, on standard error.
+struct Progress<'a> {
+    target: &'a Target,
+    /// Who led before.
+    before: Option<MemberName>,
+    told: Option<Phase>,
+}
+
+impl<'a> Progress<'a> {
+    fn new(target: &'a Target, before: Option<MemberName>) -> Self {
+        Self { target, before, told: None }
+    }
+
+    /// Tells phases for ever, the first one after `silent`.
+    async fn watch(&mut self, silent: Duration) -> Infallible {
+        tokio::time::sleep(silent).await;
+        loop {
+            let _ = self.look().await;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Tells phases until the change is over, or has come to nothing; says how it ended.
+    async fn end(&mut self, limit: Duration) -> String {
+        let over = async {
+            loop {
+                match self.look().await {
+                    Some((phase @ Phase::Done(_), _)) => return phase.words(self.before.as_ref()),
+                    Some((Phase::Asked, false)) => {
+                        let leader = self.before.as_ref().map_or("the leader", MemberName::as_str);
+                        return format!("it has come to nothing: {leader} still leads and the request is gone");
+                    }
+                    _ => {}
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        tokio::time::timeout(limit, over).await.unwrap_or_else(|_| format!("still not over after {limit:?}"))
+    }
+
+    /// The phase, and whether the request is still there.
+    async fn look(&mut self) -> Option<(Phase, bool)> {
+        let view = self.target.read().await.ok()?.view;
+        let phase = Phase::of(&view, self.before.as_ref());
+        if self.told.as_ref() != Some(&phase) {
+            let now = fine_stamp(trunkline_common::SystemClock.wall());
+            complain(&format!("{now} {}", phase.words(self.before.as_ref())));
+            self.told = Some(phase.clone());
+        }
+        Some((phase, view.failover.is_some()))
     }
 }
 

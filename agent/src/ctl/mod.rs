@@ -9,6 +9,7 @@ mod change;
 mod context;
 mod edit;
 mod error;
+mod inquire;
 mod list;
 mod members;
 mod output;
@@ -69,6 +70,11 @@ async fn dispatch(cli: &Cli) -> error::Result<()> {
         Command::Topology(args) => list::topology(context, args).await,
         Command::History(args) => show::history(context, args).await,
         Command::Decisions(args) => show::decisions(context, args).await,
+        Command::Why(args) => inquire::why(context, args).await,
+        Command::Rto(args) => inquire::rto(context, args).await,
+        Command::Config(args) => match &args.command {
+            args::ConfigCommand::Explain(args) => inquire::explain(context, args).await,
+        },
         Command::ShowConfig(args) => show::show_config(context, args).await,
         Command::EditConfig(args) => edit::edit_config(context, args).await,
         Command::Switchover(args) => change::switchover(context, args).await,

@@ -21,10 +21,14 @@ use tracing::{error, info, warn};
 use trunkline_common::{Clock, Instant, SystemClock};
 
 use super::memory::{self, Memory};
+use super::vip::{self, Vip};
 use crate::postgres::{has_ended, own_session};
 
 /// The hidden option that makes the agent's program a guard.
 pub const OPTION: &str = "--guard";
+
+/// The one that names an address for it to give up: `eth0=10.0.0.100/24`.
+pub const VIP_OPTION: &str = "--guard-vip";
 
 /// How long a guard may take to come up.
 const UP_LIMIT: Duration = Duration::from_secs(2);
@@ -46,6 +50,7 @@ pub struct GuardProcess {
 #[derive(Debug)]
 struct Shared {
     data_dir: PathBuf,
+    vip: Option<Vip>,
     fd: OwnedFd,
     memory: &'static Memory,
     /// The write end of the newest guard's pipe.
@@ -68,7 +73,7 @@ impl GuardProcess {
     ///
     /// # Errors
     /// No shared memory or no thread.
-    pub fn start(data_dir: &Path) -> io::Result<Self> {
+    pub fn start(data_dir: &Path, vip: Option<Vip>) -> io::Result<Self> {
         let data_dir = stable_name(data_dir);
         let found = find(&data_dir);
         let armed = found.iter().position(|(_, _, memory)| memory.kill_at().is_some());
@@ -83,7 +88,8 @@ impl GuardProcess {
         }
         let (fd, memory) = inherited.map_or_else(Memory::create, Ok)?;
         let state = Mutex::new(Err("not started yet".to_owned()));
-        let shared = Shared { data_dir, fd, memory, wake: Mutex::new(None), state, ending: AtomicBool::new(false) };
+        let shared =
+            Shared { data_dir, vip, fd, memory, wake: Mutex::new(None), state, ending: AtomicBool::new(false) };
         let shared = Arc::new(shared);
         let (up, first) = mpsc::channel();
         let (running, ended) = mpsc::channel();
@@ -107,6 +113,19 @@ impl GuardProcess {
         }
     }
 
+    /// The leader's address may be here until then; `None`: it is not here any more.
+    pub fn set_address(&self, until: Option<Instant>) {
+        let before = self.shared.memory.set_address_until(until);
+        if until.is_some() && (before.is_none() || until < before) {
+            self.shared.wake();
+        }
+    }
+
+    /// Until when the leader's address may be here.
+    pub fn address_until(&self) -> Option<Instant> {
+        self.shared.memory.address_until()
+    }
+
     /// When the server will be killed.
     pub fn kill_at(&self) -> Option<Instant> {
         self.shared.memory.kill_at()
@@ -119,7 +138,7 @@ impl GuardProcess {
 
     /// The agent ends. A guard that still has a deadline stays until it is met.
     pub fn end(&self) {
-        if self.kill_at().is_some() {
+        if self.kill_at().is_some() || self.address_until().is_some() {
             warn!("the guard stays: {}", armed_text(self.shared.memory));
             return;
         }
@@ -169,8 +188,14 @@ impl Shared {
         let mut command = Command::new("/proc/self/exe");
         command.arg(OPTION).arg(&self.data_dir).env_clear();
         command.stdin(Stdio::from(read)).stdout(Stdio::from(self.fd.try_clone()?));
+        for argument in self.vip.iter().flat_map(Vip::arguments) {
+            command.arg(VIP_OPTION).arg(argument);
+        }
         own_session(&mut command);
-        let child = command.spawn()?;
+        let child = match &self.vip {
+            Some(_) => vip::with_capability(|| command.spawn())?,
+            None => command.spawn()?,
+        };
         let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
         let mut guard = Running { pidfd, child: Some(child) };
         *self.wake.lock() = Some(write);

@@ -30,6 +30,8 @@ pub(super) struct Memory {
     ready: AtomicU64,
     next_look: AtomicU64,
     kills: AtomicU64,
+    /// Since the first layout; an earlier guard leaves it alone.
+    address_until: AtomicU64,
 }
 
 impl Memory {
@@ -85,6 +87,21 @@ impl Memory {
     /// Until when the guard sleeps.
     pub fn next_look(&self) -> Option<Instant> {
         time(&self.next_look)
+    }
+
+    /// Until when the leader's address may be held here.
+    pub fn address_until(&self) -> Option<Instant> {
+        time(&self.address_until)
+    }
+
+    /// Sets until when, and returns what it was.
+    pub fn set_address_until(&self, at: Option<Instant>) -> Option<Instant> {
+        instant(self.address_until.swap(at.map_or(0, nanos), Ordering::SeqCst))
+    }
+
+    /// The address was given up because that time was over: there is none any more, unless it has been moved meanwhile.
+    pub fn end_address(&self, at: Instant) {
+        let _ = self.address_until.compare_exchange(nanos(at), 0, Ordering::SeqCst, Ordering::SeqCst);
     }
 
     /// A deadline was met by killing what was still there.

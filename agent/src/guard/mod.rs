@@ -6,6 +6,7 @@
 //!
 //! * `process` is the guard: a process of its own that sleeps until the deadline and kills the server. `handle` starts
 //!   it, and another one when it is gone; they share a page of `memory`.
+//! * `vip` is the leader's address, given up before the lease can be somebody else's, as everything else here.
 //! * `watchdog` is the kernel's, which resets the machine.
 //! * `egress` is the fence for what even the fastest kill is too late for: a `bpf` program on PostgreSQL's `cgroup`.
 
@@ -15,6 +16,7 @@ mod egress;
 mod handle;
 mod memory;
 mod process;
+pub mod vip;
 mod watchdog;
 
 use std::fmt::{self, Debug, Display};
@@ -22,12 +24,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tracing::error;
-use trunkline_common::Instant;
+use trunkline_common::{Clock, Instant, SystemClock};
 use trunkline_config::local;
 
 pub use self::egress::Egress;
 use self::handle::GuardProcess;
 pub use self::process::run;
+use self::vip::{Holder, Vip};
 use self::watchdog::Watchdog;
 
 /// When a server here has to have stopped writing, unless that is moved by a renewal.
@@ -71,6 +74,12 @@ pub trait Guard: Debug + Send + Sync + 'static {
 
     /// The deadline in force: after the start that which an earlier agent left behind with its server.
     fn deadline(&self) -> Option<Deadline>;
+
+    /// The leader's address: held here until then, unless that is moved by a renewal; `None`: given up, and gone when this
+    /// returns.
+    fn hold_address(&self, until: Option<Instant>) {
+        let _ = until;
+    }
 
     /// What works and what does not, for status documents.
     fn status(&self) -> Status {
@@ -140,19 +149,26 @@ pub struct HostGuard {
     process: Result<GuardProcess, String>,
     egress: Arc<Egress>,
     watchdog: Result<Watchdog, String>,
+    address: Option<Holder>,
 }
 
 impl HostGuard {
     /// Starts what can be started for the server in `data_dir`, and takes over what an earlier agent left behind. What
     /// does not work is in the status, and in the log. `egress`: with a fence, where the system permits it.
-    pub fn start(data_dir: &Path, egress: bool, watchdog: &local::Watchdog) -> Self {
-        let process = GuardProcess::start(data_dir).map_err(|error| error.to_string());
+    pub fn start(data_dir: &Path, egress: bool, watchdog: &local::Watchdog, vip: Option<&local::Vip>) -> Self {
+        let vip = vip.map(Vip::new);
+        let process = GuardProcess::start(data_dir, vip.clone()).map_err(|error| error.to_string());
         if let Err(why) = &process {
             error!("there is no guard process: {why}");
         }
         let until = process.as_ref().ok().and_then(GuardProcess::kill_at);
         let watchdog = Watchdog::start(watchdog).map_err(|error| error.to_string());
-        Self { process, egress: Arc::new(Egress::new(data_dir, egress, until)), watchdog }
+        Self {
+            process,
+            egress: Arc::new(Egress::new(data_dir, egress, until)),
+            watchdog,
+            address: vip.map(Holder::new),
+        }
     }
 
     /// The fence that the server has to be started behind.
@@ -189,6 +205,24 @@ impl Guard for HostGuard {
         self.egress.disarm();
         if let Ok(watchdog) = &self.watchdog {
             watchdog.disarm();
+        }
+    }
+
+    fn hold_address(&self, until: Option<Instant>) {
+        let Some(holder) = &self.address else { return };
+        // The guard knows of it before it is there, and as long as it may be.
+        // Without one nobody would give the address up if this process can't.
+        let Ok(process) = &self.process else {
+            holder.give_up();
+            return;
+        };
+        match until {
+            Some(until) => {
+                process.set_address(Some(until));
+                holder.hold(until);
+            }
+            // One that can't be taken away is tried again by the guard.
+            None => process.set_address(if holder.give_up() { None } else { Some(SystemClock.now()) }),
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! It is the agent's own program, started again: one thread, no runtime, no network, no DCS, no log while it matters.
 //! Standard input is a pipe that wakes it, whose end says that the agent is gone; standard output is the memory with the
-//! deadline. It goes on without its agent until the deadline is met or removed.
+//! deadline. It goes on without its agent until the deadline is met or removed. The leader's address (`vip`) has a time of its
+//! own there, a little later: who is connected by it shall see the server end.
 
 use std::fs;
 use std::io::Write;
@@ -17,6 +18,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use trunkline_common::{Clock, Instant, SystemClock};
 
 use super::memory::Memory;
+use super::vip::Vip;
 use crate::postgres::{kill_processes_of, real_path};
 
 /// Between two looks at what is dying. Each begins with the deadline: it may have been removed, and what is started then
@@ -27,9 +29,9 @@ const RECHECK: Duration = Duration::from_millis(1);
 /// this often.
 const SWEEP: Duration = Duration::from_millis(20);
 
-/// Runs the guard of the server in `data_dir`.
-pub fn run(data_dir: &Path) -> ExitCode {
-    match guard(data_dir) {
+/// Runs the guard of the server in `data_dir`, and of the addresses of its leader.
+pub fn run(data_dir: &Path, vip: Option<Vip>) -> ExitCode {
+    match guard(data_dir, vip) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("the guard of {} ends: {error}", data_dir.display());
@@ -38,7 +40,7 @@ pub fn run(data_dir: &Path) -> ExitCode {
     }
 }
 
-fn guard(data_dir: &Path) -> std::io::Result<()> {
+fn guard(data_dir: &Path, vip: Option<Vip>) -> std::io::Result<()> {
     let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
     let memory = Memory::open(stdout.as_fd())?;
     let timer = rustix::time::timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::NONBLOCK)?;
@@ -49,9 +51,20 @@ fn guard(data_dir: &Path) -> std::io::Result<()> {
     memory.set_ready(std::process::id());
     loop {
         let now = SystemClock.now();
+        let address = memory.address_until().filter(|_| vip.is_some());
+        let address = match (&vip, address) {
+            (Some(vip), Some(at)) if at <= now => match vip.remove() {
+                Ok(_) => {
+                    memory.end_address(at);
+                    None
+                }
+                Err(_) => Some(now + SWEEP),
+            },
+            _ => address,
+        };
         let deadline = memory.kill_at();
         let look = match deadline {
-            None if !agent_lives => return Ok(()),
+            None if !agent_lives && address.is_none() => return Ok(()),
             None => None,
             Some(at) if now < at => Some(at),
             Some(at) => {
@@ -60,13 +73,14 @@ fn guard(data_dir: &Path) -> std::io::Result<()> {
                     memory.count_kill();
                     met = deadline;
                 }
-                if !found && !agent_lives {
+                if !found && !agent_lives && address.is_none() {
                     say_so(data_dir, met == deadline, SystemClock.now().since(at));
                     return Ok(());
                 }
                 Some(now + if found { RECHECK } else { SWEEP })
             }
         };
+        let look = look.into_iter().chain(address).min();
         memory.set_next_look(look);
         let start = Itimerspec { it_interval: Timespec::default(), it_value: timespec(look) };
         rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::ABSTIME, &start)?;

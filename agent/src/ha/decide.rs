@@ -157,6 +157,18 @@ pub fn decide(s: &Situation) -> Decision {
     Decision { reason: decision.reason + " (by failsafe mode, without the leader key)", ..decision }
 }
 
+/// What this node would decide if nobody led and everything else were as it is: its verdict on itself as a successor.
+pub fn without_leader(s: &Situation) -> Decision {
+    let Some(leader) = s.view.and_then(|view| view.leader.as_ref()).filter(|leader| leader.name != s.me.name) else {
+        return decide(s);
+    };
+    let mut view = s.view.cloned().unwrap_or_default();
+    view.members.remove(&leader.name);
+    view.leader = None;
+    view.failover = None;
+    decide(&Situation { view: Some(&view), leader_until: None, promised_until: None, holds_key: false, ..s.clone() })
+}
+
 fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = half_made(s, view).or_else(|| foreign_data(s, view)) {
         return decision;
@@ -532,7 +544,11 @@ fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
         return is(Action::Wait, "paused: PostgreSQL is not started");
     }
     if s.backing_off() {
-        return is(Action::Wait, failed_lately(s, "PostgreSQL could not rejoin"));
+        let compares = s.memory.failures == 0 && *divergence == DivergenceState::Check;
+        let outside = remote(view).map_or("the archive".to_owned(), |remote| remote.name.0);
+        let whose = if view.settings.standby_cluster.is_some() { outside.as_str() } else { leader };
+        let reason = if compares { comparing(s, whose) } else { failed_lately(s, "PostgreSQL could not rejoin") };
+        return is(Action::Wait, reason);
     }
     let start = |reason: String| is(Action::Start(StartAs::Standby(upstream(s.me, view))), reason);
     if *divergence == DivergenceState::NotAsked || !s.may_rewind() {
@@ -557,7 +573,7 @@ fn mend(s: &Situation, view: &ClusterView, source: Upstream, divergence: &Diverg
     let no_checkpoint = view.leader_member().is_some_and(|leader| leader.checkpoint_after_promote == Some(false));
     match divergence {
         DivergenceState::NotAsked | DivergenceState::Check => {
-            let reason = format!("comparing the local history with that of {}", source.name);
+            let reason = comparing(s, source.name.as_str());
             is(Action::CheckDivergence(source), reason)
         }
         DivergenceState::Rewind(why) if s.me.use_pg_rewind && no_checkpoint => {
@@ -575,6 +591,19 @@ fn mend(s: &Situation, view: &ClusterView, source: Upstream, divergence: &Diverg
                 "pg_rewind failed ({why}); reinitialize this member, or set remove_data_directory_on_rewind_failure"
             ),
         ),
+    }
+}
+
+/// A comparison that could not be made yet: the same words while it waits and when it is tried again, several times a second.
+fn comparing(s: &Situation, whose: &str) -> String {
+    format!("comparing the local history with that of {whose}{}", not_yet(s))
+}
+
+/// Why what is tried again and again has not come to a result.
+fn not_yet(s: &Situation) -> String {
+    match &s.memory.last_failure {
+        Some(why) if s.memory.failures == 0 => format!(": {why}"),
+        _ => String::new(),
     }
 }
 
@@ -604,11 +633,11 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     if !streaming
         && (newer || dry && promoted.is_some())
         && s.may_rewind()
-        && !s.backing_off()
         && let Some(source) = leader_upstream(s.me, view)
     {
         let why = if newer { format!("{leader} is on a newer timeline") } else { format!("for {:.0?}", s.dry_for()) };
-        return is(Action::CheckDivergence(source), format!("not streaming, {why}"));
+        let reason = format!("not streaming, {why}{}", not_yet(s));
+        return is(if s.backing_off() { Action::Wait } else { Action::CheckDivergence(source) }, reason);
     }
     is(Action::Wait, format!("no action. I am ({}), a secondary, and following a leader ({leader})", s.me.name))
 }

@@ -37,6 +37,8 @@ pub struct Session {
     pub deadline: Option<Deadline>,
     /// How often PostgreSQL was fenced.
     pub fenced: u64,
+    /// The server here takes writes for the cluster, so clients may be led here; `None`: not known yet.
+    pub serving: Option<bool>,
     /// Why the DCS did not answer last time; `None` while it does.
     pub trouble: Option<String>,
 }
@@ -77,6 +79,7 @@ impl Session {
     /// Nothing is left that could write.
     fn clear(&mut self) {
         self.leading = false;
+        self.serving = self.serving.map(|_| false);
         self.bootstrapping = false;
         self.failsafe = None;
         self.deadline = None;
@@ -109,6 +112,11 @@ impl Timing {
     fn deadline(&self, until: Instant) -> Deadline {
         let margin = self.fence_margin();
         Deadline { fence_at: until - margin, kill_at: until - margin / 2, until }
+    }
+
+    /// When the leader's address is given up: after the server was killed, whose clients see its end.
+    fn address_until(&self, until: Instant) -> Instant {
+        until - self.fence_margin() / 4
     }
 
     /// The deadline of a right that is lost, with time left until `fence_at` to stop in order.
@@ -155,6 +163,11 @@ impl LeaseHandle {
                 Some(deadline) => self.guard.arm(deadline),
                 None => self.guard.disarm(),
             }
+            // In a pause as well: the key is what it hangs on.
+            if let Some(serving) = session.serving {
+                let until = session.leader_until().filter(|_| serving);
+                self.guard.hold_address(until.map(|until| self.timing.borrow().address_until(until)));
+            }
             tell
         });
     }
@@ -186,6 +199,16 @@ impl LeaseHandle {
     /// The loop is alive.
     pub fn beat(&self, now: Instant) {
         self.beat.send_replace(now);
+    }
+
+    /// The server here takes writes for the cluster, or does not.
+    pub fn serve(&self, serving: bool) {
+        if self.session().serving != Some(serving) {
+            self.change(|session| {
+                session.serving = Some(serving);
+                false
+            });
+        }
     }
 
     /// The leader key was created or found with our lease `id`, which `proven` (a request answered) or a renewal since

@@ -257,6 +257,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     return Next::Wait;
                 }
                 self.observe().await;
+                self.tell_address();
                 self.tell_role();
                 self.keep_config();
                 if !self.deadline_is_settled().await {
@@ -344,22 +345,24 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             let patience = (self.settings().ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2));
             answers = Some(self.parts.peers.status(members.clone(), patience).await);
         };
-        if decision.reason != self.last.reason || decision.action.label() != self.last.action.label() {
+        if self.note(decision.action.label(), &decision.reason) {
             info!("{}", decision.reason);
         } else {
             debug!("{}", decision.reason);
         }
-        self.note(decision.action.label(), &decision.reason);
         self.last = decision.clone();
         decision
     }
 
-    /// For `GET /decisions`. A refusal to race is counted once, not in every turn that it goes on.
-    fn note(&mut self, action: &'static str, reason: &str) {
+    /// For `GET /decisions` and the log: whether it is news, and not what the last one said with other numbers. A refusal
+    /// to race is counted once, not in every turn that it goes on.
+    fn note(&mut self, action: &'static str, reason: &str) -> bool {
         let noted = Noted { at: self.parts.clock.wall(), action, reason: reason.to_owned() };
-        if noted.note_in(&mut self.decisions) && action == Action::Abstain.label() {
+        let news = noted.note_in(&mut self.decisions);
+        if news && action == Action::Abstain.label() {
             *self.transitions.entry((action, "no_leader")).or_default() += 1;
         }
+        news
     }
 
     /// What a finished task means.
@@ -416,9 +419,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Rewind(why);
             }
             (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
-                if self.memory.last_failure.as_ref() != Some(&why) {
-                    info!("histories can't be compared yet: {why}");
-                }
                 self.memory.retry_at = Some(now + Duration::from_millis(200));
                 self.memory.last_failure = Some(why);
                 return;

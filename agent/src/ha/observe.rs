@@ -47,6 +47,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
+    /// The leader's address is where writes are taken. An agent that has just started leaves it where it is until it knows
+    /// whether the key that bears its name is its own.
+    pub(super) fn tell_address(&mut self) {
+        let takes_writes = self.pg_is_primary();
+        if takes_writes && self.lease.session().leading {
+            self.lease.serve(true);
+        } else if !takes_writes || self.view.as_ref().is_some_and(|view| !view.is_leader(&self.me.name)) {
+            self.lease.serve(false);
+        }
+    }
+
     /// The leader of a standby cluster is no replica, though PostgreSQL sees no difference.
     pub(super) fn tell_role(&mut self) {
         let PgStatus::Running(running) = &self.pg else { return };

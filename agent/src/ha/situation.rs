@@ -1,6 +1,7 @@
 //! What a decision is made on: one view, one look at PostgreSQL, what this node remembers, and what the peers said.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -44,6 +45,51 @@ pub struct Situation<'a> {
     pub memory: &'a Memory,
     /// What the peers said, once a decision asked for it.
     pub peers: Option<&'a PeerAnswers>,
+}
+
+/// What the last decision was made on, beside the cluster and the server: whoever looks at those anew can decide again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ground {
+    /// This node's own configuration.
+    pub me: Me,
+    /// What it remembers.
+    pub memory: Memory,
+    /// The cluster as it was seen.
+    pub view: Option<Arc<ClusterView>>,
+    /// See [`Situation::has_lease`].
+    pub has_lease: bool,
+    /// See [`Situation::ttl`].
+    pub ttl: Duration,
+    /// See [`Situation::dcs_away`].
+    pub dcs_away: bool,
+}
+
+impl Ground {
+    /// The situation of a node that does not lead.
+    pub fn situation<'a>(
+        &'a self,
+        now: Instant,
+        wall: DateTime<Utc>,
+        view: Option<&'a ClusterView>,
+        pg: &'a PgStatus,
+        peers: Option<&'a PeerAnswers>,
+    ) -> Situation<'a> {
+        Situation {
+            now,
+            wall,
+            me: &self.me,
+            view,
+            leader_until: None,
+            holds_key: false,
+            promised_until: None,
+            has_lease: self.has_lease,
+            ttl: self.ttl,
+            dcs_away: self.dcs_away,
+            pg,
+            memory: &self.memory,
+            peers,
+        }
+    }
 }
 
 /// The parts of this node's configuration that decisions depend on.

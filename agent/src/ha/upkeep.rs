@@ -11,7 +11,7 @@ use trunkline_common::dcs::{Dcs, codec};
 use trunkline_common::{Clock, ClusterView, MemberName, Task};
 use trunkline_config::dynamic::new_cluster;
 
-use super::situation::{FailsafeAttempt, by_promise, leader_upstream, upstream};
+use super::situation::{FailsafeAttempt, Ground, by_promise, leader_upstream, upstream};
 use super::sync::{self, SyncStep};
 use super::task::TaskKind;
 use super::{Ha, Next, SlotsKept, act, decide, first_config, publish, slots};
@@ -372,6 +372,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             transitions: self.transitions.clone(),
             decisions: self.decisions.clone(),
             failsafe_active,
+            ground: Some(Arc::new(Ground {
+                me: self.me.clone(),
+                memory: self.memory.clone(),
+                view: self.view.clone(),
+                has_lease: session.lease.is_some(),
+                ttl: self.ttl(),
+                dcs_away: session.trouble.is_some(),
+            })),
             guard: self.parts.guard.status(),
         };
         drop(knowledge);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::instance::Instance;
-use super::{PgError, query, settings};
+use super::{PgError, Setting as Told, query, settings};
 
 /// The bound on asking.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -58,6 +58,36 @@ impl Instance {
             }
         }
         Ok(pending)
+    }
+
+    /// What `pg_settings` says of one of them, and who has another value.
+    pub(super) async fn ask_setting(&self, name: &str) -> Result<Option<Told>, PgError> {
+        let text = "SELECT s.name, current_setting(s.name), s.context, s.source, s.sourcefile, s.sourceline, s.pending_restart,
+                   array(SELECT concat_ws(' in ', 'role ' || r.rolname, 'database ' || d.datname) || ': '
+                                || substr(c, strpos(c, '=') + 1)
+                           FROM pg_db_role_setting o CROSS JOIN unnest(o.setconfig) c
+                           LEFT JOIN pg_roles r ON r.oid = o.setrole LEFT JOIN pg_database d ON d.oid = o.setdatabase
+                          WHERE lower(split_part(c, '=', 1)) = lower(s.name) ORDER BY 1)
+              FROM pg_settings s WHERE lower(s.name) = lower($1)";
+        let ask = async {
+            let connection = self.connect(LIMIT).await?;
+            connection.client.query_opt(text, &[&name]).await.map_err(query::failed)
+        };
+        let timeout = PgError::Timeout { what: "reading a setting".to_owned(), limit: LIMIT };
+        let Some(row) = tokio::time::timeout(LIMIT, ask).await.map_err(|_| timeout)?? else { return Ok(None) };
+        let read = || {
+            let file: Option<String> = row.try_get(4)?;
+            let line: Option<i32> = row.try_get(5)?;
+            Ok::<_, tokio_postgres::Error>(Told {
+                value: row.try_get(1)?,
+                context: row.try_get(2)?,
+                source: row.try_get(3)?,
+                file: file.zip(line),
+                pending: row.try_get(6)?,
+                overrides: row.try_get(7)?,
+            })
+        };
+        read().map(Some).map_err(query::failed)
     }
 }
 

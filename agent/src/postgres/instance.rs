@@ -9,7 +9,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
-use trunkline_common::{History, Lsn, MemberName, SystemClock, TimelineId};
+use trunkline_common::{Clock, History, Lsn, MemberName, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
 use super::callback::Callbacks;
@@ -22,8 +22,8 @@ use super::settings::{self, Managed};
 use super::slots::Decoding;
 use super::start::check_version;
 use super::{
-    CustomBootstrap, Divergence, PgError, PgStatus, Postgres, SlotPlan, SlotsDone, StartAs, StopMode, Upstream,
-    WantedSlot, program,
+    CustomBootstrap, Divergence, PgError, PgStatus, Postgres, Setting, SlotPlan, SlotsDone, StartAs, StopMode, Took,
+    Upstream, WantedSlot, program,
 };
 use crate::guard::Egress;
 
@@ -47,6 +47,7 @@ pub(super) struct Inner {
     pub(super) sessions: Sessions,
     pub(super) callbacks: Callbacks,
     pub(super) pending_restart: Mutex<BTreeMap<String, Value>>,
+    took: Mutex<Took>,
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
     pub(super) received: Mutex<Option<(i32, TimelineId)>>,
     pub(super) sync_names_in_force: Mutex<Option<(i32, String)>>,
@@ -92,6 +93,7 @@ impl Instance {
             sessions: Sessions::default(),
             callbacks: Callbacks::default(),
             pending_restart: Mutex::default(),
+            took: Mutex::default(),
             received: Mutex::default(),
             sync_names_in_force: Mutex::default(),
             decoding: Mutex::default(),
@@ -300,7 +302,12 @@ impl Postgres for Instance {
     }
 
     async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
-        self.run_start(role, limit).await
+        let began = self.inner.clock.now();
+        let started = self.run_start(role, limit).await;
+        if started.is_ok() {
+            self.inner.took.lock().start = Some(self.inner.clock.now().since(began));
+        }
+        started
     }
 
     async fn stop(
@@ -309,7 +316,13 @@ impl Postgres for Instance {
         limit: Duration,
         shut_down: Option<oneshot::Sender<Lsn>>,
     ) -> Result<(), PgError> {
-        self.run_stop(mode, limit, shut_down).await
+        let was_there = self.process().find().is_some();
+        let began = self.inner.clock.now();
+        let stopped = self.run_stop(mode, limit, shut_down).await;
+        if stopped.is_ok() && was_there && mode == StopMode::Fast {
+            self.inner.took.lock().stop = Some(self.inner.clock.now().since(began));
+        }
+        stopped
     }
 
     async fn fence(&self, limit: Duration) -> Result<(), PgError> {
@@ -317,7 +330,12 @@ impl Postgres for Instance {
     }
 
     async fn promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
-        self.run_promote(limit).await
+        let began = self.inner.clock.now();
+        let promoted = self.run_promote(limit).await;
+        if promoted.is_ok() {
+            self.inner.took.lock().promotion = Some(self.inner.clock.now().since(began));
+        }
+        promoted
     }
 
     async fn follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {
@@ -389,6 +407,14 @@ impl Postgres for Instance {
         let written = std::fs::metadata(&path).and_then(|metadata| metadata.modified()).ok()?;
         let written = chrono::DateTime::<chrono::Local>::from(written);
         Some((History::parse(&text), written.to_rfc3339_opts(chrono::SecondsFormat::Micros, false)))
+    }
+
+    async fn setting(&self, name: &str) -> Result<Option<Setting>, PgError> {
+        self.ask_setting(name).await
+    }
+
+    fn took(&self) -> Took {
+        *self.inner.took.lock()
     }
 
     fn callback(&self, event: &'static str, role: &str) {

@@ -170,6 +170,34 @@ impl Running {
     }
 }
 
+/// What PostgreSQL says of one of its settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Setting {
+    /// The value in force, as people write it.
+    pub value: String,
+    /// When a change of it counts: `postmaster`, `sighup`, `user` …
+    pub context: String,
+    /// What has set it: `default`, `command line`, `configuration file` …
+    pub source: String,
+    /// The file and the line in it.
+    pub file: Option<(String, i32)>,
+    /// Another value in a file waits for a restart.
+    pub pending: bool,
+    /// Who else has a value of his own, by `ALTER ROLE` or `ALTER DATABASE`: `role app: 8MB`.
+    pub overrides: Vec<String>,
+}
+
+/// How long operations took when they were last done by this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Took {
+    /// From the start of the postmaster until it took connections.
+    pub start: Option<Duration>,
+    /// A stop in order, until the last process was gone.
+    pub stop: Option<Duration>,
+    /// A promotion, until writes were taken.
+    pub promotion: Option<Duration>,
+}
+
 /// Whether the server takes writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PgRole {
@@ -466,6 +494,17 @@ pub trait Postgres: Clone + Send + Sync + 'static {
 
     /// The local `.history` file of `timeline`, with the time the file was written (RFC 3339).
     fn history(&self, timeline: TimelineId) -> impl Future<Output = Option<(History, String)>> + Send;
+
+    /// What PostgreSQL says of the setting `name`; `None`: it knows none of that name.
+    fn setting(&self, name: &str) -> impl Future<Output = Result<Option<Setting>, PgError>> + Send {
+        let why = format!("{name} can't be asked for here");
+        async { Err(PgError::Unusable(why)) }
+    }
+
+    /// How long operations took.
+    fn took(&self) -> Took {
+        Took::default()
+    }
 
     /// Runs a callback (`on_start`, `on_role_change` …) in the background with Patroni's arguments.
     fn callback(&self, event: &'static str, role: &str);

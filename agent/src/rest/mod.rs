@@ -4,7 +4,7 @@
 //! PostgreSQL (the leader race needs positions of *now*); what it is asked to do becomes a [`Command`].
 //!
 //! * [`health`]: which path gets which code, as pure tables.
-//! * `status`, `metrics`: the documents. `actions`, `switchover`, `dynamic`: the requests that change something.
+//! * `status`, `metrics`: the documents. `inquiry`: what operators ask. `actions`, `switchover`, `dynamic`: the requests that change something.
 //! * `policy`, `auth`: who may. `listener`: sockets, TLS, bounds.
 
 mod actions;
@@ -12,12 +12,13 @@ mod answer;
 mod auth;
 mod dynamic;
 pub mod health;
+mod inquiry;
 pub(crate) mod json;
 mod listener;
 mod metrics;
 mod policy;
 mod status;
-mod switchover;
+pub(crate) mod switchover;
 #[cfg(test)]
 mod tests;
 mod time;
@@ -40,6 +41,7 @@ use trunkline_config::{Local, Settings};
 use self::answer::{Answer, read_object};
 use self::auth::Caller;
 use self::health::Query;
+pub use self::inquiry::Edges;
 pub use self::listener::Server;
 use self::metrics::Instruments;
 use self::policy::Policy;
@@ -47,7 +49,7 @@ use self::status::Picture;
 use self::switchover::Action;
 use crate::node::{Board, Command};
 use crate::peer::{HttpPeers, RestClient};
-use crate::postgres::{PgStatus, Postgres};
+use crate::postgres::{PgError, PgStatus, Postgres, Setting, Took};
 
 /// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
 const OBSERVE_LIMIT: Duration = Duration::from_millis(1500);
@@ -95,11 +97,25 @@ pub(crate) struct Identity {
 pub trait Observe: Clone + Send + Sync + 'static {
     /// See [`Postgres::observe`].
     fn observe(&self, deadline: Duration) -> impl Future<Output = PgStatus> + Send;
+
+    /// See [`Postgres::setting`].
+    fn setting(&self, name: &str) -> impl Future<Output = Result<Option<Setting>, PgError>> + Send;
+
+    /// See [`Postgres::took`].
+    fn took(&self) -> Took;
 }
 
 impl<P: Postgres> Observe for P {
     fn observe(&self, deadline: Duration) -> impl Future<Output = PgStatus> + Send {
         Postgres::observe(self, deadline)
+    }
+
+    fn setting(&self, name: &str) -> impl Future<Output = Result<Option<Setting>, PgError>> + Send {
+        Postgres::setting(self, name)
+    }
+
+    fn took(&self) -> Took {
+        Postgres::took(self)
     }
 }
 
@@ -115,6 +131,8 @@ pub struct Api<D, P, C> {
     policy: watch::Sender<Arc<Policy>>,
     peers: RwLock<HttpPeers>,
     instruments: Instruments,
+    local: RwLock<Arc<Local>>,
+    edges: Edges,
 }
 
 impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
@@ -132,7 +150,27 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let policy = watch::Sender::new(Arc::new(Policy::read(local)?));
         let peers = RwLock::new(HttpPeers::new(RestClient::for_agent(local)?));
         let instruments = Instruments::new()?;
-        Ok(Self { identity, store, knowledge, board, commands, postgres, clock, policy, peers, instruments })
+        let (local, edges) = (RwLock::new(Arc::new(local.clone())), Edges::default());
+        Ok(Self {
+            identity,
+            store,
+            knowledge,
+            board,
+            commands,
+            postgres,
+            clock,
+            policy,
+            peers,
+            instruments,
+            local,
+            edges,
+        })
+    }
+
+    /// With what only the process knows.
+    #[must_use]
+    pub fn with_edges(self, edges: Edges) -> Self {
+        Self { edges, ..self }
     }
 
     /// Reads address, certificates, credentials and allowlist again. After an error the old ones stay in force.
@@ -142,6 +180,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         let client = RestClient::for_agent(local)?;
         *self.peers.write() = HttpPeers::new(client);
         self.policy.send_replace(Arc::new(policy));
+        self.goes_by(local);
         Ok(())
     }
 
@@ -170,6 +209,15 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             ("GET", "cluster") => self.cluster().await,
             ("GET", "history") => self.history().await,
             ("GET", "decisions") => Answer::json(200, status::decisions(self.board.borrow().decisions.iter())),
+            ("GET", "why") => self.why().await,
+            ("GET", "rto") => self.rto(),
+            ("GET", "explain") => {
+                let view = self.knowledge.borrow().view.clone();
+                match auth::check(policy, caller, &parts.headers, view.as_deref(), true).await {
+                    Ok(()) => self.explain(&query()).await,
+                    Err(answer) => answer,
+                }
+            }
             ("GET", "config") => self.config().await,
             ("GET", "failsafe") => self.failsafe_members(),
             ("GET", "metrics") => {

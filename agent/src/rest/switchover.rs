@@ -15,6 +15,7 @@ use trunkline_config::dynamic::SynchronousMode;
 use super::answer::Answer;
 use super::json::python_str;
 use super::{Api, Observe, time};
+use crate::node::Board;
 use crate::peer::PeerStatus;
 
 /// How long a candidate may take to answer before it does not count.
@@ -72,7 +73,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             scheduled_at = request.scheduled_at_text,
             "asked for another leader"
         );
-        let scheduled = request.scheduled_at.is_some();
+        let (scheduled, asked_at) = (request.scheduled_at.is_some(), self.clock.wall());
         if !scheduled && let Err(sentence) = self.check_candidates(action, &view, &request).await {
             return Answer::text(412, sentence);
         }
@@ -86,7 +87,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             return Answer::text(202, format!("{} scheduled", action.title()));
         }
         let before = view.leader.as_ref().map(|leader| &leader.name);
-        self.await_outcome(action, before, request.candidate.as_ref(), written).await
+        self.await_outcome(action, before, request.candidate.as_ref(), (written, asked_at)).await
     }
 
     /// `DELETE /switchover`: forgets a scheduled one.
@@ -124,32 +125,107 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         Err(format!("{} is not possible: no good candidates have been found", action.name()))
     }
 
-    /// Watches until there is another leader, or the request is gone without one.
+    /// Watches until there is another leader, or the request is gone without one. What is going on is not given up: the old
+    /// leader's stop may take as long as `primary_stop_timeout` allows.
     async fn await_outcome(
         &self,
         action: Action,
         before: Option<&MemberName>,
         candidate: Option<&MemberName>,
-        written: Revision,
+        (written, asked_at): (Revision, chrono::DateTime<chrono::Utc>),
     ) -> Answer {
-        let limit = 2 * self.settings().loop_wait.max(Duration::from_secs(10));
+        let settings = self.settings();
+        let limit = 2 * settings.loop_wait.max(Duration::from_secs(10));
+        let longest = limit + settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300));
         let mut knowledge = self.knowledge.clone();
         let wait = async {
             loop {
                 let view = knowledge.borrow_and_update().view.clone();
                 let outcome = view.and_then(|view| outcome(action, &view, before, candidate, written));
                 if let Some((status, sentence)) = outcome {
-                    return Answer::text(status, sentence);
+                    let why = if status == 503 { self.refusal(asked_at).await } else { None };
+                    return Answer::text(status, sentence + &why.map(|why| format!(": {why}")).unwrap_or_default());
                 }
                 if knowledge.changed().await.is_err() {
                     return Answer::text(503, format!("{} status unknown: the agent is shutting down", action.title()));
                 }
             }
         };
-        let seconds = limit.as_secs();
-        tokio::time::timeout(limit, wait).await.unwrap_or_else(|_| {
-            Answer::text(503, format!("{} status unknown after {seconds} seconds; it may still happen", action.title()))
-        })
+        let phase = || {
+            let view = self.knowledge.borrow().view.clone();
+            view.map_or(Phase::Asked, |view| Phase::of(&view, before))
+        };
+        let patience = async {
+            tokio::time::sleep(limit).await;
+            let mut waited = limit;
+            while phase() != Phase::Asked && waited < longest {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                waited += Duration::from_secs(1);
+            }
+            waited
+        };
+        tokio::select! {
+            answer = wait => answer,
+            waited = patience => {
+                let (title, seconds, phase) = (action.title(), waited.as_secs(), phase().words(before));
+                Answer::text(503, format!("{title} status unknown after {seconds} seconds; it may still happen: {phase}"))
+            }
+        }
+    }
+
+    /// Why the HA loop of this node, if it is the leader's, has not carried the request out.
+    async fn refusal(&self, asked_at: chrono::DateTime<chrono::Utc>) -> Option<String> {
+        let mut board = self.board.clone();
+        let reason = |board: &Board| {
+            let mut noted = board.decisions.iter().rev().take_while(|noted| noted.at >= asked_at);
+            noted.find(|noted| noted.action == "clear_failover").map(|noted| noted.reason.clone())
+        };
+        // It is told at the end of the turn that has removed the request.
+        let told =
+            tokio::time::timeout(Duration::from_millis(500), board.wait_for(|board| reason(board).is_some())).await;
+        told.ok()?.ok().and_then(|board| reason(&board))
+    }
+}
+
+/// How far a change of leaders has got, as the DCS tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The request is there, the leader takes writes: it asks the others, or makes its last checkpoint.
+    Asked,
+    /// The old leader's PostgreSQL is stopping, and a standby gets the rest of its WAL.
+    Stopping,
+    /// Nobody has the key.
+    Free,
+    /// This one has the key, and is being promoted.
+    Promoting(MemberName),
+    /// This one takes writes.
+    Done(MemberName),
+}
+
+impl Phase {
+    /// `before`: who led when it was asked for.
+    pub fn of(view: &ClusterView, before: Option<&MemberName>) -> Self {
+        let Some(leader) = view.leader.as_ref().map(|leader| &leader.name) else { return Self::Free };
+        let member = view.members.get(leader);
+        let standby_cluster = view.settings.standby_cluster.is_some();
+        match member {
+            Some(member) if Some(leader) == before && member.state == "stopping" => Self::Stopping,
+            _ if Some(leader) == before => Self::Asked,
+            Some(member) if member.claims_primary() || standby_cluster => Self::Done(leader.clone()),
+            _ => Self::Promoting(leader.clone()),
+        }
+    }
+
+    /// A sentence.
+    pub fn words(&self, before: Option<&MemberName>) -> String {
+        let old = before.map_or("the old leader", MemberName::as_str);
+        match self {
+            Self::Asked => format!("{old} still leads, and has yet to carry the request out"),
+            Self::Stopping => format!("{old} stops PostgreSQL and hands its WAL over"),
+            Self::Free => format!("{old} has given the leader key up, nobody has taken it yet"),
+            Self::Promoting(new) => format!("{new} has the leader key and is being promoted"),
+            Self::Done(new) => format!("{new} takes writes"),
+        }
     }
 }
 
@@ -367,6 +443,21 @@ mod tests {
             names(Switchover, &single, Some("a"), None),
             Err("switchover is not possible: cluster does not have members except leader".into())
         );
+    }
+
+    #[test]
+    fn phases_are_read_off_the_view() {
+        let a = MemberName::from("a");
+        let mut view = view(Some("a"), &["a", "b"]);
+        assert_eq!(Phase::of(&view, Some(&a)), Phase::Asked);
+        view.members.get_mut(&a).unwrap().state = "stopping".into();
+        assert!(Phase::of(&view, Some(&a)).words(Some(&a)).starts_with("a stops PostgreSQL"));
+        let free = ClusterView { leader: None, ..view.clone() };
+        assert_eq!(Phase::of(&free, Some(&a)), Phase::Free);
+        view.leader.as_mut().unwrap().name = "b".into();
+        assert_eq!(Phase::of(&view, Some(&a)).words(Some(&a)), "b has the leader key and is being promoted");
+        view.members.get_mut(&"b".into()).unwrap().role = "primary".into();
+        assert_eq!(Phase::of(&view, Some(&a)).words(Some(&a)), "b takes writes");
     }
 
     #[test]

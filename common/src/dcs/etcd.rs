@@ -27,7 +27,8 @@ use parking_lot::Mutex;
 use trunkline_config::local::Etcd;
 
 use self::endpoints::{Endpoints, Resend};
-use super::{Dcs, DcsError, Events, Lease, Snapshot, Txn, TxnResult};
+use super::latency::Latency;
+use super::{Dcs, DcsError, Events, Lease, Op, Snapshot, Txn, TxnResult};
 use crate::{Clock, Instant, LeaseId, Revision};
 
 /// How many leases' TTLs are remembered; a process holds one or two.
@@ -44,6 +45,7 @@ struct Shared<C> {
     clock: C,
     /// Granted TTLs: the answer to a keep-alive does not reach us with its TTL.
     ttls: Mutex<BTreeMap<LeaseId, Duration>>,
+    latency: Mutex<Latency>,
 }
 
 impl<C: Clock> EtcdDcs<C> {
@@ -55,12 +57,17 @@ impl<C: Clock> EtcdDcs<C> {
     /// [`DcsError::Refused`] where the configuration cannot work: no endpoint, unreadable certificate files.
     pub async fn connect(config: &Etcd, clock: C, retry_timeout: Duration) -> Result<Self, DcsError> {
         let endpoints = Endpoints::new(config, clock.clone(), retry_timeout)?;
-        Ok(Self { shared: Arc::new(Shared { endpoints, clock, ttls: Mutex::default() }) })
+        Ok(Self { shared: Arc::new(Shared { endpoints, clock, ttls: Mutex::default(), latency: Mutex::default() }) })
     }
 
     /// Changes the bound of calls, which is a dynamic setting. Applies to calls that begin after this.
     pub fn set_retry_timeout(&self, retry_timeout: Duration) {
         self.shared.endpoints.set_bound(retry_timeout);
+    }
+
+    /// How long etcd took to answer lately. What it did not answer is not in it.
+    pub fn latency(&self) -> Latency {
+        self.shared.latency.lock().clone()
     }
 
     /// The TTL the lease was granted with; asked for where another process obtained it.
@@ -129,7 +136,12 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
             let request = request.clone();
             async move { client.kv_client().txn(request).await }
         };
-        Ok(wire::txn_result(&self.shared.endpoints.call(Resend::IfNotSent, run).await?))
+        let sent = self.shared.clock.now();
+        let answer = self.shared.endpoints.call(Resend::IfNotSent, run).await?;
+        if txn.then.iter().any(|op| !matches!(op, Op::Get(_))) {
+            self.shared.latency.lock().writes.add(self.shared.clock.now().since(sent));
+        }
+        Ok(wire::txn_result(&answer))
     }
 
     async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
@@ -158,6 +170,7 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
         };
         let sent = self.shared.endpoints.call(Resend::Always, renew).await;
         let sent = self.forget_if_lost(lease, sent)?;
+        self.shared.latency.lock().renewals.add(clock.now().since(sent));
         Ok(Lease { id: lease, ttl, until: sent + ttl })
     }
 

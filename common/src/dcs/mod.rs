@@ -11,6 +11,7 @@ pub mod contract;
 pub mod etcd;
 pub mod follow;
 pub mod json;
+pub mod latency;
 pub mod memory;
 pub mod paths;
 pub mod store;

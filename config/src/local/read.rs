@@ -1,8 +1,9 @@
 //! `patroni.yml` from JSON to types.
 
+use ipnet::IpNet;
 use serde_json::{Map, Value};
 
-use super::{Bootstrap, Ctl, Guard, Local, Log, RestApi, VerifyClient, Watchdog, WatchdogDriver, WatchdogMode};
+use super::{Bootstrap, Ctl, Guard, Local, Log, RestApi, VerifyClient, Vip, Watchdog, WatchdogDriver, WatchdogMode};
 use crate::env::Env;
 use crate::report::Report;
 use crate::section::Section;
@@ -11,7 +12,7 @@ use crate::{Secret, etcd, options, postgres};
 /// The placeholder that Patroni puts into `synchronous_standby_names`; no member may be named so.
 const RESERVED_NAME: &str = "__patroni_strict_sync_replica_placeholder__";
 
-const KNOWN: &[&str] = &[
+pub(crate) const KNOWN: &[&str] = &[
     "scope",
     "name",
     "namespace",
@@ -26,6 +27,7 @@ const KNOWN: &[&str] = &[
     "postgresql",
     "watchdog",
     "guard",
+    "vip",
     "tags",
     "citus",
     "consul",
@@ -66,6 +68,7 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
     let tags = root.copy("tags");
     check_tags(&root);
     let log = read_log(&root);
+    let vip = read_vip(&root);
     Some(Local {
         scope: scope?,
         name: name?,
@@ -78,6 +81,7 @@ pub(crate) fn read_root(map: &Map<String, Value>, report: &Report, env: &Env) ->
         tags,
         watchdog: read_watchdog(&root),
         guard: read_guard(&root),
+        vip,
         log,
         raw: Value::Object(map.clone()),
     })
@@ -88,6 +92,37 @@ fn read_guard(root: &Section<'_>) -> Guard {
     section.unknown(&["egress"]);
     let egress = section.choice("egress", &[("automatic", true), ("auto", true), ("off", false)]);
     Guard { egress: egress.unwrap_or(true) }
+}
+
+/// An address that can't be held is an error: clients would be led to nobody.
+fn read_vip(root: &Section<'_>) -> Option<Vip> {
+    let section = root.section("vip")?;
+    section.unknown(&["address", "interface"]);
+    let addresses = match section.has("address") {
+        true => section.lines("address").and_then(|lines| {
+            let addresses = lines.iter().map(|line| line.trim().parse().ok().filter(can_be_held));
+            let addresses = addresses.collect::<Option<Vec<IpNet>>>().filter(|addresses| !addresses.is_empty());
+            addresses.or_else(|| section.wrong("address", ADDRESS))
+        }),
+        false => section.missing("address", "the leader's address", Some(VIP_EXAMPLE)),
+    };
+    let interface = match section.has("interface") {
+        true => {
+            let name = section.name("interface").filter(|name| name.len() <= 15 && !name.contains(['/', ' ']));
+            name.or_else(|| section.wrong("interface", "the name of a network interface is expected, such as eth0"))
+        }
+        false => section.missing("interface", "the network interface", Some(VIP_EXAMPLE)),
+    };
+    Some(Vip { addresses: addresses?, interface: interface? })
+}
+
+const VIP_EXAMPLE: &str = "give vip: {address: 10.0.0.100/24, interface: eth0}";
+
+const ADDRESS: &str = "an address with the length of its prefix is expected, such as 10.0.0.100/24, or a list of them";
+
+fn can_be_held(address: &IpNet) -> bool {
+    let address = address.addr();
+    !address.is_unspecified() && !address.is_multicast() && !address.is_loopback()
 }
 
 fn read_watchdog(root: &Section<'_>) -> Watchdog {

@@ -15,11 +15,11 @@ use crate::{Secret, address, options, protected};
 const ROLES: &[&str] = &["primary", "replica", "standby_leader"];
 
 /// Keys of the section that the dynamic configuration cannot set.
-const LOCAL_ONLY: &[&str] =
+pub(crate) const LOCAL_ONLY: &[&str] =
     &["connect_address", "proxy_address", "listen", "config_dir", "data_dir", "pgpass", "authentication"];
 
 /// Settings that PostgreSQL reads only in recovery; found among the parameters they are moved there.
-const RECOVERY: &[&str] = &[
+pub(crate) const RECOVERY: &[&str] = &[
     "archive_cleanup_command",
     "pause_at_recovery_target",
     "primary_conninfo",

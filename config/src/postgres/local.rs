@@ -71,7 +71,7 @@ fn check_local(section: &Section<'_>) {
     }
 }
 
-const KNOWN: &[&str] = &[
+pub(crate) const KNOWN: &[&str] = &[
     "name",
     "connect_address",
     "proxy_address",

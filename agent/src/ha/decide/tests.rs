@@ -126,7 +126,11 @@ fn peer(lsn: u64) -> Option<PeerStatus> {
 
 impl World {
     fn decide(&self) -> Decision {
-        decide(&Situation {
+        decide(&self.situation())
+    }
+
+    fn situation(&self) -> Situation<'_> {
+        Situation {
             now: NOW,
             wall: chrono::DateTime::from_timestamp(1_900_000_000, 0).unwrap(),
             me: &self.me,
@@ -140,7 +144,7 @@ impl World {
             pg: &self.pg,
             memory: &self.memory,
             peers: self.peers.as_ref(),
-        })
+        }
     }
 
     fn view(&mut self) -> &mut ClusterView {
@@ -214,6 +218,50 @@ impl World {
             scheduled_at_text: None,
         });
         self
+    }
+}
+
+#[test]
+fn a_member_judges_itself_as_if_the_leader_were_gone() {
+    let judged = |world: &World| {
+        let decision = without_leader(&world.situation());
+        format!("{}: {}", decision.action.label(), decision.reason)
+    };
+    let asked = world().answers(&[("c", peer(1000))]);
+    assert_eq!(judged(&asked), "acquire: at 0/3E8 with priority 1; nobody is a better choice (c is at 0/3E8)");
+    let behind = world().answers(&[("c", peer(1001))]);
+    assert_eq!(judged(&behind), "abstain: Wal position of c is ahead of my wal position (0/3E9 > 0/3E8)");
+    let mut never = world();
+    never.me.tags.insert("nofailover".to_owned(), true.into());
+    assert_eq!(judged(&never), "abstain: following a different leader because I am not allowed to promote");
+    let outside = world().synchronous("a", &["c"]);
+    assert!(judged(&outside).starts_with("abstain: not among the synchronous nodes (a, c)"));
+    let mut down = world();
+    down.pg = PgStatus::Starting;
+    assert_eq!(judged(&down), "wait: PostgreSQL is starting; nobody leads");
+    // Who leads, or where nobody does, decides as ever.
+    assert_eq!(without_leader(&world().leading().situation()), world().leading().decide());
+    assert_eq!(without_leader(&world().leaderless().situation()), world().leaderless().decide());
+}
+
+#[test]
+fn a_comparison_that_is_tried_again_and_again_is_said_once() {
+    let mut down = world();
+    down.pg = stopped(ControlState::ShutDown, false);
+    down.memory.divergence = DivergenceState::Check;
+    let mut dry = world();
+    let PgStatus::Running(running) = &mut dry.pg else { unreachable!() };
+    running.replication_state = None;
+    dry.view().members.get_mut(&"a".into()).unwrap().timeline = Some(TimelineId(2));
+    for mut world in [down, dry] {
+        assert!(matches!(world.decide().action, Action::CheckDivergence(_)));
+        world.memory.last_failure = Some("a has no checkpoint on its timeline yet".to_owned());
+        let again = world.decide();
+        assert!(matches!(again.action, Action::CheckDivergence(_)));
+        world.memory.retry_at = Some(NOW + Duration::from_millis(200));
+        let waits = world.decide();
+        assert_eq!((waits.action.label(), &waits.reason), ("wait", &again.reason));
+        assert!(waits.reason.contains("no checkpoint"), "{}", waits.reason);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::guard::{self, Part};
+use crate::ha::situation::{Ground, Me, Memory};
 
 #[tokio::test]
 async fn a_primary_with_the_lock() {
@@ -244,4 +245,59 @@ async fn decisions_are_told_with_their_reasons() {
     node.board.send_modify(|board| assert!(noted.note_in(&mut board.decisions)));
     let line = json!({"time": "2031-05-03T10:00:00.000+00:00", "decision": "abstain", "reason": "pg-b is ahead"});
     assert_eq!(node.get("/decisions").await, (200, json!([line])));
+}
+
+#[tokio::test]
+async fn an_operators_questions() {
+    let mut node_board = board("replica");
+    let me = Me {
+        name: "pg-b".into(),
+        tags: Map::new(),
+        may_bootstrap: true,
+        use_pg_rewind: true,
+        use_slots: true,
+        restores_alone: false,
+        reclone_diverged: false,
+        reclone_unrewindable: false,
+    };
+    let (memory, ttl) = (Memory::default(), Duration::from_secs(30));
+    let ground = Ground { me, memory, view: None, has_lease: true, ttl, dcs_away: false };
+    node_board.ground = Some(Arc::new(ground));
+    let mut secured = local("pg-b");
+    secured.restapi.authentication = Some(("u".into(), trunkline_config::Secret::new("p")));
+    let node = Node::start(secured, PgStatus::Running(standby()), node_board).await;
+    put(&node.store, "leader", "pg-a".into()).await;
+    put(&node.store, "pg-a", json!({"api_url": "http://127.0.0.1:1/patroni", "role": "primary"})).await;
+    put(&node.store, "pg-c", json!({"api_url": "http://127.0.0.1:1/patroni", "role": "replica"})).await;
+    node.catch_up().await;
+
+    let (status, told) = node.get("/why").await;
+    assert_eq!((status, &told["leads"], &told["leader"]), (200, &json!(false), &json!("pg-a")));
+    let verdict = json!({
+        "may_lead": true, "decision": "acquire", "if": "pg-a were gone",
+        "reason": "at 0/3000148 with priority 1; nobody is a better choice (pg-c did not answer)",
+    });
+    assert_eq!(told["verdict"], verdict);
+    assert_eq!(told["own"], json!({"lsn": "0/3000148", "timeline": 2, "priority": 1}));
+    assert_eq!(told["members"], json!({"pg-c": null}), "the leader itself is not asked");
+    assert_eq!(told["cluster"]["maximum_lag_on_failover"], 1_048_576);
+
+    let (_, told) = node.get("/rto").await;
+    assert_eq!((&told["postgresql"]["stop_ms"], &told["postgresql"]["promotion_ms"]), (&json!(25.0), &Value::Null));
+    assert!(told["estimate"].as_str().unwrap().starts_with("host death ≤ 30.6 s"), "{told}");
+
+    assert_eq!(node.get("/explain?key=work_mem").await.0, 401, "a node's file is not for everybody");
+}
+
+#[tokio::test]
+async fn a_setting_is_explained() {
+    let node = Node::start(local("pg-a"), PgStatus::Running(primary()), board("primary")).await;
+    let (status, told) = node.get("/explain?key=work_mem").await;
+    assert_eq!((status, &told["name"], &told["key"]), (200, &json!("pg-a"), &json!("postgresql.parameters.work_mem")));
+    assert_eq!(told["postgresql"]["file"], "/d/postgresql.auto.conf:3");
+    let notes = told["postgresql"]["notes"].to_string();
+    assert!(notes.contains("ALTER SYSTEM wins") && notes.contains("role app: 1GB"), "{notes}");
+    assert_eq!(node.get("/explain?key=ttl").await.1["value"], "30");
+    assert!(node.get("/explain?key=nonsense").await.1["postgresql"]["error"].as_str().unwrap().contains("knows no"));
+    assert_eq!(node.get("/explain").await.0, 400);
 }

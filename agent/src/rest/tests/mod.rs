@@ -34,6 +34,24 @@ impl Observe for Glass {
         }
         status
     }
+
+    async fn setting(&self, name: &str) -> Result<Option<Setting>, PgError> {
+        let file = Some(("/d/postgresql.auto.conf".to_owned(), 3));
+        let overrides = vec!["role app: 1GB".to_owned()];
+        let setting = Setting {
+            value: "9MB".into(),
+            context: "user".into(),
+            source: "configuration file".into(),
+            file,
+            pending: false,
+            overrides,
+        };
+        Ok((name == "work_mem").then_some(setting))
+    }
+
+    fn took(&self) -> Took {
+        Took { stop: Some(Duration::from_millis(25)), ..Took::default() }
+    }
 }
 
 type TestStore = ClusterStore<MemoryDcs<SystemClock>>;
@@ -68,6 +86,7 @@ fn local(name: &str) -> Local {
         tags: Map::new(),
         watchdog: trunkline_config::local::Watchdog::default(),
         guard: trunkline_config::local::Guard::default(),
+        vip: None,
         log: Log { json: false, level: "INFO".into(), format: String::new(), dir: None },
         raw: json!({}),
     }
@@ -139,6 +158,7 @@ fn board(role: &str) -> Board {
         transitions: BTreeMap::new(),
         decisions: Arc::default(),
         failsafe_active: false,
+        ground: None,
         guard: crate::guard::Status::default(),
     }
 }

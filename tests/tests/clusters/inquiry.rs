@@ -1,0 +1,108 @@
+//! What operators ask of a cluster: may this member lead, how long will writes be out, why is this setting what it is.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use trunkline_tests::{LIMIT, Program, Scene, wait};
+
+/// Beside the agent.
+fn program() -> Result<Program> {
+    Ok(Program::new(Program::agent()?.path.with_file_name("trunklinectl")))
+}
+
+/// Runs `trunklinectl` with the file of a node; what it prints.
+fn ctl(scene: &Scene, args: &[&str]) -> Result<String> {
+    let mut command = Command::new("timeout");
+    command.arg("60").arg(program()?.path).arg("-c").arg(scene.cluster.nodes[0].config()).args(args);
+    let output = command.output().context("timeout(1)")?;
+    let text = String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned();
+    ensure!(output.status.success(), "{args:?}: {}: {text}", output.status);
+    Ok(text)
+}
+
+fn rows(text: &str) -> Result<Vec<Value>> {
+    serde_json::from_str(text).with_context(|| text.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_say_whether_they_may_lead_and_how_long_that_would_take() -> Result<()> {
+    let mut scene = Scene::start("inquiry", 3).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let name = scene.cluster.nodes[leader].name().to_owned();
+    let may = |rows: &[Value], verdict: &str| rows.iter().filter(|row| row["May lead"] == *verdict).count();
+
+    // In synchronous mode one of the two standbys may.
+    let told = rows(&ctl(&scene, &["why", "-f", "json"])?)?;
+    ensure!((may(&told, "leads"), may(&told, "yes"), may(&told, "no")) == (1, 1, 1), "{told:?}");
+    let refused = told.iter().find(|row| row["May lead"] == "no").context("one that may not")?;
+    let verdict = refused["Verdict"].as_str().unwrap_or_default();
+    ensure!(verdict.starts_with(&format!("if {name} were gone: not among the synchronous nodes")), "{verdict}");
+    let text = ctl(&scene, &["why"])?;
+    ensure!(text.contains(&format!("{name} leads.")) && text.contains("Synchronous: only"), "{text}");
+
+    // One that does not answer does not keep the others from it.
+    let mute = (leader + 1) % 3;
+    scene.cluster.nodes[mute].kill_agent();
+    let text = ctl(&scene, &["why", "-f", "tsv"])?;
+    ensure!(text.contains("Is its agent running?"), "{text}");
+    scene.cluster.nodes[mute].start()?;
+    scene.cluster.settled(LIMIT).await?;
+
+    let measured = async || {
+        let told = ctl(&scene, &["rto"])?;
+        ensure!(told.contains("Host death ≤ 5.") && !told.contains("not measured yet: renewal"), "{told}");
+        Ok(())
+    };
+    wait::until("the round trips to be measured", LIMIT, measured).await?;
+    let log = async || {
+        let log = scene.cluster.nodes[leader].log()?;
+        ensure!(log.contains("how long writes will be out: host death ≤ 5."), "not yet");
+        Ok(())
+    };
+    wait::until("the line in the log", LIMIT, log).await?;
+    scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn settings_are_explained_with_what_postgresql_says() -> Result<()> {
+    let mut scene = Scene::start("explain", 2).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let member = scene.cluster.nodes[leader].name().to_owned();
+    let explain = |key: &str| -> Result<Value> {
+        let told = ctl(&scene, &["config", "explain", key, "-m", &member, "-f", "json"])?;
+        Ok(rows(&told)?.swap_remove(0))
+    };
+    let told = explain("max_connections")?;
+    ensure!(told["from"] == "Patroni's default" && told["postgresql"]["source"] == "command line", "{told}");
+
+    let parameters = json!({"work_mem": "5MB", "max_connections": 120, "port": 1});
+    scene.cluster.patch_config(&json!({"postgresql": {"parameters": parameters}})).await?;
+    let pending = async || {
+        let told = explain("max_connections")?;
+        let notes = told["postgresql"]["notes"].to_string();
+        ensure!(told["value"] == "120" && notes.contains("waits for a restart of PostgreSQL: 100 -> 120"), "{told}");
+        Ok(())
+    };
+    wait::until("the pending restart to be explained", LIMIT, pending).await?;
+    let told = explain("work_mem")?;
+    ensure!(told["from"] == "dynamic configuration" && told["postgresql"]["value"] == "5MB", "{told}");
+    ensure!(explain("port")?["from"] == "Trunkline", "the port is the agent's");
+
+    let client = scene.node(leader).connect(LIMIT).await?;
+    client.batch_execute("ALTER SYSTEM SET work_mem = '7MB'").await?;
+    client.batch_execute("SELECT pg_reload_conf()").await?;
+    let altered = async || {
+        let told = explain("work_mem")?;
+        let notes = told["postgresql"]["notes"].to_string();
+        ensure!(told["postgresql"]["value"] == "7MB" && notes.contains("ALTER SYSTEM wins"), "{told}");
+        Ok(())
+    };
+    wait::until("ALTER SYSTEM to be named", LIMIT, altered).await?;
+
+    let text = ctl(&scene, &["config", "explain", "ttl"])?;
+    ensure!(text.contains("ttl on ") && text.contains("bootstrap.dcs"), "{text}");
+    scene.lab.success();
+    Ok(())
+}
