@@ -10,7 +10,7 @@ use trunkline_common::{Clock, Lsn, MemberName};
 
 use super::situation::{Promise, clone_source, leader_upstream, upstream};
 use super::task::{START_LIMIT, TaskEnd, TaskKind};
-use super::{Ha, publish};
+use super::{Ha, me, publish};
 use crate::node::{Command, Refusal, Reply, RestartFilter};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
@@ -88,6 +88,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 // What can't change in a running agent stays as it is; everything else is applied by the next turn.
                 self.parts.local = local;
                 self.configured = None;
+                // Whoever asks after the reload sees the tags of the file, also while the rest is being applied.
+                self.me = me(&self.parts.local, &self.parts.postgres.config());
+                self.publish_board();
             }
             Err(problems) => warn!("the configuration file has errors, the old one stays in force:\n{problems}"),
         }
