@@ -301,6 +301,41 @@ fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
     });
 }
 
+/// Two promotions from the same timeline have the same number: neither history files nor pg_rewind see a difference.
+#[test]
+fn a_timeline_that_was_begun_twice_is_noticed() {
+    as_postgres("a_timeline_that_was_begun_twice_is_noticed", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let (b, c, d) = (place.standby("b", &a).await, place.standby("c", &a).await, place.standby("d", &a).await);
+        for node in [&b, &c, &d] {
+            assert_eq!(node.pg.promote(LIMIT).await, Ok(TimelineId(2)));
+        }
+        c.pg.checkpoint(LIMIT).await.expect("checkpoint");
+        c.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        let verdict = c.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+
+        // It may have had no checkpoint on its new timeline: then pg_rewind is asked, which recovers it and leaves it at that.
+        d.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        if matches!(d.pg.diverged(b.upstream()).await, Divergence::Rewind(_)) {
+            d.pg.rewind(b.upstream()).await.expect("nothing to do");
+        }
+        let verdict = d.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+
+        // What was copied while its primary was down is the same.
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        let e = place.node("e");
+        let (from, to) = (b.pg.config().data_dir, e.pg.config().data_dir);
+        fs::create_dir_all(to.parent().expect("a parent")).expect("directory");
+        assert!(std::process::Command::new("cp").arg("-a").args([&from, &to]).status().expect("cp").success());
+        b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        b.sql("CREATE TABLE later (i int)").await.expect("writes");
+        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
+    });
+}
+
 #[test]
 fn a_diverged_primary_is_rewound() {
     as_postgres("a_diverged_primary_is_rewound", || async {

@@ -418,6 +418,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 info!("the local history has left the leader's: {why}");
                 self.memory.divergence = DivergenceState::Rewind(why);
             }
+            (_, TaskEnd::Compared(Divergence::Twice(why))) => {
+                info!("the local history is not the leader's, and pg_rewind is of no use: {why}");
+                self.memory.divergence = DivergenceState::RewindFailed(why);
+            }
             (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
                 self.memory.retry_at = Some(now + Duration::from_millis(200));
                 self.memory.last_failure = Some(why);

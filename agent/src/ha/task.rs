@@ -494,7 +494,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         match self.postgres.rewind(upstream.clone()).await {
-            Ok(()) => TaskEnd::Done,
+            // It goes by the numbers of timelines, and finds nothing to do where two nodes have begun the same one.
+            Ok(()) => match self.postgres.diverged(upstream).await {
+                Divergence::Twice(why) => TaskEnd::Compared(Divergence::Twice(why)),
+                Divergence::None | Divergence::Rewind(_) | Divergence::Unknown(_) => TaskEnd::Done,
+            },
             Err(error) => {
                 // A source that is not there (any more) says nothing about the data directory: tried again later.
                 let unreachable = matches!(self.postgres.diverged(upstream).await, Divergence::Unknown(_));

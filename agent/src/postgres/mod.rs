@@ -328,6 +328,9 @@ pub enum Divergence {
     None,
     /// It went past the fork: rewind. The words name the positions compared.
     Rewind(String),
+    /// Both took writes on timelines of the same number: pg_rewind goes by numbers and would find nothing to do. Only a new
+    /// copy helps.
+    Twice(String),
     /// Can't be told yet (upstream not reachable, still in recovery, or without a checkpoint on its timeline): ask again.
     Unknown(String),
 }

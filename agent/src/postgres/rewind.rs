@@ -80,9 +80,46 @@ impl Instance {
                 upstream.name, identity.system_id
             ));
         }
-        let verdict = verdict(timeline, end, identity.timeline, &history);
+        let mut verdict = verdict(timeline, end, identity.timeline, &history);
+        if was_primary && timeline == identity.timeline {
+            verdict = self.compare_checkpoint(upstream).await;
+        }
         tracing::debug!("local timeline {timeline} {end:?} against {} {identity:?}: {verdict:?}", upstream.name);
         verdict
+    }
+
+    /// A former primary and its upstream took writes on timelines of the same number. Either this is a copy of it, made
+    /// while it was down, and has the same WAL. Or two nodes were promoted to that number, one of them before anybody could
+    /// hear of it: then the last checkpoint here is not to be found over there.
+    async fn compare_checkpoint(&self, upstream: &Upstream) -> Divergence {
+        let config = self.config_now();
+        let record = self.control().ok().and_then(|control| wal::checkpoint_record(&config.data_dir, &control));
+        let Some(record) = record else { return Divergence::None };
+        let read = format!(
+            "SELECT encode(pg_catalog.pg_read_binary_file('pg_wal/{}', {}, {}, true), 'hex')",
+            record.file,
+            record.offset,
+            record.bytes.len()
+        );
+        let ask = async {
+            let mut wire = Wire::connect(upstream, &config.superuser, Purpose::Sql(&config.database)).await?;
+            let rows = wire.query(&read).await?;
+            Ok::<_, WireError>(rows.into_iter().flatten().next().flatten())
+        };
+        let there = match tokio::time::timeout(ASK_LIMIT, ask).await {
+            Ok(Ok(there)) => there,
+            Ok(Err(error)) => return Divergence::Unknown(format!("{}: {error}", upstream.name)),
+            Err(_) => return Divergence::Unknown(format!("{} did not answer within {ASK_LIMIT:?}", upstream.name)),
+        };
+        let here: String = record.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        match there {
+            Some(there) if there != here => Divergence::Twice(format!(
+                "the checkpoint in {} at {} is another one on {}: two nodes have begun a timeline of this number",
+                record.file, record.offset, upstream.name
+            )),
+            // A file that is not there any more says nothing: whoever needs it finds that out.
+            _ => Divergence::None,
+        }
     }
 
     pub(super) async fn run_rewind(&self, upstream: &Upstream) -> Result<(), PgError> {

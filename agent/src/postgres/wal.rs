@@ -1,4 +1,5 @@
-//! Where a WAL record ends: needed to tell whether a shutdown checkpoint reached the new primary.
+//! The last checkpoint's record in the WAL: where it ends, needed to tell whether a shutdown checkpoint reached the new
+//! primary, and what it is.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -29,6 +30,29 @@ pub fn record_end(data_dir: &Path, control: &ControlFile) -> Option<Lsn> {
         return None;
     }
     Some(end(control.checkpoint, u64::from(length), u64::from(control.wal_block_size), segment))
+}
+
+/// The bytes of a record, and where they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// The name of the WAL file.
+    pub file: String,
+    /// Where it begins in that file.
+    pub offset: u64,
+    /// As they are in the file, headers of pages included; of a record that goes on in the next file, what is in this one.
+    pub bytes: Vec<u8>,
+}
+
+/// The record of the last checkpoint. `None` if it can't be read.
+pub fn checkpoint_record(data_dir: &Path, control: &ControlFile) -> Option<Record> {
+    let end = record_end(data_dir, control)?;
+    let segment = u64::from(control.wal_segment_size);
+    let offset = control.checkpoint.0 % segment;
+    let length = end.0.checked_sub(control.checkpoint.0)?.min(segment - offset);
+    let file = file_name(control.timeline, control.checkpoint, segment);
+    let mut bytes = vec![0; usize::try_from(length).ok()?];
+    File::open(data_dir.join("pg_wal").join(&file)).ok()?.read_exact_at(&mut bytes, offset).ok()?;
+    Some(Record { file, offset, bytes })
 }
 
 /// The end of a record of `length` bytes that begins at `start`: page headers lie in between, and records are aligned.
