@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use trunkline_agent::lab::Tools;
 use trunkline_agent::postgres::{
     CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, SlotKind, SlotPlan,
     StartAs, StopMode, Upstream, WantedSlot,
@@ -157,6 +158,11 @@ impl Drop for Node {
     }
 }
 
+/// The PostgreSQL that all tests run with.
+fn tools() -> Tools {
+    Tools::find().expect("PostgreSQL and etcd")
+}
+
 fn config(data_dir: &Path, port: u16) -> PostgresConfig {
     let user = |name: &str| Credentials {
         username: name.to_owned(),
@@ -171,7 +177,7 @@ fn config(data_dir: &Path, port: u16) -> PostgresConfig {
         proxy_address: None,
         data_dir: data_dir.to_owned(),
         config_dir: data_dir.to_owned(),
-        bin_dir: Some("/usr/lib/postgresql/15/bin".into()),
+        bin_dir: Some(tools().postgres_bin),
         bin_name: Default::default(),
         pgpass: data_dir.with_extension("pgpass"),
         database: "postgres".into(),
@@ -229,7 +235,7 @@ fn a_new_cluster_has_its_users_and_is_observed() {
         let node = place.primary("a").await;
         let running = node.running().await;
         assert_eq!((running.role, running.timeline), (PgRole::Primary, Some(TimelineId(1))));
-        assert_eq!(running.server_version / 10000, 15);
+        assert_eq!(running.server_version / 10000, tools().postgres_major);
         assert!(running.lsn > Lsn(0) && running.pending_restart.is_empty() && running.replication.is_empty());
         assert!(running.postmaster_start_time.ends_with("+00:00"), "{}", running.postmaster_start_time);
         let check = "DO $$ BEGIN
@@ -536,7 +542,7 @@ fn a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there() {
         b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
         b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
 
-        let kind = SlotKind::Logical { database: "postgres".into(), plugin: "test_decoding".into() };
+        let kind = SlotKind::Logical { database: "postgres".into(), plugin: "pgoutput".into() };
         let plan = |position| {
             let slot = WantedSlot { kind: kind.clone(), position, in_use: None };
             SlotPlan { wanted: [("l".to_owned(), slot)].into(), may_drop: true, feedback: true, ..SlotPlan::default() }
@@ -557,7 +563,9 @@ fn a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there() {
         assert_eq!(b.running().await.slots["l"], known);
 
         a.sql("CREATE TABLE t (n int)").await.expect("something to decode");
-        a.sql("SELECT pg_logical_slot_get_changes('l', NULL, NULL)").await.expect("consumed");
+        let consume = "SELECT pg_logical_slot_get_binary_changes('l', NULL, NULL, 'proto_version', '1', \
+                       'publication_names', 'none')";
+        a.sql(consume).await.expect("consumed");
         let moved = a.until("moved", |running| running.slots["l"] > known).await.slots["l"];
         b.until("replayed", |running| running.replay_lsn >= Some(moved)).await;
         assert!(b.pg.set_slots(plan(Some(moved))).await.expect("moved beside").again);
@@ -708,7 +716,7 @@ fn a_replica_can_be_made_by_the_users_own_method() {
             --level=*) level=${arg#*=};; esac; done\n[ \"$level\" = 3 ]\nexec \"$0.pg_basebackup\" -D \"$dir\" -d \"$conn\" -X stream -c fast --no-sync\n";
         fs::write(&script, text).expect("script");
         let pg_basebackup = place.0.path().join("copy.sh.pg_basebackup");
-        std::os::unix::fs::symlink("/usr/lib/postgresql/15/bin/pg_basebackup", pg_basebackup).expect("link");
+        std::os::unix::fs::symlink(tools().postgres_bin.join("pg_basebackup"), pg_basebackup).expect("link");
         let mut config = b.pg.config();
         config.create_replica_methods = vec!["absent".into(), "copy".into()];
         let absent = serde_json::json!({ "command": "/nonexistent/tool" });
