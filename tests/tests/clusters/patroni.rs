@@ -7,14 +7,24 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::workload::Load;
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, haproxy, patroni};
+use trunkline_tests::workload::{Load, Target};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, haproxy, patroni, wait};
 
 fn spec(agents: Vec<Program>) -> Spec {
     let mut spec = Spec::new(agents.len(), &agents[0]);
     spec.agents = agents;
     spec.timing = Timing::PATRONI_LOWEST;
     spec
+}
+
+/// Waits until the first column of the first row is that.
+async fn has(target: &Target, sql: &str, expected: &str) -> Result<()> {
+    wait::until(format!("{expected} from {sql}"), LIMIT, async || {
+        let answer = target.query_one(sql, LIMIT).await?;
+        ensure!(answer == expected, "{answer}");
+        Ok(())
+    })
+    .await
 }
 
 /// Nothing about the cluster is changed for the router: the file has Patroni's own settings and no more.
@@ -51,6 +61,48 @@ async fn a_cluster_half_patroni_half_ours_switches_both_ways() -> Result<()> {
         ensure!(scene.cluster.leader_other_than(old, LIMIT).await? == 1 - old);
         load.writers.progress(100, LIMIT).await?;
     }
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// Quorum commit, a permanent slot, an edited configuration and a pause mean the same to both, and each takes over from the other
+/// when its postmaster is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_half_patroni_half_ours_fails_over_both_ways_with_quorum_slots_edits_and_pause() -> Result<()> {
+    let mut spec = spec(vec![Program::agent()?, patroni::program()?]);
+    let slots = json!({ "kept": { "type": "physical" } });
+    spec.dcs = json!({ "synchronous_mode": "quorum", "primary_start_timeout": 0, "slots": slots });
+    let mut scene = Scene::with("halves", 1, spec).await?;
+    let load = scene.load().await?;
+    for turn in 0..2 {
+        let old = scene.cluster.settled(LIMIT).await?;
+        for node in [old, 1 - old] {
+            has(&scene.node(node), "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'kept'", "1").await?;
+        }
+        let work_mem = format!("{}MB", 5 + turn);
+        // By way of either: whoever is first in the list of nodes takes it.
+        scene.cluster.patch_config(&json!({ "postgresql": { "parameters": { "work_mem": work_mem } } })).await?;
+        for node in 0..2 {
+            has(&scene.node(node), "SHOW work_mem", &work_mem).await?;
+        }
+        scene.cluster.nodes[old].kill_postmaster()?;
+        ensure!(scene.cluster.leader_other_than(old, LIMIT).await? == 1 - old);
+        load.writers.progress(100, LIMIT).await?;
+    }
+
+    let leader = scene.cluster.settled(LIMIT).await?;
+    for (pause, expected) in [(json!(true), json!(true)), (json!(null), json!(null))] {
+        scene.cluster.patch_config(&json!({ "pause": pause })).await?;
+        for node in &scene.cluster.nodes {
+            let heard = wait::until(format!("pause to be {expected} for {}", node.name()), LIMIT, async || {
+                let status = node.status().await?;
+                ensure!(status["pause"] == expected, "{status}");
+                Ok(())
+            });
+            heard.await?;
+        }
+    }
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.finish(load).await?;
     Ok(())
 }
