@@ -29,7 +29,7 @@ CMD ["trunkline-agent", "/etc/trunkline/patroni.yml"]
 
 FROM ${RUST_IMAGE} AS build
 RUN apt-get update && apt-get install -y --no-install-recommends \
-    gcc libc6-dev g++ cmake make protobuf-compiler libprotobuf-dev
+    gcc libc6-dev make protobuf-compiler libprotobuf-dev
 WORKDIR /src
 COPY . .
 RUN cargo build --release --locked --package trunkline-agent --package trunkline-router --bins

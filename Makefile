@@ -1,7 +1,7 @@
 # Everything a person or a CI runs. `make` alone lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-check test sim sim-mutants chaos behave bench-failover bench-faults bench-idle bench-relay compose-check fmt lint clean
+.PHONY: help setup build demo demo-check test sim sim-mutants chaos behave bench-failover bench-faults bench-idle bench-relay bench-sessions compose-check fmt lint clean
 
 # rustup puts cargo where a login shell finds it; make may run outside of one.
 export PATH := $(HOME)/.cargo/bin:$(PATH)
@@ -81,6 +81,11 @@ bench-relay: ## throughput, CPU and memory of the router beside HAProxy, PgBounc
 	@tools/setup bench
 	cargo build --locked --profile $(PROFILE) --workspace --bins
 	@$(BIN)/relay $(ARGS)
+
+bench-sessions: ## 10,000 sessions at once, and 500,000 one after the other, beside HAProxy (ARGS="--held 5000 --total 100000")
+	@tools/setup bench
+	cargo build --locked --profile $(PROFILE) --workspace --bins
+	@$(BIN)/sessions $(ARGS)
 
 compose-check: ## build the image, start docker-compose.yml, kill the leader, check, take it down
 	@tools/setup compose

@@ -27,6 +27,8 @@ pub struct Settings {
     pub primary_start_timeout: Duration,
     /// How long a primary may take to stop in synchronous mode; `None` = no limit.
     pub primary_stop_timeout: Option<Duration>,
+    /// How long transactions in flight may take to end once a switchover is announced; zero = they are not waited for.
+    pub switchover_grace: Duration,
     /// Longest wait for a still active primary's WAL before a race.
     pub primary_race_backoff: Duration,
     /// Synchronous replication.
@@ -77,6 +79,7 @@ impl Default for Settings {
             max_timelines_history: 0,
             primary_start_timeout: Duration::from_secs(300),
             primary_stop_timeout: None,
+            switchover_grace: Duration::from_secs(1),
             primary_race_backoff: Duration::ZERO,
             synchronous_mode: SynchronousMode::Off,
             synchronous_mode_strict: false,
@@ -110,6 +113,7 @@ pub(crate) const KNOWN: &[&str] = &[
     "master_start_timeout",
     "primary_stop_timeout",
     "master_stop_timeout",
+    "switchover_grace",
     "primary_race_backoff",
     "synchronous_mode",
     "synchronous_mode_strict",
@@ -218,6 +222,7 @@ fn read(root: &Section<'_>, (ttl, loop_wait, retry_timeout): (Duration, Duration
             .unwrap_or(default.primary_start_timeout),
         primary_stop_timeout: seconds(root, either(root, "primary_stop_timeout", "master_stop_timeout"))
             .filter(|limit| !limit.is_zero()),
+        switchover_grace: seconds(root, "switchover_grace").unwrap_or(default.switchover_grace),
         primary_race_backoff: seconds(root, "primary_race_backoff").unwrap_or(default.primary_race_backoff),
         synchronous_mode,
         synchronous_mode_strict: strict,

@@ -122,7 +122,8 @@ impl Question {
             }
             None if !well => (urls.collect(), PROBE_PAUSE),
             None => {
-                let elected = |name: &MemberName| reading.table.leader.is_none() && view.is_leader(name);
+                let unclear = reading.table.leader.is_none() && !reading.table.resigns;
+                let elected = |name: &MemberName| unclear && view.is_leader(name);
                 (urls.filter(|(name, _)| elected(name)).collect(), PROMOTION_PAUSE)
             }
         };

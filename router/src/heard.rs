@@ -10,7 +10,7 @@ use trunkline_common::cluster::LeaderKey;
 use trunkline_common::{ClusterView, Instant, LeaseId, Member, MemberName, Revision};
 use trunkline_config::router::KnownMember;
 
-use crate::table::RouteTable;
+use crate::table::{self, RouteTable};
 
 /// So many questions in a row may go unanswered before a leader's word is over: a busy one must not lose its clients.
 const PATIENCE: u32 = 2;
@@ -107,7 +107,9 @@ impl Heard {
         if well && self.claim.about.as_ref().is_some_and(|about| *about != subject(&complete)) {
             self.claim = Claim::default();
         }
-        let shown = match self.claim.leader.as_ref().filter(|name| !confirmed || complete.is_leader(name)) {
+        // Nor does it matter that it takes writes still, once it has announced that it is about to stop.
+        let heard = |name: &&MemberName| !confirmed || (complete.is_leader(name) && !table::resigns(&complete));
+        let shown = match self.claim.leader.as_ref().filter(heard) {
             Some(name) => led_by(complete.clone(), name),
             None => complete.clone(),
         };
@@ -337,6 +339,21 @@ mod tests {
         let mut world = World { failsafe: true, ..World::default() };
         assert_eq!(world.read(Some(("a", 7)), 0), (reign("a", 7), true, false));
         world
+    }
+
+    #[test]
+    fn one_that_is_about_to_stop_gets_nothing_new_though_it_still_takes_writes() {
+        let mut world = World::default();
+        let mut view = world.view(Some(("a", 7)));
+        world.heard.read(&view, at(0), true, true);
+        if let Some(member) = view.members.get_mut(&"a".into()) {
+            member.state = "stopping".into();
+        }
+        world.heard.read(&view, at(10), true, true);
+        world.heard.hear(&view, &[("a".into(), Ok(true))], at(11));
+        let table = world.heard.read(&view, at(12), true, true).table;
+        assert!(table.resigns && table.leader.is_none());
+        assert_eq!(table.reign.map(|epoch| epoch.created.0), Some(7));
     }
 
     #[test]

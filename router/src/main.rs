@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{error, info, warn};
 use trunkline_common::SystemClock;
 use trunkline_common::dcs::etcd::EtcdDcs;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
 
 fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
     let _log = telemetry::init(&config.log).context("the log can't be opened")?;
+    raise_file_limit(config.limits.max_sessions);
     let router = Router::new(config.limits)?;
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -103,6 +105,21 @@ fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
     let upgrade_sock = arguments.upgrade_sock;
     server::run(Plan { router, listeners, threads, background, upgrade_sock, taker })?;
     Ok(())
+}
+
+/// A session needs two descriptors. What the system permits is taken; if that is too little, it is said.
+fn raise_file_limit(sessions: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some() && limit.current != limit.maximum {
+        let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+        if let Err(error) = raised {
+            warn!(%error, "the limit of open files stays as it is");
+        }
+    }
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    if limit / 2 < sessions as u64 {
+        warn!(limit, max_sessions = sessions, "too few open files are permitted for that many sessions: two for each");
+    }
 }
 
 fn bind_admin(listen: &str, shared: bool) -> anyhow::Result<std::net::TcpListener> {

@@ -130,7 +130,7 @@ impl RouteTable {
             revision: view.revision,
             certainty: Certainty::Confirmed,
             reign: reign.clone(),
-            resigns: reign.is_some() && view.leader_member().is_some_and(|member| member.state == "stopping"),
+            resigns: reign.is_some() && resigns(view),
             elected: None,
             leader: None,
             standbys: Vec::new(),
@@ -176,6 +176,11 @@ impl RouteTable {
         }
         self
     }
+}
+
+/// Whether the holder of the leader key has announced that it is about to stop.
+pub(crate) fn resigns(view: &ClusterView) -> bool {
+    view.leader_member().is_some_and(|member| member.state == "stopping")
 }
 
 fn reign(view: &ClusterView) -> Option<Epoch> {

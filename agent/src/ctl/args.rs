@@ -69,8 +69,32 @@ pub(super) enum Command {
     Query(QueryArgs),
     /// Show the version of this tool, and of running members
     Version(VersionArgs),
+    /// Look at routers
+    #[command(subcommand)]
+    Router(RouterCommand),
     /// Run a whole cluster on this machine, to look at or to be checked
     Demo(crate::lab::demo::DemoArgs),
+}
+
+/// What to look at.
+#[derive(Debug, Subcommand)]
+pub(super) enum RouterCommand {
+    /// Show ports, sessions and rates, again and again
+    Top(TopArgs),
+}
+
+/// `router top`.
+#[derive(Debug, Args)]
+pub(super) struct TopArgs {
+    /// Admin ports of routers, host:port
+    #[arg(default_value = "127.0.0.1:8010")]
+    pub routers: Vec<String>,
+    /// Seconds between two looks [default: 1]
+    #[arg(short = 'w', long, value_name = "SECONDS", value_parser = seconds)]
+    pub watch: Option<f64>,
+    /// Look so many times; default: until interrupted
+    #[arg(short = 'n', long)]
+    pub count: Option<u64>,
 }
 
 /// Which member by its place in the cluster.

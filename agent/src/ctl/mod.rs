@@ -20,6 +20,7 @@ mod reinit;
 mod remove;
 mod rest;
 mod restart;
+mod router;
 mod select;
 mod show;
 pub mod table;
@@ -64,6 +65,9 @@ async fn dispatch(cli: &Cli) -> error::Result<()> {
     {
         return show::version(None, args).await;
     }
+    if let Command::Router(args::RouterCommand::Top(args)) = &cli.command {
+        return router::top(args).await;
+    }
     let context = &Context::open(cli).await?;
     match &cli.command {
         Command::List(args) => list::list(context, args).await,
@@ -89,6 +93,6 @@ async fn dispatch(cli: &Cli) -> error::Result<()> {
         Command::Dsn(args) => show::dsn(context, args).await,
         Command::Query(args) => query::query(context, args).await,
         Command::Version(args) => show::version(Some(context), args).await,
-        Command::Demo(_) => Ok(()),
+        Command::Router(_) | Command::Demo(_) => Ok(()),
     }
 }

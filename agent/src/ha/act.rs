@@ -58,7 +58,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         match action {
             Action::HandOver => {
                 let Some(plan) = self.hand_over_plan(self.requested_candidate()) else { return Next::Wait };
-                self.spawn(TaskKind::HandOver, hands.hand_over(plan));
+                // Routers take sessions away as soon as it is told that this server stops, so not before it is about to.
+                let prepared = self.memory.prepared.take() == Some(plan.view.failover_revision);
+                match prepared {
+                    true => self
+                        .spawn(TaskKind::HandOver, hands.hand_over(HandOverPlan { checkpoint_first: false, ..plan })),
+                    false => {
+                        self.memory.prepared = Some(plan.view.failover_revision);
+                        self.spawn(TaskKind::Prepare, hands.prepare());
+                    }
+                }
             }
             Action::Demote(mode) => {
                 let until = self.lease.session().deadline.filter(|_| mode == DemoteMode::Offline);
@@ -330,6 +339,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         Some(HandOverPlan {
             candidates,
             checkpoint_first: true,
+            grace: view.settings.switchover_grace,
             stop_limit: view.settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300)),
             candidate_limit: Duration::from_secs(3),
             view,

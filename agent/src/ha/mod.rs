@@ -369,6 +369,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn finish(&mut self, end: (TaskKind, TaskEnd)) {
         let (kind, end) = end;
         let now = self.parts.clock.now();
+        if kind == TaskKind::Prepare {
+            return;
+        }
         let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
         self.memory.up_since = started.then_some(now);
         match (kind, end) {
@@ -446,6 +449,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (
                 TaskKind::Bootstrap
                 | TaskKind::CustomBootstrap
+                | TaskKind::Prepare
                 | TaskKind::Start
                 | TaskKind::Restart
                 | TaskKind::Promote

@@ -22,7 +22,10 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",
         Some(TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster) => return "stopping",
-        Some(TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind | TaskKind::Discard) | None => {}
+        Some(
+            TaskKind::Prepare | TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind | TaskKind::Discard,
+        )
+        | None => {}
     }
     match pg {
         PgStatus::Running(_) => "running",

@@ -165,6 +165,8 @@ pub struct Memory {
     /// Every write of the `sync` key by this agent was answered; not so before the first one, which an earlier agent may
     /// have left unanswered.
     pub sync_settled: bool,
+    /// The failover request, by its revision, that the checkpoint before the switchover was made for.
+    pub prepared: Option<Revision>,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,
     /// Our word to a leader that lost the DCS.

@@ -37,6 +37,8 @@ pub enum TaskKind {
     Restart,
     /// Promotion.
     Promote,
+    /// A checkpoint while the server still serves, before it steps down in order.
+    Prepare,
     /// Stepping down in order.
     HandOver,
     /// Stepping down at once.
@@ -63,7 +65,7 @@ impl TaskKind {
             TaskKind::Start => "starting",
             TaskKind::Restart => "restart",
             TaskKind::Promote => "promote",
-            TaskKind::HandOver => "switchover",
+            TaskKind::Prepare | TaskKind::HandOver => "switchover",
             TaskKind::Demote => "demote",
             TaskKind::DemoteCluster => "demote cluster",
             TaskKind::CheckDivergence => "comparing histories",
@@ -344,12 +346,23 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
-    /// Checkpoint while still serving; stop; as soon as a candidate has the shutdown checkpoint, the key is free.
+    /// Checkpoint while still serving, so that the one of the shutdown is short.
+    pub async fn prepare(self) -> TaskEnd {
+        if let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await {
+            warn!("handing over without a checkpoint first: {error}");
+        }
+        TaskEnd::Done
+    }
+
+    /// Checkpoint while still serving, if there was none; let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is free.
     pub async fn hand_over(self, plan: HandOverPlan) -> TaskEnd {
         if plan.checkpoint_first
             && let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await
         {
             warn!("handing over without a checkpoint first: {error}");
+        }
+        if !plan.grace.is_zero() {
+            self.postgres.end_of_transactions(plan.grace).await;
         }
         let (sender, shut_down) = oneshot::channel();
         let stop = self.postgres.stop(StopMode::Fast, plan.stop_limit, Some(sender));
@@ -550,6 +563,8 @@ pub struct HandOverPlan {
     pub view: std::sync::Arc<ClusterView>,
     /// Checkpoint while still serving, so that the shutdown checkpoint is short.
     pub checkpoint_first: bool,
+    /// How long transactions in flight may take to end before the stop.
+    pub grace: Duration,
     /// How long the fast stop may take.
     pub stop_limit: Duration,
     /// How long to wait for a candidate to have the shutdown checkpoint.

@@ -9,6 +9,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
+use tracing::{info, warn};
 use trunkline_common::{Clock, History, Lsn, MemberName, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
@@ -387,6 +388,18 @@ impl Postgres for Instance {
         let checkpoint = connection.client.batch_execute("CHECKPOINT");
         let timeout = PgError::Timeout { what: "CHECKPOINT".to_owned(), limit };
         tokio::time::timeout(limit, checkpoint).await.map_err(|_| timeout)?.map_err(query::failed)
+    }
+
+    async fn end_of_transactions(&self, limit: Duration) {
+        let over = async {
+            let session = self.session(limit).await?;
+            query::end_of_transactions(session.client()).await
+        };
+        match tokio::time::timeout(limit, over).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => warn!("transactions in flight can't be waited for: {error}"),
+            Err(_) => info!("transactions are still open after {limit:?}; they end with the server"),
+        }
     }
 
     async fn set_synchronous_standby_names(&self, names: String) -> Result<(), PgError> {

@@ -476,6 +476,12 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// CHECKPOINT.
     fn checkpoint(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// Returns once no transaction of a client is open any more that was when this was called, at the latest after `limit`.
+    fn end_of_transactions(&self, limit: Duration) -> impl Future<Output = ()> + Send {
+        let _ = limit;
+        async {}
+    }
+
     /// Sets `synchronous_standby_names` and returns when the server has it in force (`''` = nobody). Also valid on a stopped
     /// server or a standby: then it is what the next start or promotion has.
     fn set_synchronous_standby_names(&self, names: String) -> impl Future<Output = Result<(), PgError>> + Send;

@@ -20,6 +20,9 @@ use super::{PgError, PgRole, Running, WalSender, conninfo};
 /// this is part of the time after which a hung postmaster is found.
 const SESSION_AGE: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether transactions have ended.
+const TRANSACTIONS_PAUSE: Duration = Duration::from_millis(10);
+
 /// Patroni's name for it; monitoring filters by it.
 const APPLICATION_NAME: &str = "Patroni heartbeat";
 
@@ -253,6 +256,20 @@ pub fn words(error: &tokio_postgres::Error) -> String {
     match std::error::Error::source(error) {
         Some(source) => format!("{error}: {source}"),
         None => error.to_string(),
+    }
+}
+
+/// Returns once no client's transaction is open any more that is now.
+pub async fn end_of_transactions(client: &Client) -> Result<(), PgError> {
+    const OPEN: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
+                        AND pid <> pg_backend_pid() AND xact_start <= $1::text::timestamptz";
+    let now: String = client.query_one("SELECT clock_timestamp()::text", &[]).await.map_err(failed)?.get(0);
+    loop {
+        let open: i64 = client.query_one(OPEN, &[&now]).await.map_err(failed)?.get(0);
+        if open == 0 {
+            return Ok(());
+        }
+        tokio::time::sleep(TRANSACTIONS_PAUSE).await;
     }
 }
 

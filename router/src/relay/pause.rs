@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 /// How long. The kernel adds its timer slack of 50 µs.
-const PAUSE: Duration = Duration::from_micros(60);
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// So many turns in a row must have moved nothing but streams.
 const QUIET_TURNS: u32 = 64;

@@ -19,13 +19,10 @@ const LARGE_READS: u8 = 4;
 const SMALL_MOVES: u8 = 4;
 const SMALL: usize = 4 << 10;
 
-/// What one move may take: the size that a pipe is given, if the kernel agrees. It always has 64 KiB.
-const MOVE: usize = 256 << 10;
+/// What one move may take: the size of a pipe.
+const MOVE: usize = 64 << 10;
 
-/// So many pipes of the pool are that large. With 256 pipes in all that is a third of what a user may have.
-const LARGE: usize = 32;
-
-/// Pipes for all threads. Linux gives an unprivileged user 1 024 of 64 KiB, or 64 MiB (`pipe-user-pages-soft`); the pool stays
+/// Pipes for all threads. Linux gives an unprivileged user 1 024 of 64 KiB (`pipe-user-pages-soft`); the pool stays far
 /// below, and whoever gets none goes on copying.
 #[derive(Debug)]
 pub struct Pool {
@@ -48,14 +45,7 @@ impl Pool {
         self.made.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).ok()?;
         let counted = Counted(self.made.clone());
         match rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK) {
-            Ok((read, write)) => {
-                if self.made.load(Ordering::Relaxed) <= LARGE
-                    && let Err(error) = rustix::pipe::fcntl_setpipe_size(&write, MOVE)
-                {
-                    tracing::debug!(%error, "a pipe stays small");
-                }
-                Some(Pipe { read, write, _counted: counted })
-            }
+            Ok((read, write)) => Some(Pipe { read, write, _counted: counted }),
             Err(error) => {
                 tracing::debug!(%error, "no pipe");
                 None

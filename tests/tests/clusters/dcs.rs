@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{Cluster, Etcd, Gate, LIMIT, Lab, Program, Scene, Spec, Timing, rest, wait};
+use trunkline_tests::{Cluster, Etcd, Gate, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, proxy, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_with_it() -> Result<()> {
@@ -229,5 +229,42 @@ async fn a_leader_by_failsafe_mode_that_alone_is_cut_off_from_etcd_goes_on_behin
     let timelines: BTreeSet<u32> = record.writes.iter().map(|write| write.timeline).collect();
     ensure!(timelines.len() == 1, "there was a promotion: {timelines:?}");
     scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_started_without_etcd_asks_the_members_that_it_knows() -> Result<()> {
+    let mut scene = failsafe_scene("dcs-unread").await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    scene.etcd.kill(0);
+    let known = |node: &trunkline_tests::Node| {
+        json!({
+            "name": node.name(),
+            "api_url": format!("http://127.0.0.1:{}", node.rest_port()),
+            "connect_address": format!("127.0.0.1:{}", node.port()),
+        })
+    };
+    let members: Vec<Value> = scene.cluster.nodes.iter().map(known).collect();
+    let extra = json!({ "members": members, "limits": { "stale_after": 1 } });
+    let (ports, scope) = (proxy::Ports::any(&scene.lab)?, scene.cluster.spec().scope.clone());
+    let etcd = scene.etcd.endpoints();
+    scene.router = Proxy::router(&scene.lab, Program::router()?, ports, &scope, &etcd, &extra).await?;
+    let write = "CREATE TABLE written_without_etcd ()";
+    scene.read_write().execute(write, LIMIT).await.context("through a router that never saw etcd")?;
+    let health = rest::get(ports.admin, "/health").await?.body;
+    ensure!(health["certainty"] == "unconfirmed, leader proven", "{health}");
+
+    scene.etcd.restart(0).await?;
+    let confirmed = wait::until("etcd to confirm it", LIMIT, async || {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["confirmed"] == true && health["leader"].is_string(), "{health}");
+        Ok(())
+    });
+    confirmed.await?;
+    let metrics = rest::get(ports.admin, "/metrics").await?.body;
+    let metrics = metrics.as_str().context("no text")?;
+    ensure!(metrics.contains("leader_changes_total 1"), "its sessions were ended: {metrics}");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.lab.success();
     Ok(())
 }

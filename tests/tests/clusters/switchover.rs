@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use tokio::task::JoinHandle;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Config, NoTls};
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{LIMIT, Scene, rest};
+use trunkline_tests::{LIMIT, Program, Scene, Spec, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn there_and_back_under_load() -> Result<()> {
@@ -47,6 +50,54 @@ async fn what_makes_no_sense_is_refused_and_changes_nothing() -> Result<()> {
         ensure!(answer.status == status, "POST {path} {body} is {}: {}", answer.status, answer.body);
     }
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.lab.success();
+    Ok(())
+}
+
+/// A session through the read-write port, and how it ended.
+async fn session(scene: &Scene) -> Result<(Client, JoinHandle<Result<(), tokio_postgres::Error>>)> {
+    let mut config = Config::new();
+    let port = scene.router.ports().read_write;
+    config.host("127.0.0.1").port(port).user("postgres").password(&scene.cluster.spec().password);
+    let (client, connection) = tokio::time::timeout(LIMIT, config.connect(NoTls)).await??;
+    Ok((client, tokio::spawn(connection)))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_in_flight_end_and_idle_sessions_lose_nothing() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs["switchover_grace"] = json!(30);
+    let mut scene = Scene::with("in-flight", 1, spec).await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    let (idle, idle_ended) = session(&scene).await?;
+    idle.batch_execute("CREATE TABLE rows (n int)").await?;
+    let (writer, writer_ended) = session(&scene).await?;
+    writer.batch_execute("BEGIN; INSERT INTO rows VALUES (1)").await?;
+    let work = async {
+        // The router has been told once the idle session is over; the other one goes on.
+        let ended = tokio::time::timeout(LIMIT, idle_ended).await??;
+        let why = ended.err().and_then(|error| error.code().cloned());
+        ensure!(why == Some(SqlState::ADMIN_SHUTDOWN), "the idle session ended with {why:?}");
+        writer.batch_execute("INSERT INTO rows VALUES (2); COMMIT").await?;
+        let ended = tokio::time::timeout(LIMIT, writer_ended).await??;
+        let why = ended.err().and_then(|error| error.code().cloned());
+        ensure!(why == Some(SqlState::ADMIN_SHUTDOWN), "the writer ended with {why:?}");
+        Ok(())
+    };
+    let (switched, worked) = tokio::join!(scene.cluster.switchover(old, None), work);
+    worked?;
+    switched?;
+    let (reader, _) = session(&scene).await?;
+    let rows: i64 = reader.query_one("SELECT count(*) FROM rows", &[]).await?.get(0);
+    ensure!(rows == 2, "{rows} rows");
+    // A client that has been told is given a moment to go.
+    let counted = wait::until("both sessions to be counted", LIMIT, async || {
+        let metrics = rest::get(scene.router.ports().admin, "/metrics").await?.body;
+        let metrics = metrics.as_str().unwrap_or_default();
+        ensure!(metrics.contains("ended_total{port=\"read-write\",reason=\"switchover\"} 2"), "{metrics}");
+        Ok(())
+    });
+    counted.await?;
     scene.lab.success();
     Ok(())
 }
