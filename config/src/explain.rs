@@ -272,6 +272,7 @@ impl Look<'_> {
             "primary_stop_timeout" | "master_stop_timeout" => {
                 seconds(settings.primary_stop_timeout.unwrap_or_default())
             }
+            "switchover_grace" => seconds(settings.switchover_grace),
             "primary_race_backoff" => seconds(settings.primary_race_backoff),
             "synchronous_mode" => Some(
                 match settings.synchronous_mode {
