@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use trunkline_common::ClusterView;
 
-use super::{Action, Decision, failed_lately, is, mend, requested_handover, step_down_margin};
+use super::follower::{DRY, mend};
+use super::leader::requested_handover;
+use super::{Action, Decision, failed_lately, is, step_down_margin};
 use crate::ha::situation::{DivergenceState, Situation, remote};
 use crate::postgres::{PgRole, PgStatus, StartAs, Upstream};
 
@@ -63,7 +65,7 @@ fn keep_up(s: &Situation, view: &ClusterView, remote: Option<Upstream>) -> Decis
     {
         let doubt = match s.memory.divergence {
             DivergenceState::Rewind(_) | DivergenceState::RewindFailed(_) => true,
-            _ => s.dry_for() >= s.ttl.max(super::DRY),
+            _ => s.dry_for() >= s.ttl.max(DRY),
         };
         if doubt {
             let asked = mend(s, view, remote, &s.memory.divergence);

@@ -8,9 +8,9 @@ use trunkline_common::cluster::{FailoverRequest, HistoryLine, LeaderKey, Member,
 use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
 
 use super::*;
-use crate::ha::situation::{FailsafeAttempt, Me, Memory, PeerAnswers, Promise};
+use crate::ha::situation::{DivergenceState, FailsafeAttempt, Me, Memory, PeerAnswers, Promise};
 use crate::peer::PeerStatus;
-use crate::postgres::{ControlState, Running};
+use crate::postgres::{ControlData, ControlState, PgRole, Running};
 
 const NOW: Instant = Instant::from_boot(Duration::from_secs(1000));
 const SYSTEM: SystemId = SystemId(7_000_000_000_000_000_001);

@@ -1,0 +1,253 @@
+//! The leader key is ours, or bears our name: lead on, give way, or step down in time.
+
+use std::time::Duration;
+
+use trunkline_common::ClusterView;
+use trunkline_common::cluster::FailoverRequest;
+
+use super::{
+    Action, Decision, DemoteMode, FAILSAFE_PAUSE, FIRST_PROOF, MAY_HAVE_PROMISED, failed_lately, failsafe_margin, is,
+    leaderless, standby, step_down_margin,
+};
+use crate::ha::election::{self, Takeover, Verdict};
+use crate::ha::situation::{Situation, stopped_as_primary};
+use crate::ha::sync;
+use crate::postgres::{ControlData, PgRole, PgStatus, StartAs};
+
+/// A primary whose lease nears its end without a renewal: asks for the members' word, or steps down in time.
+fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
+    let settings = &view.settings;
+    let left = s.leader_until.map_or(Duration::ZERO, |until| until.since(s.now));
+    if !s.is_primary() || settings.pause || left >= failsafe_margin(s.ttl, s.dcs_away) {
+        return None;
+    }
+    let refused = s.memory.failsafe_refused.as_ref();
+    if left < step_down_margin(s.ttl) {
+        let word = match (settings.failsafe_mode, refused) {
+            (false, _) => String::new(),
+            (true, Some((_, who))) => format!("; failsafe mode: {who}"),
+            (true, None) => "; failsafe mode: this node is not in the failsafe key as last seen".to_owned(),
+        };
+        let reason = format!("the lease could not be renewed and ends in {left:.1?}{word}");
+        return Some(is(Action::Demote(DemoteMode::Offline), reason));
+    }
+    let members = s.failsafe_members(view)?;
+    match refused {
+        Some((at, who)) if s.now.since(*at) < FAILSAFE_PAUSE => Some(is(Action::Lead, format!("failsafe mode: {who}"))),
+        _ => Some(is(Action::Failsafe(members), GOING_ON)),
+    }
+}
+
+/// Patroni's words.
+const GOING_ON: &str = "continue to run as a leader because failsafe mode is enabled and all members are accessible";
+
+/// This primary leads by the members' word, and the leader key is gone: taken again as soon as the DCS answers.
+pub fn by_word(s: &Situation, view: &ClusterView) -> Decision {
+    if let Some(decision) = hold_out(s, view) {
+        return decision;
+    }
+    if !s.has_lease || s.dcs_away {
+        return is(Action::Lead, GOING_ON);
+    }
+    leaderless::race(s, view)
+}
+
+/// The key is ours and its lease has time left, or the members have given their word.
+pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
+    let settings = &view.settings;
+    if let Some(decision) = hold_out(s, view) {
+        return decision;
+    }
+    if !s.holds_key && s.has_lease && !s.dcs_away {
+        return is(Action::Confirm, "led by failsafe mode while the DCS was away");
+    }
+    if settings.standby_cluster.is_some() {
+        return standby::leader(s, view);
+    }
+    if let Some(why) = s.memory.must_not_lead.as_ref().filter(|_| !settings.pause) {
+        let reason = format!("the watchdog is required and does not work: {why}");
+        return match s.pg {
+            PgStatus::Stopping => is(Action::Wait, reason),
+            PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_) => is(Action::Release, reason),
+            PgStatus::Running(running) if running.role == PgRole::Standby => is(Action::Release, reason),
+            _ => is(Action::Demote(DemoteMode::Sick), reason),
+        };
+    }
+    match s.pg {
+        PgStatus::NoData => is(Action::Release, "the data directory is empty"),
+        PgStatus::Broken(why) => is(Action::Release, format!("the data directory can't be used: {why}")),
+        PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
+        PgStatus::Stopped(_) if settings.pause => is(Action::Release, "paused, and PostgreSQL is down"),
+        PgStatus::Stopped(control) => recover_leader(s, view, control),
+        PgStatus::Starting => sick_leader(s, view, "PostgreSQL is starting"),
+        PgStatus::Unresponsive => hung_leader(s, view),
+        PgStatus::Refusing(why) if s.memory.was_primary => {
+            is(Action::Lead, format!("PostgreSQL answers with an error: {why}"))
+        }
+        PgStatus::Refusing(why) => is(Action::Wait, format!("PostgreSQL answers with an error: {why}")),
+        PgStatus::Running(running) if running.role == PgRole::Standby => {
+            if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
+                return is(Action::Release, "paused, and PostgreSQL runs as a standby");
+            }
+            promote(s, view)
+        }
+        PgStatus::Running(_) if !s.holds_key => is(Action::Lead, GOING_ON),
+        PgStatus::Running(_) => match &view.failover {
+            Some(request) => requested_handover(s, view, request),
+            None => is(Action::Lead, format!("no action. I am ({}), the leader with the lock", s.me.name)),
+        },
+    }
+}
+
+/// How long after its start an agent takes into account that the one before it may have begun a promotion.
+const INHERITED: Duration = Duration::from_secs(60);
+
+/// A standby with the leader key. It was won by comparing positions, or it came some other way (an agent that died in
+/// between, a request carried out after everybody had given it up): then what was true when it was sent may not be now.
+fn promote(s: &Situation, view: &ClusterView) -> Decision {
+    let won = view.leader.as_ref().is_some_and(|leader| s.memory.elected == Some(leader.created));
+    let why = if won {
+        "holding the leader key".to_owned()
+    } else {
+        match election::may_race(s, view) {
+            Verdict::Ask(members) => {
+                return is(Action::Ask(members), "the leader key is ours, but was not won just now");
+            }
+            Verdict::Race(why) => format!("the leader key is ours, and nobody is a better choice: {why}"),
+            Verdict::Yield(why) if s.memory.up_since.is_none() && s.now.since(s.memory.started_at) < INHERITED => {
+                let reason = format!("{why}; stopped first, an earlier agent may have begun to promote it");
+                return is(Action::Demote(DemoteMode::Sick), reason);
+            }
+            Verdict::Yield(why) => {
+                return is(Action::Release, format!("the leader key is ours, but was not won just now: {why}"));
+            }
+        }
+    };
+    is(Action::Promote(sync::on_promotion(view, &s.me.name)), why)
+}
+
+/// The leader's server is down: restart it in place, or let somebody else lead (`primary_start_timeout`).
+fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> Decision {
+    let patience = view.settings.primary_start_timeout;
+    if s.memory.abstain_until.is_some_and(|until| s.now < until) {
+        return is(Action::Release, "PostgreSQL is down, and this node could not be promoted");
+    }
+    if s.memory.demoted || s.down_for() >= patience || s.memory.failures > 0 {
+        match election::takeover(s, view, None, false) {
+            Takeover::Ask(members) => return is(Action::Ask(members), "PostgreSQL is down"),
+            Takeover::Possible(name) => {
+                return is(Action::Release, format!("PostgreSQL is down, and {name} can take over"));
+            }
+            Takeover::Impossible(why) if s.backing_off() => {
+                return is(Action::Wait, format!("PostgreSQL is down, and nobody can take over: {why}"));
+            }
+            Takeover::Impossible(_) => {}
+        }
+    }
+    if s.backing_off() {
+        return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));
+    }
+    if stopped_as_primary(control) {
+        is(Action::Start(StartAs::Primary), "PostgreSQL is down; starting it again as primary, the leader key is ours")
+    } else {
+        is(Action::Start(StartAs::Standby(None)), "PostgreSQL is down; starting it, to be promoted")
+    }
+}
+
+/// A server that lets nobody in is taken for hung after so many looks in a row and so much time (or `ttl`, if that is
+/// longer): an overloaded machine gets a connection through now and then, and one is enough.
+const HUNG: (u32, Duration) = (3, Duration::from_secs(10));
+
+/// The leader's server takes no connection: stopped, or waiting for a disk. Sessions that it has may go on for ever.
+fn hung_leader(s: &Situation, view: &ClusterView) -> Decision {
+    let patience = HUNG.1.max(view.settings.ttl);
+    let so_far = format!("PostgreSQL has not answered {} times, for {:.0?}", s.memory.silent, s.down_for());
+    if s.memory.silent < HUNG.0 || s.down_for() < patience || view.settings.pause {
+        return is(Action::Wait, format!("{so_far}; it is taken for hung after {} times and {patience:?}", HUNG.0));
+    }
+    give_way(s, view, &so_far)
+}
+
+/// The leader's server is there, but recovers from a crash.
+fn sick_leader(s: &Situation, view: &ClusterView, what: &str) -> Decision {
+    let patience = view.settings.primary_start_timeout.max(view.settings.ttl);
+    if s.down_for() < patience || view.settings.pause {
+        return is(Action::Wait, format!("{what}, for {:.0?}", s.down_for()));
+    }
+    give_way(s, view, what)
+}
+
+/// Kills a server that is of no use, if somebody else can lead.
+fn give_way(s: &Situation, view: &ClusterView, what: &str) -> Decision {
+    match election::takeover(s, view, None, false) {
+        Takeover::Ask(members) => is(Action::Ask(members), what),
+        Takeover::Possible(name) => is(Action::Demote(DemoteMode::Sick), format!("{what}, and {name} can take over")),
+        Takeover::Impossible(why) => is(Action::Wait, format!("{what}, and nobody can take over: {why}")),
+    }
+}
+
+/// A failover request seen by the running primary (ha-loop §9.2).
+pub fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverRequest) -> Decision {
+    let lead = |reason: String| is(Action::Lead, reason);
+    if view.leader.as_ref().is_some_and(|key| view.failover_revision < key.created) {
+        // Also where it was in vain, and the one that stepped down leads again: once asked is tried once.
+        return is(Action::ClearFailover, "the request is older than this leadership");
+    }
+    if let Some(at) = request.scheduled_at {
+        let late = (s.wall - at.to_utc()).to_std();
+        match late {
+            Err(_) => return lead(format!("a switchover is scheduled at {}", at.to_rfc3339())),
+            Ok(_) if view.settings.pause => return lead("paused: a scheduled switchover is left alone".to_owned()),
+            Ok(late) if late > view.settings.loop_wait.mul_f32(1.5).max(Duration::from_secs(5)) => {
+                return is(Action::ClearFailover, format!("the scheduled switchover is {late:.0?} too old"));
+            }
+            Ok(_) => {}
+        }
+    }
+    let candidate = request.candidate.as_ref();
+    if let Some(other) = request.leader.as_ref().filter(|leader| **leader != s.me.name) {
+        return is(Action::ClearFailover, format!("the request asks {other} to step down, which does not lead"));
+    }
+    if candidate == Some(&s.me.name) {
+        return is(Action::ClearFailover, "the requested candidate leads already");
+    }
+    if candidate.is_none() && view.settings.pause {
+        return is(Action::ClearFailover, "paused: a failover needs a candidate");
+    }
+    match election::takeover(s, view, candidate, request.leader.is_none()) {
+        Takeover::Ask(members) => is(Action::Ask(members), "a failover was requested"),
+        Takeover::Possible(name) => is(Action::HandOver, format!("a failover was requested, and {name} can take over")),
+        Takeover::Impossible(why) => is(Action::ClearFailover, format!("nobody can take over: {why}")),
+    }
+}
+
+/// How long a router without DCS may go on sending writes to whom it knew as primary (its `stale_after`, and a proof that
+/// has just been given): a server that comes up as a standby sooner would be asked to take them.
+const ROUTERS_TRUST: Duration = Duration::from_secs(7);
+
+/// The key bears our name, but this process does not hold it: an agent restarted, or a lease was lost and found.
+pub fn named(s: &Situation, view: &ClusterView) -> Decision {
+    match s.pg {
+        PgStatus::NoData | PgStatus::Broken(_) => {
+            is(Action::Release, "the leader key bears our name, but there is no data")
+        }
+        PgStatus::Stopped(_) if s.dcs_away && s.down_for() < ROUTERS_TRUST && !view.settings.pause => {
+            is(Action::Wait, "the DCS does not answer; routers may still take this node for the primary")
+        }
+        PgStatus::Stopped(_) if s.dcs_away && !s.backing_off() && !view.settings.pause => {
+            is(Action::Start(StartAs::Standby(None)), "the DCS does not answer; starting as a standby to serve reads")
+        }
+        PgStatus::Unresponsive | PgStatus::Stopping if s.memory.abstain_until.is_some_and(|until| s.now < until) => {
+            is(Action::Wait, "PostgreSQL can't be killed; the leader key is left to run out")
+        }
+        _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
+        _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
+        _ if s.is_primary()
+            && !view.settings.pause
+            && s.now.since(s.memory.started_at) > view.settings.retry_timeout.min(FIRST_PROOF) =>
+        {
+            is(Action::Demote(DemoteMode::LostKey), "the lease of the leader key could not be renewed")
+        }
+        _ => is(Action::Wait, "the leader key bears our name; waiting for a lease"),
+    }
+}
