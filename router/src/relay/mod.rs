@@ -182,6 +182,10 @@ impl Relay<'_> {
 
     /// Once the server is about to stop, the time for a transaction is limited, where its end would be seen.
     fn poll_overdue(&mut self, cx: &mut Context<'_>, call: Call) -> Poll<Outcome> {
+        if !call.resign && self.is_open() {
+            // It may have been taken back.
+            self.alarm = None;
+        }
         let between = self.down.trace.as_ref().map(|trace| trace.between_messages() && self.down.rest.is_empty());
         let Some(between) = between.filter(|_| call.resign && self.up.trace.is_some() && self.is_open()) else {
             return Poll::Pending;
@@ -218,10 +222,14 @@ impl Relay<'_> {
         let (up, down) = (moved(up), moved(down));
         if up > 0 {
             meter.up(up);
-            self.alarm = None;
+            self.down.way.answered();
+            if self.down.ended() {
+                self.alarm = None;
+            }
         }
         if down > 0 {
             meter.down(down);
+            self.up.way.answered();
         }
         note_unanswered(&mut self.unanswered_up, up, down, self.up.to);
         note_unanswered(&mut self.unanswered_down, down, up, self.down.to);

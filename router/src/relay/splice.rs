@@ -13,8 +13,10 @@ use tokio::io::Interest;
 use super::copy::BUFFER;
 use super::{Half, Stop, pause, poll_io};
 
-/// A half streams after this many reads in a row that filled half of the buffer …
+/// A half streams after this many reads in a row that filled half of the buffer, or once it has moved so many bytes since
+/// the other one moved any (a sender that is slower than the router fills no buffer) …
 const LARGE_READS: u8 = 4;
+const UNANSWERED: u32 = 1 << 20;
 /// … until this many moves in a row were smaller than [`SMALL`].
 const SMALL_MOVES: u8 = 4;
 const SMALL: usize = 4 << 10;
@@ -81,6 +83,8 @@ pub(super) struct Way {
     streams: bool,
     /// Reads or moves in a row that speak for the other way.
     streak: u8,
+    /// Bytes copied since the other half moved any.
+    unanswered: u32,
     /// Splicing was refused once: this kind of socket can't.
     refused: bool,
     pipe: Option<Pipe>,
@@ -110,8 +114,15 @@ impl Way {
 
     /// A read of this size has been copied.
     pub(super) fn copied(&mut self, bytes: usize) {
+        self.unanswered = self.unanswered.saturating_add(bytes as u32);
         let large = bytes >= BUFFER / 2 && !self.refused;
-        self.vote(large, LARGE_READS);
+        let needed = if self.unanswered >= UNANSWERED { 1 } else { LARGE_READS };
+        self.vote(large || (self.unanswered >= UNANSWERED && !self.refused), needed);
+    }
+
+    /// The other half has moved something.
+    pub(super) fn answered(&mut self) {
+        self.unanswered = 0;
     }
 
     fn moved(&mut self, bytes: usize) {
