@@ -10,6 +10,7 @@ mod drivers;
 mod failover;
 mod guard;
 mod inquiry;
+mod mixed;
 mod patroni;
 mod ports;
 mod rejoin;
