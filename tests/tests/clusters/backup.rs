@@ -101,6 +101,13 @@ async fn pgbackrest_archives_makes_replicas_and_a_cluster_as_it_was_at_a_moment(
     cluster.nodes[replica].kill();
     std::fs::remove_dir_all(cluster.nodes[replica].data_dir())?;
     cluster.nodes[replica].start()?;
+    // Its key from before may still say that it streams.
+    let back = wait::until("the replica to say so itself", LIMIT, async || {
+        let status = cluster.nodes[replica].health("/replica").await;
+        ensure!(status == Some(200), "{status:?}");
+        Ok(())
+    });
+    back.await?;
     ensure!(cluster.settled(LIMIT).await? == leader, "leadership moved");
     let log = cluster.nodes[replica].log()?;
     ensure!(log.matches("pg_basebackup from").count() == before, "it was copied from the leader: {log}");
