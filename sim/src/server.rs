@@ -290,7 +290,8 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on.
-    let failsafe = stage.key("failsafe").is_some() && stage.judge(|judge, _| judge.began_last) == Some(host);
+    let again = stage.judge(|judge, _| judge.began_last) == Some(host);
+    let failsafe = stage.key("failsafe").is_some() && again;
     let holder = stage.holder().or_else(|| failsafe.then(|| name(host).0));
     let initialised = is_initialised(stage);
     // A switchover may have to do with a candidate that is behind.
@@ -311,7 +312,8 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
         // A cluster that is being bootstrapped has no leader key yet, and no clients.
         postmaster.private = !initialised;
         let holder = if initialised && !mute { holder.as_deref() } else { Some(name.as_str()) };
-        if !requested && !mute {
+        // Who comes back in place was elected before, maybe on request.
+        if !requested && !mute && !again {
             stage.judge(|judge, now| judge.elected(now, &name, wal.end(), Lsn(known)));
         }
         postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder, !mute)));

@@ -259,12 +259,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             return self.start_task(Action::Demote(DemoteMode::Sick));
         }
         if let Some(write) = write {
-            match self.parts.store.put_sync(write.clone()).await {
+            match self.put_sync(write.clone()).await {
                 Ok(Outcome::Done(revision)) => {
                     let mut written_view = (*view).clone();
                     written_view.sync = written(&self.me.name, &write, revision);
                     self.view = Some(Arc::new(written_view));
-                    self.memory.sync_settled = true;
                 }
                 Ok(Outcome::Conflict) => {
                     info!("the sync key has changed; not promoting on an old list");
@@ -272,7 +271,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 Err(error) => {
                     warn!("the sync key could not be written; not promoting: {error}");
-                    self.memory.sync_settled = false;
                     return Next::Wait;
                 }
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 use trunkline_common::cluster::{Initialize, Member, Status};
 use trunkline_common::dcs::store::{Outcome, SyncWrite};
-use trunkline_common::dcs::{Dcs, codec};
+use trunkline_common::dcs::{Dcs, DcsError, codec};
 use trunkline_common::{Clock, ClusterView, MemberName, Task};
 use trunkline_config::dynamic::new_cluster;
 
@@ -297,10 +297,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn write_sync(&mut self, write: SyncWrite, why: String) -> Next {
-        match self.parts.store.put_sync(write.clone()).await {
+        match self.put_sync(write.clone()).await {
             Ok(Outcome::Done(revision)) => {
                 info!("sync key updated: {why}");
-                self.memory.sync_settled = true;
                 // The watch brings the new revision in a moment, and with it the next step. A server that has to be started
                 // before that must already wait for whom the key names.
                 if let Some(view) = &self.view {
@@ -315,10 +314,18 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             Err(error) => {
                 warn!("the sync key could not be written: {error}");
-                self.memory.sync_settled = false;
                 Next::Wait
             }
         }
+    }
+
+    /// Every answer settles what was asked before: the key has a newer revision then than any earlier write names. Without
+    /// one, also because the turn is cut off meanwhile, nothing is settled.
+    pub(super) async fn put_sync(&mut self, write: SyncWrite) -> Result<Outcome, DcsError> {
+        self.memory.sync_settled = false;
+        let outcome = self.parts.store.put_sync(write).await;
+        self.memory.sync_settled = outcome.is_ok();
+        outcome
     }
 
     /// Writes the member key, if it would say something new.
