@@ -75,7 +75,8 @@ impl Sample {
             let known = series.is_empty() || series.starts_with('{');
             (known && labels.iter().all(|label| series.contains(label.as_str()))).then(|| value.parse::<f64>().ok())?
         });
-        values.sum()
+        // The sum of nothing is -0.
+        values.fold(0.0, |sum, value| sum + value)
     }
 }
 
@@ -172,6 +173,7 @@ Router x:1: leader a, confirmed (0.2 s old), 10 sessions, 0 held
 | ro   | replica |           0 |        7 | none    |     0 |       0 |         0 B |         0 B |
 +------+---------+-------------+----------+---------+-------+---------+-------------+-------------+";
         assert_eq!(show("x:1", Some(&first), &second), expected);
+        assert_eq!(format!("{:.0}", first.sum("sessions", &[("port", "other")])), "0");
         assert!(show("x:1", None, &first).contains("|     - |"), "no rate at the first look");
     }
 }
