@@ -61,8 +61,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 // Routers take sessions away as soon as it is told that this server stops, so not before it is about to.
                 let prepared = self.memory.prepared.take() == Some(plan.view.failover_revision);
                 match prepared {
-                    true => self
-                        .spawn(TaskKind::HandOver, hands.hand_over(HandOverPlan { checkpoint_first: false, ..plan })),
+                    true => self.spawn(TaskKind::HandOver, hands.hand_over(plan)),
                     false => {
                         self.memory.prepared = Some(plan.view.failover_revision);
                         self.spawn(TaskKind::Prepare, hands.prepare());
@@ -336,7 +335,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             candidates.filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?))).collect();
         Some(HandOverPlan {
             candidates,
-            checkpoint_first: true,
             grace: view.settings.switchover_grace,
             stop_limit: view.settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300)),
             candidate_limit: Duration::from_secs(3),

@@ -7,9 +7,9 @@ use trunkline_common::Clock;
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::store::Outcome;
 
-use super::Ha;
 use super::lease::LeaseHandle;
 use super::task::{HandOverPlan, TaskEnd, TaskKind};
+use super::{Ha, finished};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres, StopMode};
 
@@ -56,9 +56,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let leads = self.lease.session().leading;
         let stopped = match (leads, self.hand_over_plan(None)) {
             (true, Some(plan)) => {
+                // As a switchover: routers hear of it once the checkpoint is done.
+                self.hands().prepare().await;
                 let plan = HandOverPlan { candidate_limit: Duration::from_secs(5), stop_limit: limit, ..plan };
-                match self.hands().hand_over(plan).await {
-                    TaskEnd::Failed { why, .. } => Err(why),
+                let hands = self.hands();
+                self.spawn(TaskKind::HandOver, hands.hand_over(plan));
+                self.publish_member().await;
+                match finished(&mut self.task).await {
+                    (_, TaskEnd::Failed { why, .. }) => Err(why),
                     _ => Ok(()),
                 }
             }

@@ -354,13 +354,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         TaskEnd::Done
     }
 
-    /// Checkpoint while still serving, if there was none; let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is free.
+    /// After [`Hands::prepare`]: let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is
+    /// free.
     pub async fn hand_over(self, plan: HandOverPlan) -> TaskEnd {
-        if plan.checkpoint_first
-            && let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await
-        {
-            warn!("handing over without a checkpoint first: {error}");
-        }
         if !plan.grace.is_zero() {
             self.postgres.end_of_transactions(plan.grace).await;
         }
@@ -561,8 +557,6 @@ pub struct HandOverPlan {
     pub candidates: BTreeMap<MemberName, String>,
     /// The view that it was decided on.
     pub view: std::sync::Arc<ClusterView>,
-    /// Checkpoint while still serving, so that the shutdown checkpoint is short.
-    pub checkpoint_first: bool,
     /// How long transactions in flight may take to end before the stop.
     pub grace: Duration,
     /// How long the fast stop may take.
