@@ -51,29 +51,21 @@ fn guard(data_dir: &Path, vip: Option<Vip>) -> std::io::Result<()> {
     memory.set_ready(std::process::id());
     loop {
         let now = SystemClock.now();
-        let address = memory.address_until().filter(|_| vip.is_some());
-        let address = match (&vip, address) {
-            (Some(vip), Some(at)) if at <= now => match vip.remove() {
-                Ok(_) => {
-                    memory.end_address(at);
-                    None
-                }
-                Err(_) => Some(now + SWEEP),
-            },
-            _ => address,
-        };
+        // The server first: it is what can do harm, and nothing may keep the guard from ending it.
         let deadline = memory.kill_at();
-        let look = match deadline {
-            None if !agent_lives && address.is_none() => return Ok(()),
-            None => None,
-            Some(at) if now < at => Some(at),
-            Some(at) => {
-                let found = kill(&dir);
+        let killed = deadline.filter(|at| *at <= now).map(|_| kill(&dir));
+        let address = vip.as_ref().and_then(|vip| give_up_address(vip, memory, now));
+        let done = !agent_lives && address.is_none();
+        let look = match (deadline, killed) {
+            (None, _) if done => return Ok(()),
+            (None, _) => None,
+            (Some(at), None) => Some(at),
+            (Some(at), Some(found)) => {
                 if found && met != deadline {
                     memory.count_kill();
                     met = deadline;
                 }
-                if !found && !agent_lives && address.is_none() {
+                if !found && done {
                     say_so(data_dir, met == deadline, SystemClock.now().since(at));
                     return Ok(());
                 }
@@ -96,6 +88,19 @@ fn guard(data_dir: &Path, vip: Option<Vip>) -> std::io::Result<()> {
             dir = real_path(data_dir);
         }
     }
+}
+
+/// Gives the leader's address up if its time is over; when to look again, `None` once there is none.
+fn give_up_address(vip: &Vip, memory: &Memory, now: Instant) -> Option<Instant> {
+    let at = memory.address_until()?;
+    if now < at {
+        return Some(at);
+    }
+    if vip.remove().is_err() {
+        return Some(now + SWEEP);
+    }
+    memory.end_address(at);
+    None
 }
 
 /// Kills everything of the server that is there now; whether there was anything.
