@@ -78,11 +78,25 @@ impl Scene {
     ///
     /// # Errors
     /// It does not get whole, or they saw something wrong.
-    pub async fn finish(mut self, load: Load) -> Result<Seen> {
+    pub async fn finish(self, load: Load) -> Result<Seen> {
+        self.verify(load, None).await
+    }
+
+    /// The same where commits wait for no standby and the server of `node` was killed while it led: the last rows that
+    /// it acknowledged may be lost.
+    ///
+    /// # Errors
+    /// As of [`Scene::finish`].
+    pub async fn finish_after_kill(self, load: Load, node: usize) -> Result<Seen> {
+        let port = self.cluster.nodes[node].port();
+        self.verify(load, Some(port)).await
+    }
+
+    async fn verify(mut self, load: Load, killed: Option<u16>) -> Result<Seen> {
         let leader = self.cluster.settled(LIMIT).await?;
         load.writers.progress(100, LIMIT).await.context("at the end")?;
         let seen = load.end().await;
-        seen.verify(&self.node(leader)).await.with_context(|| self.cluster.logs())?;
+        seen.verify(&self.node(leader), killed).await.with_context(|| self.cluster.logs())?;
         self.lab.success();
         Ok(seen)
     }

@@ -70,7 +70,7 @@ async fn ends_before_the_next(
     ensure!(late.is_none(), "a write by the old primary after the first one of the new: {late:?}");
 
     mend(&mut scene.cluster.nodes[old])?;
-    scene.finish(load).await?;
+    scene.finish_after_kill(load, old).await?;
     Ok(())
 }
 

@@ -31,7 +31,7 @@ pub(super) async fn run(demo: &mut Demo) -> Result<Outcome> {
     let seen = load.end().await;
     println!("\n{table}");
     let leader = demo.cluster.leader(LIMIT).await?;
-    let wrong = seen.wrong(&demo.cluster.nodes[leader].target(demo.password())).await?;
+    let wrong = seen.wrong(&demo.cluster.nodes[leader].target(demo.password()), None).await?;
     println!("{}", seen.summary());
     for sentence in &wrong {
         println!("WRONG: {sentence}");

@@ -64,14 +64,16 @@ pub struct Seen {
 
 impl Seen {
     /// What is wrong, as sentences: acknowledged rows that the server behind `leader` does not have, two primaries at
-    /// the same time, reads that a known primary answered.
+    /// the same time, reads that a known primary answered. Rows are lost rightly where they are the last ones of the
+    /// server at the port `killed`, whose commits waited for nobody.
     ///
     /// # Errors
     /// The leader can't be asked.
-    pub async fn wrong(&self, leader: &Target) -> Result<Vec<String>> {
+    pub async fn wrong(&self, leader: &Target, killed: Option<u16>) -> Result<Vec<String>> {
         let mut wrong = Vec::new();
         let missing = self.all.missing(leader).await?;
-        if let Some(first) = missing.first() {
+        let rightly = killed.is_some_and(|port| self.all.is_tail_of(&missing, port));
+        if let Some(first) = missing.first().filter(|_| !rightly) {
             let of = self.all.writes.len();
             wrong.push(format!("{} of {of} acknowledged rows are missing, the first is {first:?}", missing.len()));
         }
@@ -92,12 +94,13 @@ impl Seen {
         Ok(wrong)
     }
 
-    /// [`Seen::wrong`] as an error.
+    /// Every acknowledged row is on the server behind `leader` (but for the last ones of the one at the port `killed`,
+    /// if any, where commits wait for no standby), there was one primary at a time, and reads went to standbys.
     ///
     /// # Errors
-    /// Something is wrong.
-    pub async fn verify(&self, leader: &Target) -> Result<()> {
-        let wrong = self.wrong(leader).await?;
+    /// Something is wrong, or the leader can't be asked.
+    pub async fn verify(&self, leader: &Target, killed: Option<u16>) -> Result<()> {
+        let wrong = self.wrong(leader, killed).await?;
         if !wrong.is_empty() {
             bail!("{}", wrong.join("; "));
         }

@@ -129,6 +129,22 @@ impl Record {
         Ok(self.writes.iter().filter(|write| !present.contains(&(write.writer, write.seq))).copied().collect())
     }
 
+    /// Whether `lost` are the last rows that the server at `port` took before it was killed, as a kill may lose where
+    /// commits wait for no standby: none of them was acknowledged before a row was sent there that is still present.
+    pub fn is_tail_of(&self, lost: &[Write], port: u16) -> bool {
+        let kept = self.writes.iter().filter(|write| write.port == port && !lost.contains(write));
+        let reigns = kept.fold(BTreeMap::new(), |mut last: BTreeMap<u32, Instant>, write| {
+            let sent = last.entry(write.timeline).or_insert(write.sent);
+            *sent = write.sent.max(*sent);
+            last
+        });
+        let newest = reigns.keys().next_back().copied().unwrap_or_default();
+        lost.iter().all(|write| {
+            let last_kept = reigns.get(&write.timeline);
+            write.port == port && write.timeline >= newest && last_kept.is_none_or(|sent| write.acked >= *sent)
+        })
+    }
+
     /// Two writes that prove two primaries at the same time: one was *sent* after another had been *acknowledged* by a
     /// primary of a later timeline, or by another server on the same timeline.
     pub fn two_primaries(&self) -> Option<TwoPrimaries> {
@@ -224,6 +240,18 @@ mod tests {
 
         let same_timeline = [(0, 1, 1, 1), (2, 3, 2, 1)];
         assert!(record(&same_timeline).two_primaries().is_some());
+    }
+
+    #[test]
+    fn what_a_kill_may_lose_is_the_end_of_what_was_written() {
+        let record = record(&[(0, 2, 1, 1), (1, 5, 1, 1), (4, 7, 1, 1), (6, 9, 1, 1), (20, 21, 2, 2)]);
+        let lost = |of: &[usize]| of.iter().map(|i| record.writes[*i]).collect::<Vec<Write>>();
+        assert!(record.is_tail_of(&[], 1));
+        assert!(record.is_tail_of(&lost(&[3]), 1) && record.is_tail_of(&lost(&[2, 3]), 1));
+        assert!(record.is_tail_of(&lost(&[2]), 1), "the other one was on its way at the same time");
+        assert!(!record.is_tail_of(&lost(&[0, 3]), 1), "a row that was sent after its acknowledgement is there");
+        assert!(!record.is_tail_of(&lost(&[4]), 1), "another server's");
+        assert!(record.is_tail_of(&lost(&[4]), 2));
     }
 
     #[test]
