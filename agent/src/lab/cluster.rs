@@ -190,7 +190,8 @@ impl Cluster {
     }
 
     /// Waits until every running node takes its part: one leader, the others streaming on its timeline with no lag to
-    /// speak of, and a synchronous standby where that mode is on. Returns the leader.
+    /// speak of, and a synchronous standby where that mode is on. Returns the leader. The cluster's document alone would
+    /// not do: the key of a node that was killed a moment ago still says that it streams.
     ///
     /// # Errors
     /// That is not so within `limit`; the last log lines of every node are in the message.
@@ -211,6 +212,10 @@ impl Cluster {
             let at = running.iter().position(|i| nodes[*i].name() == leader);
             let leader = at.map(|at| running[at]).context("the leader is not running")?;
             ensure!(nodes[leader].health("/primary").await == Some(200), "{} is not primary", nodes[leader].name());
+            let timeline = nodes[leader].status().await?["timeline"].clone();
+            for node in running.iter().filter(|i| **i != leader).map(|i| &nodes[*i]) {
+                follows(&node.status().await?, &timeline).with_context(|| node.name().to_owned())?;
+            }
             Ok(leader)
         });
         settled.await.with_context(|| self.logs())
@@ -254,6 +259,15 @@ impl Cluster {
         let of = |node: &Node| format!("last lines of {}:\n{}", node.name(), node.log_tail(12));
         self.nodes.iter().map(of).collect::<Vec<_>>().join("\n")
     }
+}
+
+/// Whether a node streams on that timeline, by its own word (`GET /patroni`).
+fn follows(status: &Value, timeline: &Value) -> Result<()> {
+    ensure!(
+        status["state"] == "running" && status["replication_state"] == "streaming" && status["timeline"] == *timeline,
+        "it does not stream on timeline {timeline}: {status}"
+    );
+    Ok(())
 }
 
 /// The document of `GET /cluster`, as far as it matters here.
