@@ -321,6 +321,11 @@ fn a_timeline_that_was_begun_twice_is_noticed() {
         c.pg.fence(Duration::from_secs(5)).await.expect("fence");
         let verdict = c.pg.diverged(b.upstream()).await;
         assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+        // Also where it has come up as a standby of nobody, to be compared with the others.
+        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        c.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
+        let verdict = c.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
 
         // It may have had no checkpoint on its new timeline: then pg_rewind is asked, which recovers it and leaves it at that.
         d.pg.fence(Duration::from_secs(5)).await.expect("fence");
@@ -338,6 +343,10 @@ fn a_timeline_that_was_begun_twice_is_noticed() {
         assert!(std::process::Command::new("cp").arg("-a").args([&from, &to]).status().expect("cp").success());
         b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
         b.sql("CREATE TABLE later (i int)").await.expect("writes");
+        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
+        e.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        b.until("e streams", |running| running.replication.iter().any(|s| s.application_name == "e")).await;
+        e.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
         assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
     });
 }

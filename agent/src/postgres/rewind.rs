@@ -63,13 +63,14 @@ impl Instance {
         let ask = async {
             let mut wire = Wire::connect(upstream, &self.config_now().replication, Purpose::Replication).await?;
             let identity = wire.identify().await?;
+            let recovers = wire.in_recovery().await?;
             // A leader that is still to be promoted will fork where nobody knows yet.
-            if was_primary && wire.in_recovery().await? {
+            if was_primary && recovers {
                 return Err(WireError("it is still in recovery".to_owned()));
             }
-            Ok::<_, WireError>((identity, wire.history(identity.timeline).await?))
+            Ok::<_, WireError>((identity, recovers, wire.history(identity.timeline).await?))
         };
-        let (identity, history) = match tokio::time::timeout(ASK_LIMIT, ask).await {
+        let (identity, recovers, history) = match tokio::time::timeout(ASK_LIMIT, ask).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Divergence::Unknown(format!("{}: {error}", upstream.name)),
             Err(_) => return Divergence::Unknown(format!("{} did not answer within {ASK_LIMIT:?}", upstream.name)),
@@ -81,25 +82,32 @@ impl Instance {
             ));
         }
         let mut verdict = verdict(timeline, end, identity.timeline, &history);
-        if was_primary && timeline == identity.timeline {
-            verdict = self.compare_checkpoint(upstream).await;
+        if timeline == identity.timeline && !recovers {
+            verdict = self.compare_wal(upstream, timeline, end).await;
         }
         tracing::debug!("local timeline {timeline} {end:?} against {} {identity:?}: {verdict:?}", upstream.name);
         verdict
     }
 
-    /// A former primary and its upstream took writes on timelines of the same number. Either this is a copy of it, made
-    /// while it was down, and has the same WAL. Or two nodes were promoted to that number, one of them before anybody could
-    /// hear of it: then the last checkpoint here is not to be found over there.
-    async fn compare_checkpoint(&self, upstream: &Upstream) -> Divergence {
+    /// The local server and the upstream are on timelines of the same number. Either this is a copy of it, and has the
+    /// same WAL. Or two nodes were promoted to that number, one of them before anybody could hear of it: then the last WAL
+    /// that is known here is not to be found over there.
+    async fn compare_wal(&self, upstream: &Upstream, timeline: TimelineId, end: End) -> Divergence {
         let config = self.config_now();
-        let record = self.control().ok().and_then(|control| wal::checkpoint_record(&config.data_dir, &control));
-        let Some(record) = record else { return Divergence::None };
+        let tail = || {
+            let control = self.control().ok()?;
+            let end = match end {
+                End::Standby(lsn) => lsn,
+                End::Shutdown(..) | End::Crash(_) => wal::record_end(&config.data_dir, &control)?,
+            };
+            wal::tail(&config.data_dir, &control, timeline, end)
+        };
+        let Some(tail) = tail() else { return Divergence::None };
         let read = format!(
             "SELECT encode(pg_catalog.pg_read_binary_file('pg_wal/{}', {}, {}, true), 'hex')",
-            record.file,
-            record.offset,
-            record.bytes.len()
+            tail.file,
+            tail.offset,
+            tail.bytes.len()
         );
         let ask = async {
             let mut wire = Wire::connect(upstream, &config.superuser, Purpose::Sql(&config.database)).await?;
@@ -111,11 +119,13 @@ impl Instance {
             Ok(Err(error)) => return Divergence::Unknown(format!("{}: {error}", upstream.name)),
             Err(_) => return Divergence::Unknown(format!("{} did not answer within {ASK_LIMIT:?}", upstream.name)),
         };
-        let here: String = record.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let here: String = tail.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match there {
             Some(there) if there != here => Divergence::Twice(format!(
-                "the checkpoint in {} at {} is another one on {}: two nodes have begun a timeline of this number",
-                record.file, record.offset, upstream.name
+                "the WAL in {} up to byte {} is another one on {}: two nodes have begun a timeline of this number",
+                tail.file,
+                tail.offset + tail.bytes.len() as u64,
+                upstream.name
             )),
             // A file that is not there any more says nothing: whoever needs it finds that out.
             _ => Divergence::None,

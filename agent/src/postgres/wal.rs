@@ -1,5 +1,5 @@
-//! The last checkpoint's record in the WAL: where it ends, needed to tell whether a shutdown checkpoint reached the new
-//! primary, and what it is.
+//! The WAL's files: where the last checkpoint's record ends, needed to tell whether a shutdown checkpoint reached the new
+//! primary, and what stands before a position.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -32,27 +32,30 @@ pub fn record_end(data_dir: &Path, control: &ControlFile) -> Option<Lsn> {
     Some(end(control.checkpoint, u64::from(length), u64::from(control.wal_block_size), segment))
 }
 
-/// The bytes of a record, and where they are.
+/// The last bytes of WAL before a position, and where they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Record {
+pub struct Tail {
     /// The name of the WAL file.
     pub file: String,
-    /// Where it begins in that file.
+    /// Where they begin in that file.
     pub offset: u64,
-    /// As they are in the file, headers of pages included; of a record that goes on in the next file, what is in this one.
+    /// As they are in the file, headers of pages included.
     pub bytes: Vec<u8>,
 }
 
-/// The record of the last checkpoint. `None` if it can't be read.
-pub fn checkpoint_record(data_dir: &Path, control: &ControlFile) -> Option<Record> {
-    let end = record_end(data_dir, control)?;
+/// The most bytes of a [`Tail`]: far more than what two servers write alike that know nothing of each other.
+const TAIL: u64 = 64 << 10;
+
+/// The WAL before `end`, as far back as its file or [`TAIL`] goes. `None` if it can't be read.
+pub fn tail(data_dir: &Path, control: &ControlFile, timeline: TimelineId, end: Lsn) -> Option<Tail> {
     let segment = u64::from(control.wal_segment_size);
-    let offset = control.checkpoint.0 % segment;
-    let length = end.0.checked_sub(control.checkpoint.0)?.min(segment - offset);
-    let file = file_name(control.timeline, control.checkpoint, segment);
+    let last = Lsn(end.0.checked_sub(1)?);
+    let in_file = last.0.checked_rem(segment)? + 1;
+    let length = in_file.min(TAIL);
+    let (file, offset) = (file_name(timeline, last, segment), in_file - length);
     let mut bytes = vec![0; usize::try_from(length).ok()?];
     File::open(data_dir.join("pg_wal").join(&file)).ok()?.read_exact_at(&mut bytes, offset).ok()?;
-    Some(Record { file, offset, bytes })
+    Some(Tail { file, offset, bytes })
 }
 
 /// The end of a record of `length` bytes that begins at `start`: page headers lie in between, and records are aligned.

@@ -146,17 +146,25 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     if target.is_none() && view.leader_member().is_none() {
         return is(Action::Wait, format!("the address of {leader} is not known"));
     }
-    let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
-    if address != running.upstream {
-        return is(Action::Follow(target), format!("following {leader}"));
+    let promoted = view.leader_member().filter(|member| member.claims_primary());
+    // It took writes, and came up while nobody led. Once it streams, the WAL that tells is overwritten.
+    if s.memory.divergence == DivergenceState::Check && s.may_rewind() && view.settings.standby_cluster.is_none() {
+        let source = leader_upstream(s.me, view).filter(|_| promoted.is_some() && !s.backing_off());
+        return match source {
+            Some(source) => mend(s, view, source, &DivergenceState::Check),
+            None => is(Action::Wait, comparing(s, leader)),
+        };
     }
     if let DivergenceState::Rewind(_) | DivergenceState::RewindFailed(_) = s.memory.divergence
         && let Some(source) = leader_upstream(s.me, view)
     {
         return mend(s, view, source, &s.memory.divergence);
     }
+    let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
+    if address != running.upstream {
+        return is(Action::Follow(target), format!("following {leader}"));
+    }
     let streaming = running.replication_state.as_deref() == Some("streaming");
-    let promoted = view.leader_member().filter(|member| member.claims_primary());
     // On the same timeline, too: two promotions that knew nothing of each other have given it the same number.
     let dry = s.dry_for() >= s.ttl.max(DRY);
     let newer = promoted.is_some_and(|leader| leader.timeline > running.timeline);

@@ -772,6 +772,24 @@ fn a_deposed_primary_compares_rewinds_and_only_then_follows() {
 }
 
 #[test]
+fn a_former_primary_that_came_up_while_nobody_led_is_compared_before_it_follows() {
+    let mut deposed = world();
+    if let PgStatus::Running(running) = &mut deposed.pg {
+        running.upstream = None;
+    }
+    assert!(matches!(deposed.decide().action, Action::Follow(Some(_))), "any other standby follows");
+    deposed.memory.divergence = DivergenceState::Check;
+    assert!(matches!(deposed.decide().action, Action::CheckDivergence(source) if source.name == "a".into()));
+    deposed.memory.divergence = DivergenceState::RewindFailed("two nodes have begun its timeline".to_owned());
+    assert_eq!(deposed.decide().action, Action::Wait);
+    deposed.me.reclone_unrewindable = true;
+    assert!(matches!(deposed.decide().action, Action::Reclone(_)));
+    deposed.memory.divergence = DivergenceState::Check;
+    deposed.view().members.get_mut(&"a".into()).unwrap().role = "replica".to_owned();
+    assert_eq!(deposed.decide().action, Action::Wait, "the new leader is not promoted yet");
+}
+
+#[test]
 fn an_empty_node_bootstraps_or_copies() {
     let mut empty = world().leaderless();
     empty.pg = PgStatus::NoData;
