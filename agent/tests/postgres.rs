@@ -300,6 +300,12 @@ fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
         assert_eq!(seen.timeline, Some(TimelineId(2)));
         assert_eq!(c.pid(), standbys_before, "followed without a restart");
 
+        // Killed before pg_control knows of the new timeline, and up again with nobody to follow.
+        c.pg.stop(StopMode::Immediate, LIMIT, None).await.expect("stop");
+        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        let seen = c.until("replays its WAL", |running| running.replay_lsn >= Some(lsn)).await;
+        assert_eq!(seen.timeline, Some(TimelineId(2)));
+
         // The new primary has everything of the old one: it just follows.
         assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
         a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("rejoin");

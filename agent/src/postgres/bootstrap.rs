@@ -166,7 +166,7 @@ async fn role(client: &Client, user: &Credentials, attributes: &str) -> Result<(
 
 async fn run_post_bootstrap(config: &PostgresConfig, command: &str) -> Result<(), PgError> {
     let pid_file = PidFile::read(&config.data_dir);
-    let host = query::local_host(config, pid_file.as_ref());
+    let host = query::local_host(config, config.use_unix_socket, pid_file.as_ref());
     let superuser = Credentials { username: query::user(config).to_owned(), ..config.superuser.clone() };
     let entry = if host.starts_with('/') { "localhost" } else { &host };
     let text = conninfo::with_local(String::new(), &[entry], config.port, &[&superuser]);

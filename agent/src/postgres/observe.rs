@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use trunkline_common::{Clock, Instant};
+use trunkline_common::{Clock, Instant, TimelineId};
 
 use super::control::{ControlFile, has_standby_signal};
 use super::files::{self, DataDir};
 use super::instance::Instance;
-use super::pidfile::PidFileStatus;
+use super::pidfile::{PidFile, PidFileStatus};
 use super::process::Postmaster;
 use super::query::NoAnswer;
-use super::{PgError, PgRole, PgStatus, Running, program};
+use super::walsender::{Purpose, Wire};
+use super::{PgError, PgRole, PgStatus, Running, Upstream, program, query, wal};
 
 impl Instance {
     pub(super) async fn look(&self, deadline: Duration) -> PgStatus {
@@ -37,7 +38,12 @@ impl Instance {
         let config = self.config_now();
         let query = self.inner.sessions.status(&config, &pid_file, control.system_id);
         match tokio::time::timeout(deadline, query).await {
-            Ok(Ok(running)) => PgStatus::Running(self.complete(running, &postmaster, &control)),
+            Ok(Ok(running)) => {
+                let left = until.since(self.inner.clock.now());
+                let replayed = tokio::time::timeout(left, self.replayed_timeline(&running, &control, &pid_file)).await;
+                let running = Running { timeline: running.timeline.max(replayed.unwrap_or_default()), ..running };
+                PgStatus::Running(self.complete(running, &postmaster, &control))
+            }
             Ok(Err(no_answer)) => self.without_answer(&postmaster, no_answer, until).await,
             Err(_) => {
                 self.inner.sessions.close().await;
@@ -68,6 +74,37 @@ impl Instance {
         let output = output.map_err(|error| program::unusable(&path, &error))?;
         let parsed = ControlFile::from_controldata(&String::from_utf8_lossy(&output.stdout));
         parsed.ok_or_else(|| PgError::Failed("pg_controldata could not read global/pg_control".to_owned()))
+    }
+
+    /// The timeline that a standby replays without a WAL receiver, where pg_control may not have heard of it yet: right
+    /// after a promotion that it followed it was killed, say. PostgreSQL tells it to who replicates.
+    async fn replayed_timeline(
+        &self,
+        running: &Running,
+        control: &ControlFile,
+        pid_file: &PidFile,
+    ) -> Option<TimelineId> {
+        let config = self.config_now();
+        let told = self.inner.received.lock().filter(|(pid, _)| *pid == pid_file.pid).map(|(_, timeline)| timeline);
+        let known = told.max(Some(control.known_timeline()));
+        let unknown = running.role == PgRole::Standby && running.timeline.is_none();
+        if !unknown || wal::newest_history(&config.data_dir) <= known {
+            return None;
+        }
+        let own = Upstream {
+            name: self.inner.name.clone(),
+            host: query::local_host(&config, config.use_unix_socket_repl, Some(pid_file)),
+            port: config.port,
+            slot: None,
+        };
+        let ask = async { Wire::connect(&own, &config.replication, Purpose::Replication).await?.identify().await };
+        match ask.await {
+            Ok(identity) => Some(identity.timeline),
+            Err(error) => {
+                tracing::warn!("the timeline of the local server can't be asked for by replication: {error}");
+                None
+            }
+        }
     }
 
     /// Adds what the query can't see.

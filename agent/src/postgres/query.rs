@@ -209,7 +209,7 @@ pub async fn connect_to(
     if let Some(password) = &config.superuser.password {
         settings.password(password.reveal());
     }
-    let host = local_host(config, pid_file);
+    let host = local_host(config, config.use_unix_socket, pid_file);
     let io = walsender::dial(&host, config.port, &config.superuser).await?;
     let (client, connection) = settings.connect_raw(io, NoTls).await?;
     let driver = tokio::spawn(async move {
@@ -220,9 +220,10 @@ pub async fn connect_to(
     Ok(Connection { client, driver })
 }
 
-/// Where local connections go: a socket directory (with a leading slash) or an address (config reference §5).
-pub fn local_host(config: &PostgresConfig, pid_file: Option<&PidFile>) -> String {
-    if config.use_unix_socket {
+/// Where local connections go: a socket directory (with a leading slash), if `unix` says so, or an address (config
+/// reference §5).
+pub fn local_host(config: &PostgresConfig, unix: bool, pid_file: Option<&PidFile>) -> String {
+    if unix {
         if let Some(dir) = pid_file.and_then(|file| file.socket_dir.clone()) {
             return dir;
         }
@@ -380,11 +381,11 @@ mod tests {
         ] {
             config.listen_addresses = listen.into();
             config.use_unix_socket = false;
-            assert_eq!(local_host(&config, None), host);
+            assert_eq!(local_host(&config, false, None), host);
         }
         config.use_unix_socket = true;
         config.parameters.insert("unix_socket_directories".into(), "@abstract, /run/pg".into());
-        assert_eq!(local_host(&config, None), "/run/pg");
+        assert_eq!(local_host(&config, true, None), "/run/pg");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The WAL's files: where the last checkpoint's record ends, needed to tell whether a shutdown checkpoint reached the new
 //! primary, and what stands before a position.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -56,6 +57,13 @@ pub fn tail(data_dir: &Path, control: &ControlFile, timeline: TimelineId, end: L
     let mut bytes = vec![0; usize::try_from(length).ok()?];
     File::open(data_dir.join("pg_wal").join(&file)).ok()?.read_exact_at(&mut bytes, offset).ok()?;
     Some(Tail { file, offset, bytes })
+}
+
+/// The newest timeline whose history file is at hand.
+pub fn newest_history(data_dir: &Path) -> Option<TimelineId> {
+    let names = std::fs::read_dir(data_dir.join("pg_wal")).ok()?.flatten().map(|entry| entry.file_name());
+    let timeline = |name: &OsStr| u32::from_str_radix(name.to_str()?.strip_suffix(".history")?, 16).ok();
+    names.filter_map(|name| timeline(&name)).max().map(TimelineId)
 }
 
 /// The end of a record of `length` bytes that begins at `start`: page headers lie in between, and records are aligned.
