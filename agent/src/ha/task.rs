@@ -271,7 +271,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         if let Err(error) = self.postgres.checkpoint(limit_of_checkpoint).await {
             info!("restarting without a checkpoint first: {error}");
         }
-        if let Err(error) = self.postgres.stop(StopMode::Fast, limit.max(START_LIMIT), None).await {
+        if let Err(error) = self.postgres.stop(StopMode::Restart, limit.max(START_LIMIT), None).await {
             return error.into();
         }
         if let Err(error) = self.set_names(names).await {

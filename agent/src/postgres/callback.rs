@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal};
 
 use super::program;
 
-/// Starts callbacks; a new one kills the one still running, children included. `on_reload` only displaces `on_reload`.
+/// Starts callbacks; a new one kills the one still running, children included, see [`Slot::displaced_by`].
 #[derive(Default, Clone)]
 pub struct Callbacks {
     running: Arc<Mutex<BTreeMap<Slot, Pid>>>,
@@ -19,7 +19,28 @@ pub struct Callbacks {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Slot {
     Reload,
+    Stop,
     Other,
+}
+
+impl Slot {
+    fn of(event: &str) -> Self {
+        match event {
+            "on_reload" => Slot::Reload,
+            "on_stop" => Slot::Stop,
+            _ => Slot::Other,
+        }
+    }
+
+    /// Whose callbacks this event ends. The `on_role_change` of a primary that is demoted follows at the heels of its
+    /// `on_stop`: both go on.
+    fn displaced_by(event: &str) -> &'static [Self] {
+        match event {
+            "on_reload" => &[Slot::Reload],
+            "on_role_change" => &[Slot::Other],
+            _ => &[Slot::Stop, Slot::Other],
+        }
+    }
 }
 
 impl Callbacks {
@@ -32,9 +53,9 @@ impl Callbacks {
         let mut process = Command::new(&words[0]);
         process.args(&words[1..]).args([event, role, scope]).stdin(Stdio::null()).process_group(0);
         program::clean_environment(&mut process);
-        let slot = if event == "on_reload" { Slot::Reload } else { Slot::Other };
+        let slot = Slot::of(event);
         let mut running = self.running.lock();
-        if let Some(earlier) = running.remove(&slot) {
+        for earlier in Slot::displaced_by(event).iter().filter_map(|slot| running.remove(slot)).collect::<Vec<_>>() {
             tracing::info!("callback {event} ends the one still running");
             // Its own group, still unreaped: the entry is removed under this lock before the wait below reaps it.
             let _ = rustix::process::kill_process_group(earlier, Signal::KILL);
@@ -105,5 +126,25 @@ mod tests {
         let state = format!("/proc/{}/stat", read(&pid).trim());
         eventually("the child is dead", || !Path::new(&state).exists() || read(Path::new(&state)).contains(") Z "));
         eventually("nobody is left", || callbacks.running.lock().is_empty());
+    }
+
+    #[test]
+    fn a_demotion_does_not_cut_its_on_stop_off() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let out = dir.path().join("out");
+        let waits = |event: &str| {
+            let (out, go) = (out.display(), dir.path().join(format!("{event}.go")));
+            format!("sh -c 'until [ -e {} ]; do sleep 0.01; done; echo \"$@\" >> {out}' x", go.display())
+        };
+        let callbacks = Callbacks::default();
+        callbacks.run(&waits("on_stop"), "on_stop", "primary", "demo");
+        callbacks.run(&waits("on_role_change"), "on_role_change", "replica", "demo");
+        for event in ["on_role_change", "on_stop"] {
+            std::fs::write(dir.path().join(format!("{event}.go")), "").expect("go");
+        }
+        eventually("both run", || read(&out).lines().count() == 2);
+        callbacks.run("sleep 60", "on_stop", "primary", "demo");
+        callbacks.run("true", "on_start", "replica", "demo");
+        eventually("a start ends it", || callbacks.running.lock().is_empty());
     }
 }

@@ -17,7 +17,7 @@ use super::callback::Callbacks;
 use super::control::{ControlError, ControlFile, has_standby_signal};
 use super::files::{self, DataDir, Unfinished};
 use super::pidfile::{PidFile, PidFileStatus};
-use super::process::Supervisor;
+use super::process::{Postmaster, Supervisor};
 use super::query::{self, Connection, Session, Sessions};
 use super::settings::{self, Managed};
 use super::slots::Decoding;
@@ -47,6 +47,8 @@ pub(super) struct Inner {
     pub(super) managed: Mutex<Managed>,
     pub(super) sessions: Sessions,
     pub(super) callbacks: Callbacks,
+    /// The role that callbacks were told last.
+    told: Mutex<Option<String>>,
     pub(super) pending_restart: Mutex<BTreeMap<String, Value>>,
     took: Mutex<Took>,
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
@@ -93,6 +95,7 @@ impl Instance {
             managed: Mutex::new(managed),
             sessions: Sessions::default(),
             callbacks: Callbacks::default(),
+            told: Mutex::default(),
             pending_restart: Mutex::default(),
             took: Mutex::default(),
             received: Mutex::default(),
@@ -209,15 +212,27 @@ impl Instance {
     pub(super) fn reload_if_changed(&self) -> Result<bool, PgError> {
         let changed = self.rewrite(|_| {})?;
         if changed && let Some(postmaster) = self.process().find() {
-            postmaster.signal(Signal::HUP);
+            self.reload(&postmaster);
             tracing::info!("configuration files changed, reloaded");
         }
         Ok(changed)
     }
 
+    /// Makes the server read its files.
+    pub(super) fn reload(&self, postmaster: &Postmaster) {
+        postmaster.signal(Signal::HUP);
+        self.tell("on_reload");
+    }
+
+    /// Runs the callback for what happens to a server whose role stays what it is.
+    pub(super) fn tell(&self, event: &'static str) {
+        let role = self.inner.told.lock().clone();
+        self.callback(event, role.as_deref().unwrap_or_else(|| self.role()));
+    }
+
     async fn run_configure(&self, config: PostgresConfig) -> Result<(), PgError> {
         let config = Arc::new(config);
-        *self.inner.config.write() = config.clone();
+        let before = std::mem::replace(&mut *self.inner.config.write(), config.clone());
         {
             let mut managed = self.inner.managed.lock();
             managed.rejected.clear();
@@ -230,9 +245,14 @@ impl Instance {
                 managed.recovery = settings::recovery(&config, upstream.as_ref(), &self.inner.name, self.version());
             }
         }
-        let running = self.process().find().is_some();
-        self.reload_if_changed()?;
-        if running && self.pid_file().is_some_and(|f| matches!(f.status, PidFileStatus::Ready | PidFileStatus::Standby))
+        let postmaster = self.process().find();
+        let changed = self.reload_if_changed()?;
+        // Asked for without a change: certificates, or files that those here include, may have one.
+        if let Some(postmaster) = postmaster.as_ref().filter(|_| !changed && before == config) {
+            self.reload(postmaster);
+        }
+        if postmaster.is_some()
+            && self.pid_file().is_some_and(|f| matches!(f.status, PidFileStatus::Ready | PidFileStatus::Standby))
         {
             let pending = self.pending_restart().await?;
             self.set_pending_restart(pending);
@@ -320,8 +340,13 @@ impl Postgres for Instance {
         let was_there = self.process().find().is_some();
         let began = self.inner.clock.now();
         let stopped = self.run_stop(mode, limit, shut_down).await;
-        if stopped.is_ok() && was_there && mode == StopMode::Fast {
-            self.inner.took.lock().stop = Some(self.inner.clock.now().since(began));
+        if stopped.is_ok() && was_there {
+            if mode != StopMode::Immediate {
+                self.inner.took.lock().stop = Some(self.inner.clock.now().since(began));
+            }
+            if mode != StopMode::Restart && !self.half_made() {
+                self.tell("on_stop");
+            }
         }
         stopped
     }
@@ -431,6 +456,7 @@ impl Postgres for Instance {
     }
 
     fn callback(&self, event: &'static str, role: &str) {
+        *self.inner.told.lock() = Some(role.to_owned());
         if let Some(command) = self.config_now().callbacks.get(event) {
             self.inner.callbacks.run(command, event, role, self.scope());
         }

@@ -257,6 +257,8 @@ pub struct CustomBootstrap {
 pub enum StopMode {
     /// Ends sessions, writes a shutdown checkpoint (SIGINT).
     Fast,
+    /// The same as the first half of a restart, which has a callback of its own.
+    Restart,
     /// Ends everything at once; the next start recovers (SIGQUIT, and SIGKILL of what is left soon after).
     Immediate,
 }

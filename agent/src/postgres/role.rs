@@ -20,7 +20,8 @@ impl Instance {
         if let Some(command) = &config.pre_promote {
             let run = async { program::run(&mut program::shell_words(command)?).await };
             let timeout = PgError::Timeout { what: "pre_promote".to_owned(), limit };
-            tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout))?;
+            let done = tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout));
+            done.map_err(|error| PgError::Failed(format!("pre_promote: {error}")))?;
         }
         let Some(postmaster) = self.process().find() else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
@@ -79,7 +80,7 @@ impl Instance {
         }
         // Also where nothing changed: a reload ends recovery's pause of wal_retrieve_retry_interval (5 s) between two
         // tries to reach the upstream.
-        postmaster.signal(Signal::HUP);
+        self.reload(&postmaster);
         match upstream.filter(|_| !changed) {
             Some(upstream) => self.end_old_receiver(&upstream).await,
             None => Ok(()),

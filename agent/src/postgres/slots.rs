@@ -182,7 +182,7 @@ impl Instance {
                 "hot_standby_feedback is {} for logical slots",
                 if plan.feedback { "on" } else { "not forced" }
             );
-            postmaster.signal(rustix::process::Signal::HUP);
+            self.reload(&postmaster);
         }
         let work = async {
             let session = self.session(LIMIT).await?;

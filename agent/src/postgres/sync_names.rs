@@ -32,12 +32,13 @@ impl Instance {
         // Before it accepts connections, its processes have yet to read the file for the first time or are just reading
         // it; whatever they saw, the signal makes them look again.
         if self.pid_file().is_none_or(|file| file.status == PidFileStatus::Starting) {
-            postmaster.signal(Signal::HUP);
+            self.reload(&postmaster);
             return Ok(());
         }
         let timeout = PgError::Timeout { what: "synchronous_standby_names".to_owned(), limit: LIMIT };
         tokio::time::timeout(LIMIT, self.wait_in_force(&postmaster, &names)).await.unwrap_or(Err(timeout))?;
         self.set_sync_names_in_force(postmaster.pid(), names);
+        self.tell("on_reload");
         Ok(())
     }
 
