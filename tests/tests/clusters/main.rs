@@ -9,6 +9,7 @@ mod demo;
 mod drivers;
 mod failover;
 mod guard;
+mod hooks;
 mod inquiry;
 mod mixed;
 mod patroni;

@@ -4,50 +4,101 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
-use trunkline_tests::{LIMIT, Program, Scene, Spec, wait};
+use serde_json::{Value, json};
+use trunkline_tests::{LIMIT, Program, Scene, Spec, rest, wait};
 
-/// The old primary has rows that nobody else got. It must lose them and follow, by pg_rewind: its data directory stays
-/// the same one, which a new copy would not.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
+/// For one statement.
+const SHORT: Duration = Duration::from_secs(5);
+
+/// The old primary has rows that nobody else got, and comes back when somebody else leads. `local` is laid over its
+/// `postgresql` section.
+async fn diverged(name: &str, local: Value) -> Result<(Scene, usize)> {
     let mut spec = Spec::new(3, &Program::agent()?);
-    spec.dcs = json!({ "synchronous_mode": false, "primary_start_timeout": 0 });
-    let mut scene = Scene::with("rewind", 1, spec).await?;
+    let own = json!({ "use_pg_rewind": local["use_pg_rewind"] });
+    spec.dcs = json!({ "synchronous_mode": false, "primary_start_timeout": 0, "postgresql": own });
+    spec.local = json!({ "postgresql": local });
+    let mut scene = Scene::with(name, 1, spec).await?;
     let old = scene.cluster.settled(LIMIT).await?;
-    let short = Duration::from_secs(5);
-    scene.node(old).execute("CREATE TABLE t (who text)", short).await?;
+    scene.node(old).execute("CREATE TABLE t (who text)", SHORT).await?;
     let others: Vec<usize> = (0..3).filter(|node| *node != old).collect();
     for node in &others {
         let target = scene.node(*node);
-        let copied = async || target.query_one("SELECT count(*) FROM t", short).await;
+        let copied = async || target.query_one("SELECT count(*) FROM t", SHORT).await;
         wait::until("the table on a replica", LIMIT, copied).await?;
     }
     // Killed, not frozen: what the primary sends to a frozen one waits in its sockets and arrives after all.
     others.iter().for_each(|node| scene.cluster.nodes[*node].kill());
-    scene.node(old).execute("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000); CHECKPOINT", short).await?;
+    scene.node(old).execute("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000); CHECKPOINT", SHORT).await?;
     scene.cluster.nodes[old].kill();
     for node in &others {
         scene.cluster.nodes[*node].start()?;
     }
-
-    let new = scene.cluster.leader_other_than(old, LIMIT).await?;
+    scene.cluster.leader_other_than(old, LIMIT).await?;
     // The router holds this until the new leader takes writes; `GET /primary` is 200 a moment before.
     scene.read_write().execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
-    let version_file = scene.cluster.nodes[old].data_dir().join("PG_VERSION");
-    let before = version_file.metadata().context("the data directory is gone")?.ino();
-
     scene.cluster.nodes[old].start()?;
-    ensure!(scene.cluster.settled(LIMIT).await? == new, "leadership moved");
+    Ok((scene, old))
+}
+
+/// What tells a data directory from one that was made anew.
+fn directory(scene: &Scene, node: usize) -> Result<u64> {
+    let version_file = scene.cluster.nodes[node].data_dir().join("PG_VERSION");
+    Ok(version_file.metadata().context("the data directory is gone")?.ino())
+}
+
+/// It has lost its rows, and follows.
+async fn follows(scene: &mut Scene, old: usize) -> Result<()> {
+    ensure!(scene.cluster.settled(LIMIT).await? != old, "leadership moved");
     let target = scene.node(old);
-    let rows = wait::until("the new row on the old primary", LIMIT, async || {
-        let rows = target.query_one("SELECT string_agg(who, ',') FROM t", short).await?;
+    wait::until("the new row on the old primary", LIMIT, async || {
+        let rows = target.query_one("SELECT string_agg(who, ',') FROM t", SHORT).await?;
         ensure!(rows == "kept", "it has {rows:.60}");
         Ok(())
-    });
-    rows.await?;
-    let after = version_file.metadata().context("the data directory is gone")?.ino();
-    ensure!(before == after, "the data directory was made anew instead of rewound");
+    })
+    .await
+}
+
+/// By pg_rewind its data directory stays the same one, which a new copy would not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
+    let (mut scene, old) = diverged("rewind", json!({ "use_pg_rewind": true })).await?;
+    let before = directory(&scene, old)?;
+    follows(&mut scene, old).await?;
+    ensure!(directory(&scene, old)? == before, "the data directory was made anew instead of rewound");
+    scene.lab.success();
+    Ok(())
+}
+
+/// Without pg_rewind, and where it fails: a setting each allows a new copy. Without that the directory stays as it is, the reason
+/// is said, and whoever made the decision does the rest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_diverged_primary_is_copied_anew_where_a_setting_allows_exactly_that() -> Result<()> {
+    let local = json!({ "use_pg_rewind": false, "remove_data_directory_on_diverged_timelines": true });
+    let (mut scene, old) = diverged("reclone", local).await?;
+    follows(&mut scene, old).await?;
+    let log = scene.cluster.nodes[old].log()?;
+    ensure!(log.contains("pg_basebackup from") && !log.contains("pg_rewind to"), "{log}");
+    scene.lab.success();
+    drop(scene);
+
+    let broken = json!({ "use_pg_rewind": true, "bin_name": { "pg_rewind": "/bin/false" } });
+    let (mut scene, old) = diverged("no-rewind", broken).await?;
+    let before = directory(&scene, old)?;
+    let said = "reinitialize this member, or set remove_data_directory_on_rewind_failure";
+    wait::until("the reason", LIMIT, async || {
+        ensure!(scene.cluster.nodes[old].log()?.contains(said), "the log does not say it");
+        Ok(())
+    })
+    .await?;
+    ensure!(directory(&scene, old)? == before, "the data directory was removed without leave");
+
+    let mut config: Value = serde_json::from_slice(&std::fs::read(scene.cluster.nodes[old].config())?)?;
+    config["postgresql"]["remove_data_directory_on_rewind_failure"] = json!(true);
+    scene.cluster.nodes[old].configure(&config.to_string())?;
+    let port = scene.cluster.nodes[old].rest_port();
+    ensure!(rest::post(port, "/reload", &json!({}), SHORT).await?.status == 202);
+    follows(&mut scene, old).await?;
+    ensure!(scene.cluster.nodes[old].log()?.contains("copying anew"), "the log does not say so");
     scene.lab.success();
     Ok(())
 }
