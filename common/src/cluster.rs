@@ -3,6 +3,7 @@
 //! Plain data and look-ups. How the values are written in the DCS is the business of `dcs::codec`.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::{Map, Value};
 use trunkline_config::dynamic::Settings;
@@ -44,6 +45,8 @@ pub struct ClusterView {
     pub failsafe: Option<BTreeMap<MemberName, String>>,
     /// Its revision; what a compare-and-set has to name.
     pub failsafe_revision: Revision,
+    /// The `routers/` keys, by the last part of their names.
+    pub routers: BTreeMap<String, RouterRecord>,
     /// Keys whose value makes no sense, with the revision at which it doesn't: what this view has for them is older.
     pub malformed: BTreeMap<String, Revision>,
 }
@@ -174,6 +177,18 @@ impl Member {
     pub fn nosync(&self) -> bool {
         trunkline_config::tags::sync_priority(&self.tags) <= 0
     }
+}
+
+/// A `routers/<lease>` key: a router that a new leader may wait for. Not Patroni's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouterRecord {
+    /// What it calls itself.
+    pub name: String,
+    /// The length of its lease by its own count: so long after its last renewal it has ended the sessions of its leader.
+    pub lease: Duration,
+    /// When the leader key was created that it follows: every session to a leader before that one is over, and none will be
+    /// opened. 0: it has not seen one.
+    pub epoch: Revision,
 }
 
 /// The `failover` key: somebody asks for another leader.

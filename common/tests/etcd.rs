@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use support::{Cluster, RETRY_TIMEOUT, connect, eventually};
 use tokio::sync::watch;
-use trunkline_common::dcs::contract::Subject;
+use trunkline_common::dcs::contract::{self, Subject};
 use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
 use trunkline_common::dcs::paths::Paths;
@@ -33,6 +33,7 @@ async fn check_contract(cluster: &Cluster) {
         client.compact(revision.0, None).await.unwrap();
     };
     subject.check(compact).await;
+    contract::routers(&ClusterStore::new(cluster.client().await, Paths::new("contract", "routers"))).await;
 }
 
 #[tokio::test]

@@ -31,6 +31,8 @@ pub struct Settings {
     pub switchover_grace: Duration,
     /// Longest wait for a still active primary's WAL before a race.
     pub primary_race_backoff: Duration,
+    /// Length of the lease with which routers register, and at most what a new leader waits for them; zero = neither.
+    pub router_lease: Duration,
     /// Synchronous replication.
     pub synchronous_mode: SynchronousMode,
     /// Rather block writes than be without a synchronous standby.
@@ -81,6 +83,7 @@ impl Default for Settings {
             primary_stop_timeout: None,
             switchover_grace: Duration::from_secs(1),
             primary_race_backoff: Duration::ZERO,
+            router_lease: Duration::ZERO,
             synchronous_mode: SynchronousMode::Off,
             synchronous_mode_strict: false,
             synchronous_node_count: 1,
@@ -99,6 +102,9 @@ impl Default for Settings {
 /// Shortest lease: etcd rounds shorter ones up.
 pub const MIN_TTL: i64 = 2;
 
+/// Longest lease of a router, in seconds: a promotion may wait for so long.
+pub const MAX_ROUTER_LEASE: i64 = 60;
+
 /// Longest time that any of these settings can mean: a year.
 const MAX_SECONDS: i64 = 31_536_000;
 
@@ -115,6 +121,7 @@ pub(crate) const KNOWN: &[&str] = &[
     "master_stop_timeout",
     "switchover_grace",
     "primary_race_backoff",
+    "router_lease",
     "synchronous_mode",
     "synchronous_mode_strict",
     "synchronous_node_count",
@@ -224,6 +231,10 @@ fn read(root: &Section<'_>, (ttl, loop_wait, retry_timeout): (Duration, Duration
             .filter(|limit| !limit.is_zero()),
         switchover_grace: seconds(root, "switchover_grace").unwrap_or(default.switchover_grace),
         primary_race_backoff: seconds(root, "primary_race_backoff").unwrap_or(default.primary_race_backoff),
+        router_lease: root
+            .seconds("router_lease", 0..=MAX_ROUTER_LEASE, Some("s"))
+            .map(|lease| if lease.is_zero() { lease } else { lease.max(Duration::from_secs(MIN_TTL.unsigned_abs())) })
+            .unwrap_or(default.router_lease),
         synchronous_mode,
         synchronous_mode_strict: strict,
         synchronous_node_count: count.unwrap_or(default.synchronous_node_count).max(usize::from(strict)),

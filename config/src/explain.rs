@@ -274,6 +274,7 @@ impl Look<'_> {
             }
             "switchover_grace" => seconds(settings.switchover_grace),
             "primary_race_backoff" => seconds(settings.primary_race_backoff),
+            "router_lease" => seconds(settings.router_lease),
             "synchronous_mode" => Some(
                 match settings.synchronous_mode {
                     SynchronousMode::Off => "off",

@@ -56,6 +56,7 @@ async fn metrics(State(admin): State<Admin>) -> Response {
     admin.measure_ports();
     metrics.held.set(admin.router.hold.held() as i64);
     metrics.knowledge_age.set(admin.age());
+    metrics.registered.set(i64::from(admin.registered()));
     metrics.sessions.reset();
     for ((port, member), count) in admin.router.sessions.by_port() {
         metrics.sessions.with_label_values(&[&*port, member.as_str()]).set(count as i64);
@@ -187,6 +188,10 @@ impl Admin {
         }
     }
 
+    fn registered(&self) -> bool {
+        self.router.registration.registered.borrow().holds(self.router.clock.now())
+    }
+
     fn age(&self) -> f64 {
         follow::age(&self.knowledge.borrow(), self.router.clock.now())
     }
@@ -201,6 +206,7 @@ impl Admin {
             "revision": table.revision.0,
             "leader": table.leader.as_ref().map(|leader| leader.member.as_str()),
             "configuration": self.router.config_trouble().map_or("in force".to_owned(), |why| format!("refused: {why}")),
+            "registered": self.registered(),
             "draining": self.router.is_draining(),
             "connections": self.router.connections(),
             "sessions": self.router.sessions.len(),

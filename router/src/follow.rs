@@ -47,6 +47,7 @@ pub async fn run(
     let started = router.clock.now();
     let (mut heard, mut lags) = (Heard::default(), Lags::default());
     let mut measured = router.measured.subscribe();
+    let mut registration = router.registration.registered.subscribe();
     let mut asked_at = router.clock.now();
     loop {
         let known = knowledge.borrow_and_update().clone();
@@ -56,6 +57,11 @@ pub async fn run(
         let fresh = stale_at.is_some_and(|stale| now < stale);
         let confirmed = fresh && known.confirmed_at.is_some();
         let well = confirmed && known.trouble.is_none();
+        let lease = known.view.as_ref().map_or(Duration::ZERO, |view| view.settings.router_lease);
+        let registered = *registration.borrow_and_update();
+        let ends = [lease / 2, Duration::ZERO].into_iter().filter_map(|left| Some(registered.0? - left));
+        let ends = ends.filter(|end| now < *end);
+        let at_risk = !lease.is_zero() && !registered.holds(now + lease / 2);
         let mut question = None;
         let reading = match (&known.view, &seed) {
             (Some(view), _) => Some(heard.read(view, now, confirmed, well)),
@@ -64,16 +70,24 @@ pub async fn run(
         };
         if let Some(mut reading) = reading {
             lags.complete(&mut reading.table, &reading.view, &measured.borrow_and_update(), now);
+            if !lease.is_zero() {
+                let proven = reading.table.reign.as_ref().is_some_and(|reign| heard.proven() == Some(&reign.member));
+                reading.table = registered.restrict(reading.table, proven, now);
+            }
             router.publish(reading.table.clone());
-            question = Question::of(&heard, reading, now, well);
+            question = Question::of(&heard, reading, now, well, at_risk);
         }
+        // Only now: whoever is told may lead at once.
+        let epoch = known.view.as_ref().and_then(|view| view.leader.as_ref()).map(|key| key.created);
+        router.registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
         let stale_at = stale_at.filter(|_| fresh);
-        let wake = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).min().unwrap_or(now + PROBE_PAUSE);
+        let wake = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(ends).min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
             biased;
             changed = knowledge.changed() => changed,
             changed = measured.changed() => changed,
+            changed = registration.changed() => changed,
             () = router.clock.sleep_until(wake) => {
                 let asked = router.clock.now();
                 if let Some(question) = question.filter(|_| ask_at.is_some_and(|at| at <= asked)) {
@@ -108,8 +122,9 @@ struct Question {
 }
 
 impl Question {
-    /// `well`: the DCS confirms the view, and there is no doubt.
-    fn of(heard: &Heard, reading: Reading, now: Instant, well: bool) -> Option<Self> {
+    /// `well`: the DCS confirms the view, and there is no doubt. `at_risk`: the leader's sessions end soon unless it proves
+    /// itself.
+    fn of(heard: &Heard, reading: Reading, now: Instant, well: bool, at_risk: bool) -> Option<Self> {
         let view = &reading.view;
         let urls = view.members.iter().filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?)));
         let suspect = heard.suspect().filter(|_| well);
@@ -123,8 +138,9 @@ impl Question {
             None if !well => (urls.collect(), PROBE_PAUSE),
             None => {
                 let unclear = reading.table.leader.is_none() && !reading.table.resigns;
-                let elected = |name: &MemberName| unclear && view.is_leader(name);
-                (urls.filter(|(name, _)| elected(name)).collect(), PROMOTION_PAUSE)
+                let elected = |name: &MemberName| (unclear || at_risk) && view.is_leader(name);
+                let pause = if unclear { PROMOTION_PAUSE } else { PROBE_PAUSE };
+                (urls.filter(|(name, _)| elected(name)).collect(), pause)
             }
         };
         let vacant = suspect.is_some();

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | where may a session go, and whose sessions must end? | [`table`], [`rule`], [`lag`] (all pure) |
 //! | where does an event of the DCS become a route? | [`follow`], with [`probe`] and [`heard`] (pure) |
+//! | how does a new leader learn that the one before it has no sessions here? | [`registration`] |
 //! | what is the first packet? | [`startup`], [`proxy`] (both pure) |
 //! | what happens to one client? | [`session`], [`search`], with [`hold`], [`balance`], [`answer`], [`cancel`], [`key`], [`reply`] |
 //! | where does TLS end or begin, if it does? | [`crypto`], [`wire`], [`sasl`] |
@@ -14,7 +15,8 @@
 //! | how does the process stop or hand over? | [`server`], [`handover`] |
 //! | what does an operator see? | [`admin`], [`metrics`] |
 //!
-//! The router reads the DCS and never writes to it, knows no password and speaks no SQL: it looks at the first packet of
+//! The router reads the DCS and writes nothing there but its own registration, where the cluster asks for one; it knows no
+//! password and speaks no SQL: it looks at the first packet of
 //! a client and, for the key that cancels the session, at the start of what the server says in plain text; after that at
 //! the heads of messages in plain text that it copies anyway, to know when a session is idle.
 
@@ -37,6 +39,7 @@ pub mod places;
 pub mod port;
 pub mod probe;
 pub mod proxy;
+pub mod registration;
 pub mod relay;
 pub mod reload;
 pub mod reply;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::system::uname;
 use tracing::{error, info, warn};
 use trunkline_common::SystemClock;
 use trunkline_common::dcs::etcd::EtcdDcs;
@@ -20,6 +21,7 @@ use trunkline_router::admin::Admin;
 use trunkline_router::handover::Taker;
 use trunkline_router::listeners::{Inherited, Listeners};
 use trunkline_router::probe::Prober;
+use trunkline_router::registration::Registrar;
 use trunkline_router::reload::Reloader;
 use trunkline_router::server::{Background, Plan};
 use trunkline_router::{Router, admin, follow, heard, server, socket, survey};
@@ -158,7 +160,10 @@ fn background(
         tokio::spawn(survey::candidates(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
-        let knowledge = Follower::spawn(ClusterStore::new(dcs, paths), SystemClock);
+        let store = ClusterStore::new(dcs, paths);
+        let own_name = format!("{}/{}", uname().nodename().to_string_lossy(), std::process::id());
+        tokio::spawn(Registrar::new(store.clone(), SystemClock, own_name, &router.registration).run());
+        let knowledge = Follower::spawn(store, SystemClock);
         if let Some((listen, listener)) = admin {
             let admin = Admin { router: router.clone(), knowledge: knowledge.clone() };
             tokio::spawn(async move {

@@ -45,6 +45,8 @@ pub struct Metrics {
     pub knowledge_age: Gauge,
     /// 1 while the DCS confirms what is known.
     pub confirmed: IntGauge,
+    /// 1 while a new leader waits for this router; set when asked for.
+    pub registered: IntGauge,
     /// 1 while there is a server for writes.
     pub writable: IntGauge,
     /// How long there was no server for writes, per event.
@@ -144,6 +146,10 @@ impl Metrics {
                 )),
             )?,
             confirmed: add(r, IntGauge::with_opts(opts("confirmed", "1 while the DCS confirms what is known.")))?,
+            registered: add(
+                r,
+                IntGauge::with_opts(opts("registered", "1 while a new leader waits for this router (router_lease).")),
+            )?,
             writable: add(r, IntGauge::with_opts(opts("writable", "1 while there is a server for writes.")))?,
             outage_seconds: add(
                 r,

@@ -17,6 +17,7 @@ use crate::lag::Measured;
 use crate::metrics::Metrics;
 use crate::places::Places;
 use crate::port::Listening;
+use crate::registration::Registration;
 use crate::relay;
 use crate::sessions::{Cut, Sessions};
 use crate::table::RouteTable;
@@ -39,6 +40,8 @@ pub struct Router {
     pub ahead: Arc<Places>,
     /// Pipes for streaming.
     pub pipes: relay::Pool,
+    /// How a new leader learns of this router.
+    pub registration: Registration,
     /// How many cancel requests are passed on.
     pub cancels: CancelLimit,
     /// The clock.
@@ -83,6 +86,7 @@ impl Router {
             hold: Hold::new(limits.max_held, limits.release_rate),
             ahead: Places::new(limits.max_ahead),
             pipes: relay::Pool::new(PIPES),
+            registration: Registration::default(),
             cancels: CancelLimit::default(),
             clock: SystemClock,
             measured: watch::Sender::default(),

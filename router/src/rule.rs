@@ -55,7 +55,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Reason::Member(why) => f.write_str(why),
-            Reason::Unproven => f.write_str("leader, but the DCS is silent and it has not proven it"),
+            Reason::Unproven => f.write_str("leader, but the DCS does not confirm it and it has not proven it"),
             Reason::Kind(wanted) => write!(f, "not what target {} means", wanted.as_str()),
             Reason::Tag(tag) => write!(f, "tag {tag} is not as wanted"),
             Reason::LagUnknown => f.write_str("how far it is behind is not known"),
@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(why(&table(), &nobody)[0], "a: used because there is no candidate");
         let leader = port(Target::Leader, NoCandidate::Hold);
         let silent = table().unconfirmed(false);
-        assert_eq!(why(&silent, &leader)[0], "a: leader, but the DCS is silent and it has not proven it");
+        assert_eq!(why(&silent, &leader)[0], "a: leader, but the DCS does not confirm it and it has not proven it");
     }
 
     #[test]

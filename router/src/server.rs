@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 use crate::handover::{Given, Giver, Taker};
 use crate::listeners::{Listeners, Opened, Work};
 use crate::router::Router;
+use crate::sessions::Cut;
 use crate::table::Certainty;
 use crate::{accept, relay, session};
 
@@ -194,6 +195,8 @@ impl Signals {
             ended = router.drain(limit, handed_over) => info!(sessions_ended = ended, "drained"),
             () = self.another() => warn!("not waiting for sessions any more"),
         }
+        router.sessions.end_all(Cut::Drained);
+        router.registration.withdraw().await;
     }
 
     async fn another(&mut self) {

@@ -126,6 +126,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 info!("acquired session lock as a leader");
                 self.memory.elected = Some(revision);
                 self.memory.leading_since = revision;
+                if !view.settings.router_lease.is_zero() {
+                    // Which routers there are must have been seen after that: the next view shows it, and the key.
+                    self.memory.sync_settled |= write.is_some();
+                    return Next::Wait;
+                }
                 let mut view = (*view).clone();
                 view.revision = revision;
                 let key =

@@ -10,6 +10,7 @@ pub mod election;
 pub mod lease;
 pub mod publish;
 pub mod quorum;
+pub mod routers;
 pub mod situation;
 pub mod slots;
 pub mod sync;
@@ -516,6 +517,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         {
             wake = wake.min(at);
         }
+        if let (Some(view), held @ Some(_)) = (&self.view, self.memory.key_held) {
+            wake = routers::awaited(view, held, now).map_or(wake, |awaited| wake.min(now + awaited.left));
+        }
         let scheduled = self.view.as_ref().and_then(|view| view.failover.as_ref()?.scheduled_at);
         if let Some(left) = scheduled.and_then(|at| (at.to_utc() - self.parts.clock.wall()).to_std().ok()) {
             wake = wake.min(now + left);
@@ -605,6 +609,7 @@ fn matters(before: &ClusterView, now: &ClusterView) -> bool {
         || before.config.as_ref().map(|c| c.revision) != now.config.as_ref().map(|c| c.revision)
         || leader(before) != leader(now)
         || before.members.len() != now.members.len()
+        || before.routers != now.routers
 }
 
 /// The dynamic configuration where the DCS has none: as it was last known, or that of a cluster that does not exist yet.

@@ -157,6 +157,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (PgStatus::Running(running), _) => Some((running.lsn, now)),
             _ => None,
         };
+        let mine = self.view.as_ref().and_then(|view| view.leader.as_ref()).filter(|key| key.name == self.me.name);
+        self.memory.key_held = mine.map(|key| match self.memory.key_held {
+            Some((created, since)) if created == key.created => (created, since),
+            _ => (key.created, now),
+        });
         let request = self.view.as_ref().filter(|view| view.leader.is_none() && view.failover.is_some());
         self.memory.unfulfilled = match (request.map(|view| view.failover_revision), self.memory.unfulfilled) {
             (Some(revision), Some((same, since))) if revision == same => Some((revision, since)),

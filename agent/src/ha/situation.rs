@@ -177,6 +177,8 @@ pub struct Memory {
     pub failsafe_refused: Option<(Instant, String)>,
     /// The leader key (by its creation) that was won by comparing positions with the others.
     pub elected: Option<Revision>,
+    /// The leader key (by its creation) that bears this node's name, and when that was seen first.
+    pub key_held: Option<(Revision, Instant)>,
     /// Positions that members told this leader while the DCS was away.
     pub heard: BTreeMap<MemberName, Lsn>,
     /// Revision at which the leader key was found or made ours: an older view says nothing about what we hold.

@@ -4,13 +4,14 @@
 //! stays in force. Numbers may come as strings, old clusters may hold the text forms that Patroni once wrote.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use trunkline_config::dynamic::Settings;
+use trunkline_config::dynamic::{MAX_ROUTER_LEASE, Settings};
 
 use super::paths::Paths;
 use super::{KeyValue, Snapshot};
-use crate::cluster::{ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, Status, SyncState};
+use crate::cluster::{ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, RouterRecord, Status, SyncState};
 use crate::{ClusterView, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 
 pub use super::json::{compact, deep_compare, python_json};
@@ -61,6 +62,13 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
             "failsafe" => {
                 view.failsafe = reader.read(entry, |value| failsafe(value).map(Some), || before.failsafe.clone());
                 view.failsafe_revision = entry.modified;
+            }
+            _ if key.starts_with("routers/") => {
+                let id = &key["routers/".len()..];
+                let kept = || before.routers.get(id).cloned();
+                if let Some(router) = reader.read(entry, |value| router(value).map(Some), kept) {
+                    view.routers.insert(id.to_owned(), router);
+                }
             }
             _ => {
                 let Some(name) = key.strip_prefix("members/").filter(|name| is_member_name(name)) else { continue };
@@ -146,6 +154,11 @@ pub fn encode_failover(request: Option<&FailoverRequest>) -> Value {
         map.insert("scheduled_at".to_owned(), at.into());
     }
     Value::Object(map)
+}
+
+/// The value of a `routers/` key.
+pub fn encode_router(router: &RouterRecord) -> Value {
+    json!({ "name": router.name, "lease": router.lease.as_secs(), "epoch": router.epoch.0 })
 }
 
 /// The value of the `history` key: `[timeline, switchpoint, reason, promoted_at, new_leader]` per finished timeline.
@@ -420,6 +433,17 @@ fn failsafe(value: &[u8]) -> Result<BTreeMap<MemberName, String>, Malformed> {
         _ => Err(format!("the URL of '{name}' is not a string")),
     };
     json_object(value)?.into_iter().map(entry).collect()
+}
+
+/// A lease that no setting allows would hold a promotion up.
+fn router(value: &[u8]) -> Result<RouterRecord, Malformed> {
+    let map = json_object(value)?;
+    let number = |field: &str| map.get(field).and_then(lenient_u64).ok_or(format!("{field} is not a number"));
+    Ok(RouterRecord {
+        name: map.get("name").and_then(Value::as_str).unwrap_or("unknown").to_owned(),
+        lease: Duration::from_secs(number("lease")?.min(MAX_ROUTER_LEASE.unsigned_abs())),
+        epoch: Revision(i64::try_from(number("epoch")?).map_err(|e| e.to_string())?),
+    })
 }
 
 fn json(value: &[u8]) -> Result<Value, Malformed> {

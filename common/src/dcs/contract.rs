@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use futures::StreamExt;
 
+use super::store::{Alongside, ClusterStore, Outcome, Seen};
 use super::{Change, Compare, Dcs, DcsError, KeyValue, Op, Txn, TxnResult, WatchEvent};
+use crate::cluster::RouterRecord;
 use crate::{Clock, LeaseId, Revision};
 
 /// Longest wait for an event that must come at once.
@@ -255,6 +257,27 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
         };
         self.clock.within(limit, next).await.expect("changes in time")
     }
+}
+
+/// A router's registration: it is written once for each thing there is to say, goes with its lease, and every saying of it
+/// shows the leader key of that moment.
+pub async fn routers<D: Dcs>(store: &ClusterStore<D>) {
+    let record = |epoch| RouterRecord { name: "web1/7".to_owned(), lease: Duration::from_secs(5), epoch };
+    let lease = store.grant(Duration::from_secs(5)).await.expect("a lease").id;
+    assert_eq!(store.put_router(lease, &record(Revision(0))).await, Ok(None), "nobody leads");
+    let leads = store.grant(Duration::from_secs(5)).await.expect("a lease").id;
+    let won = store.acquire_leader(&"a".into(), leads, Seen::default(), Alongside::default()).await;
+    let Ok(Outcome::Done(created)) = won else { panic!("{won:?}") };
+    assert_eq!(store.put_router(lease, &record(Revision(0))).await, Ok(Some(created)));
+    assert_eq!(store.put_router(lease, &record(created)).await, Ok(Some(created)));
+    let before = store.read().await.expect("a reading");
+    assert_eq!(before.routers.values().collect::<Vec<_>>(), [&record(created)]);
+    assert_eq!(store.put_router(lease, &record(created)).await, Ok(Some(created)));
+    let after = store.read().await.expect("a reading");
+    assert_eq!(after.revision, before.revision, "what is said already is not written again");
+    store.dcs().revoke(lease).await.expect("revoked");
+    assert_eq!(store.read().await.expect("a reading").routers.len(), 0);
+    assert_eq!(store.put_router(lease, &record(created)).await, Err(DcsError::LeaseLost));
 }
 
 fn describe(changes: &[Change]) -> Vec<(String, Option<String>)> {

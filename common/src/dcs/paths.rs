@@ -27,6 +27,11 @@ impl Paths {
     pub fn member(&self, name: &crate::MemberName) -> String {
         format!("{}members/{name}", self.base)
     }
+
+    /// The key of a router that is registered with `lease`.
+    pub fn router(&self, lease: crate::LeaseId) -> String {
+        format!("{}routers/{:x}", self.base, lease.0)
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::codec;
 use super::paths::Paths;
 use super::{Compare, Dcs, DcsError, KeyValue, Lease, Op, Txn, TxnResult};
+use crate::cluster::RouterRecord;
 use crate::{ClusterView, LeaseId, MemberName, Revision, SystemId};
 
 /// The keys of one cluster.
@@ -309,6 +310,17 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
+    /// Sees to it that the router that is registered with `lease` says `record`, and tells when the leader key that there is
+    /// now was created. Sent after a renewal, it shows which leader is the newest that could have seen the lease end.
+    pub async fn put_router(&self, lease: LeaseId, record: &RouterRecord) -> Result<Option<Revision>, DcsError> {
+        let (key, leader) = (self.paths.router(lease), Op::Get(self.paths.key("leader")));
+        let value = codec::compact(&codec::encode_router(record));
+        let when = vec![Compare::Value(key.clone(), value.clone()), Compare::Lease(key.clone(), lease)];
+        let otherwise = vec![Op::Put(key, value, lease), leader.clone()];
+        let result = self.dcs.txn(Txn { when, then: vec![leader], otherwise }).await?;
+        Ok(result.read.into_iter().next().flatten().map(|kv| kv.created))
+    }
+
     /// Removes every key of the cluster.
     pub async fn delete_cluster(&self) -> Result<(), DcsError> {
         self.put(Op::DeletePrefix(self.paths.prefix().to_owned())).await
@@ -376,6 +388,11 @@ mod tests {
 
     fn at(sync: Revision) -> Seen {
         Seen { sync, ..Seen::default() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_router_says_what_it_follows_and_hears_who_leads() {
+        crate::dcs::contract::routers(&store()).await;
     }
 
     #[tokio::test(start_paused = true)]

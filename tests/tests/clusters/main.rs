@@ -14,6 +14,7 @@ mod inquiry;
 mod mixed;
 mod patroni;
 mod ports;
+mod registration;
 mod rejoin;
 mod router;
 mod switchover;

@@ -10,6 +10,7 @@ use super::{
     leaderless, standby, step_down_margin,
 };
 use crate::ha::election::{self, Takeover, Verdict};
+use crate::ha::routers::{self, Awaited};
 use crate::ha::situation::{Situation, stopped_as_primary};
 use crate::ha::sync;
 use crate::postgres::{ControlData, PgRole, PgStatus, StartAs};
@@ -123,6 +124,10 @@ fn promote(s: &Situation, view: &ClusterView) -> Decision {
             }
         }
     };
+    if let Some(Awaited { names, left }) = routers::awaited(view, s.memory.key_held, s.now) {
+        let reason = format!("{why}; not promoted before {} let go of the former leader's sessions", names.join(", "));
+        return is(Action::Wait, format!("{reason}, or {left:.1?} have passed"));
+    }
     is(Action::Promote(sync::on_promotion(view, &s.me.name)), why)
 }
 

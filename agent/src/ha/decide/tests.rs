@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::json;
-use trunkline_common::cluster::{FailoverRequest, HistoryLine, LeaderKey, Member, SyncState};
+use trunkline_common::cluster::{FailoverRequest, HistoryLine, LeaderKey, Member, RouterRecord, SyncState};
 use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
 
 use super::*;
@@ -579,6 +579,33 @@ fn what_was_copied_in_pause_is_started() {
     copy.pg = stopped(ControlState::InArchiveRecovery, true);
     copy.memory.fresh_copy = true;
     assert!(matches!(copy.decide().action, Action::Start(StartAs::Standby(Some(_)))));
+}
+
+#[test]
+fn a_new_leader_is_promoted_when_routers_have_let_go_of_the_former_one_or_their_leases_are_over() {
+    let mut world = world().leading();
+    world.pg = standby(1000);
+    world.memory.elected = Some(Revision(50));
+    let action = |world: &World| world.decide().action;
+    for (what, setting, epoch, held_for, expected) in [
+        ("it has not seen the new leader", 5, 40, 0, Action::Wait),
+        ("nor for nearly its lease", 5, 40, 4, Action::Wait),
+        ("its lease is over", 5, 40, 5, Action::Promote(None)),
+        ("it has let go", 5, 50, 0, Action::Promote(None)),
+        ("nobody is to wait", 0, 40, 0, Action::Promote(None)),
+    ] {
+        world.view().settings.router_lease = Duration::from_secs(setting);
+        let router = RouterRecord { name: "web1/7".into(), lease: Duration::from_secs(5), epoch: Revision(epoch) };
+        world.view().routers = [("7b".to_owned(), router)].into();
+        world.memory.key_held = Some((Revision(50), NOW - Duration::from_secs(held_for)));
+        assert_eq!(action(&world), expected, "{what}");
+    }
+    world.view().settings.router_lease = Duration::from_secs(5);
+    world.memory.key_held = None;
+    let decision = world.decide();
+    assert!(decision.action == Action::Wait && decision.reason.contains("web1/7"), "{}", decision.reason);
+    world.pg = primary(1000);
+    assert_eq!(action(&world), Action::Lead, "who leads already does not wait");
 }
 
 #[test]

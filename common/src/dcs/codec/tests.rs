@@ -9,7 +9,7 @@ use super::*;
 use crate::cluster::host_port;
 use crate::dcs::Change;
 
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "initialize",
     "leader",
     "config",
@@ -20,6 +20,7 @@ const KEYS: [&str; 10] = [
     "sync",
     "failsafe",
     "members/pg-a",
+    "routers/7b",
 ];
 
 fn paths() -> Paths {
@@ -181,6 +182,18 @@ fn member_value() -> impl Strategy<Value = Member> {
         )
 }
 
+#[test]
+fn routers_round_trip_and_hold_nobody_up_for_long() {
+    let router = |lease| RouterRecord { name: "web1/7".into(), lease: Duration::from_secs(lease), epoch: Revision(42) };
+    for (written, read) in [(5, 5), (86_400, 60)] {
+        let value = compact(&encode_router(&router(written)));
+        let seen = view(&paths(), &one("routers/7b", &value, 1), None);
+        assert_eq!(seen.routers, BTreeMap::from([("7b".to_owned(), router(read))]));
+    }
+    let seen = view(&paths(), &one("routers/7b", b"{}", 1), None);
+    assert_eq!((seen.routers.len(), seen.malformed.len()), (0, 1));
+}
+
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(key in proptest::sample::select(&KEYS[..]), value: Vec<u8>, before: Vec<u8>) {
@@ -200,7 +213,7 @@ proptest! {
     #[test]
     fn a_view_after_events_is_the_view(writes in proptest::collection::vec((0..KEYS.len(), 0..6usize), 1..30)) {
         const VALUES: [&str; 5] = [
-            r#"{"ttl": 20, "leader": "pg-a", "sync_standby": "b", "optime": 7, "pg-a": "http://a"}"#,
+            r#"{"ttl": 20, "leader": "pg-a", "sync_standby": "b", "optime": 7, "pg-a": "http://a", "lease": 5, "epoch": 9}"#,
             r#"{"optime": "9", "leader": "b", "member": "c", "quorum": 1, "state": "running"}"#,
             r#"[[1, 67108864, "no recovery target specified"]]"#,
             "12345678901234",
