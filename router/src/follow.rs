@@ -82,7 +82,8 @@ pub async fn run(
         router.registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
         let stale_at = stale_at.filter(|_| fresh);
-        let wake = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(ends).min().unwrap_or(now + PROBE_PAUSE);
+        let events = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(ends);
+        let wake = events.min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
             biased;
             changed = knowledge.changed() => changed,

@@ -241,12 +241,11 @@ mod tests {
     /// A router that follows the first leader key.
     async fn world() -> (World, Revision) {
         let clock = TokioClock::default();
-        let hub = MemoryDcs::new(clock.clone());
+        let hub = MemoryDcs::new(clock);
         let (dcs, paths) = (hub.client(), Paths::new("service", "demo"));
         let registration = Registration::default();
         let name = "web1/7".to_owned();
-        let registrar =
-            Registrar::new(ClusterStore::new(dcs.clone(), paths.clone()), clock.clone(), name, &registration);
+        let registrar = Registrar::new(ClusterStore::new(dcs.clone(), paths.clone()), clock, name, &registration);
         tokio::spawn(registrar.run());
         let registered = registration.registered.subscribe();
         let mut world = World { dcs, store: ClusterStore::new(hub, paths), clock, registration, registered };

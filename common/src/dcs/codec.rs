@@ -11,7 +11,9 @@ use trunkline_config::dynamic::{MAX_ROUTER_LEASE, Settings};
 
 use super::paths::Paths;
 use super::{KeyValue, Snapshot};
-use crate::cluster::{ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, RouterRecord, Status, SyncState};
+use crate::cluster::{
+    ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, RouterRecord, Status, SyncState,
+};
 use crate::{ClusterView, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 
 pub use super::json::{compact, deep_compare, python_json};
