@@ -10,15 +10,17 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{fmt, reload};
 use trunkline_config::local::Log;
 
 use self::format::{Format, PythonStyle};
 use self::sink::Sink;
 
 /// Libraries that say much at debug that helps nobody here.
-const QUIET: &str = "h2=info,hyper=info,hyper_util=info,tonic=info,tower=info,rustls=info,reqwest=info,mio=info";
+const QUIET: [&str; 8] = ["h2", "hyper", "hyper_util", "tonic", "tower", "rustls", "reqwest", "mio"];
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -46,24 +48,20 @@ pub enum TelemetryError {
 pub struct Telemetry {
     sink: Sink,
     /// Replaces the filter; false if there is none any more.
-    replace: Box<dyn Fn(EnvFilter) -> bool + Send + Sync>,
+    replace: Box<dyn Fn(Targets) -> bool + Send + Sync>,
 }
 
-/// Sets up logging for the process. `RUST_LOG`, where set, is used instead of `log.level`.
+/// Sets up logging for the process. `RUST_LOG` (`info,trunkline_agent=debug`), where set, is used instead of `log.level`.
 pub fn init(log: &Log) -> Result<Telemetry, TelemetryError> {
     let level = Level::parse(&log.level)?;
     let sink = Sink::start(log.dir.as_deref())?;
     let format = Format { style: PythonStyle::parse(&log.format), json: log.json };
     let writer = sink.clone();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| level.filter());
-    let builder = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .event_format(format)
-        .with_writer(move || writer.clone())
-        .with_env_filter(filter)
-        .with_filter_reloading();
-    let handle = builder.reload_handle();
-    builder.finish().try_init().map_err(|_| TelemetryError::Again)?;
+    let of_environment = std::env::var("RUST_LOG").ok().and_then(|text| text.parse().ok());
+    let (filter, handle) = reload::Layer::new(of_environment.unwrap_or_else(|| level.filter()));
+    let lines = fmt::layer().with_ansi(false).event_format(format).with_writer(move || writer.clone());
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines);
+    subscriber.try_init().map_err(|_| TelemetryError::Again)?;
     Ok(Telemetry { sink, replace: Box::new(move |filter| handle.reload(filter).is_ok()) })
 }
 
@@ -113,14 +111,15 @@ impl Level {
         }
     }
 
-    fn filter(self) -> EnvFilter {
+    fn filter(self) -> Targets {
         let level = match self {
-            Level::Debug => "debug",
-            Level::Info => "info",
-            Level::Warning => "warn",
-            Level::Error => "error",
+            Level::Debug => LevelFilter::DEBUG,
+            Level::Info => LevelFilter::INFO,
+            Level::Warning => LevelFilter::WARN,
+            Level::Error => LevelFilter::ERROR,
         };
-        EnvFilter::new(if self == Level::Debug { format!("{level},{QUIET}") } else { level.to_owned() })
+        let quiet = QUIET.map(|library| (library, level.min(LevelFilter::INFO)));
+        Targets::new().with_default(level).with_targets(quiet)
     }
 }
 
@@ -135,5 +134,16 @@ mod tests {
         }
         let error = Level::parse("LOUD").unwrap_err().to_string();
         assert!(error.contains("log.level") && error.contains("LOUD"), "{error}");
+    }
+
+    #[test]
+    fn libraries_are_quiet_at_debug_and_never_louder_than_ourselves() {
+        let says = |level: Level, target, what| level.filter().would_enable(target, &what);
+        assert!(says(Level::Debug, "trunkline_agent::ha", tracing::Level::DEBUG));
+        assert!(
+            !says(Level::Debug, "h2::client", tracing::Level::DEBUG) && says(Level::Debug, "h2", tracing::Level::INFO)
+        );
+        assert!(!says(Level::Warning, "h2", tracing::Level::INFO) && says(Level::Warning, "h2", tracing::Level::WARN));
+        assert!(!says(Level::Info, "trunkline_agent", tracing::Level::DEBUG));
     }
 }
