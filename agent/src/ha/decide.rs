@@ -8,6 +8,8 @@ mod leader;
 mod leaderless;
 mod standby;
 
+pub use self::follower::DRY;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -37,7 +37,7 @@ use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revisio
 use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
 
-use self::decide::{Action, Decision};
+use self::decide::{Action, DRY, Decision};
 use self::lease::{Keeper, LeaseHandle, Timing};
 use self::publish::Urls;
 use self::shutdown::keep_beating;
@@ -409,11 +409,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
             (_, TaskEnd::Compared(Divergence::None)) => {
-                info!("the local history is a prefix of the leader's");
-                self.memory.divergence = DivergenceState::NotAsked;
-                if matches!(self.pg, PgStatus::Running(_)) {
+                let asked = std::mem::replace(&mut self.memory.divergence, DivergenceState::NotAsked);
+                match asked {
+                    DivergenceState::NotAsked => debug!("the local history is still a prefix of the leader's"),
+                    _ => info!("the local history is a prefix of the leader's"),
+                }
+                if asked == DivergenceState::NotAsked && matches!(self.pg, PgStatus::Running(_)) {
                     // Asked because it does not stream, and that is not why: asking again at once would tell nothing new.
-                    self.memory.retry_at = Some(now + self.settings().loop_wait);
+                    self.memory.retry_at = Some(now + self.settings().loop_wait.max(DRY));
                     self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
                     return;
                 }
