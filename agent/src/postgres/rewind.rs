@@ -147,7 +147,7 @@ impl Instance {
         let version = self.version();
         let control = self.control()?;
         let clean = matches!(control.state, ControlState::ShutDown | ControlState::ShutDownInRecovery);
-        if version < 13 && !clean {
+        if !clean {
             self.single_user_recovery().await?;
         }
         let mut settings = conninfo::to_upstream(upstream, &config.rewind, &config.pgpass, version);
@@ -176,12 +176,17 @@ impl Instance {
         result
     }
 
-    /// Crash recovery without serving anybody. WAL that is to be archived stays for the next start.
+    /// Crash recovery without serving anybody. WAL that is to be archived stays for the next start. pg_rewind would do it
+    /// since 13, by the files alone: a `wal_level` below that of the logical slots would end it.
     async fn single_user_recovery(&self) -> Result<(), PgError> {
         let config = self.config_now();
         let mut command = Command::new(program::path(&config, "postgres"));
         command.arg("--single").arg("-D").arg(&config.data_dir);
         command.arg(format!("--config_file={}", files::conf_file(&config).display()));
+        let (values, _) = settings::command_line(&config, self.scope(), None);
+        for (name, value) in values {
+            command.arg("-c").arg(format!("{name}={value}"));
+        }
         command.args(["-c", "archive_mode=on", "-c", "archive_command=false", "template1"]);
         tracing::info!("crash recovery in single-user mode");
         program::run(&mut command).await
