@@ -93,14 +93,17 @@ fn main() -> ExitCode {
         runtime.shutdown_timeout(Duration::from_secs(1));
         ended
     });
-    match ended {
+    let code = match ended {
         Ok(Exit::Stopped) => ExitCode::SUCCESS,
         Ok(Exit::Refused(_)) => ExitCode::FAILURE,
         Err(error) => {
             error!(critical = true, "{error:#}");
             ExitCode::FAILURE
         }
-    }
+    };
+    // The hook above keeps it until the very end: nothing drops it.
+    log.flush();
+    code
 }
 
 /// As the first process of a container: this very program once more, as a child.
