@@ -59,6 +59,14 @@ pub async fn patch(address: impl Into<Address>, path: &str, body: &Value) -> Res
     send(client()?.patch(url(address.into(), path)).json(body).timeout(LIMIT)).await
 }
 
+/// `DELETE`.
+///
+/// # Errors
+/// No answer within three seconds.
+pub async fn delete(address: impl Into<Address>, path: &str) -> Result<Answer> {
+    send(client()?.delete(url(address.into(), path)).timeout(LIMIT)).await
+}
+
 fn url(Address(address): Address, path: &str) -> String {
     format!("http://{address}{path}")
 }
