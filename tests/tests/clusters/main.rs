@@ -21,5 +21,6 @@ mod schedule;
 mod slots;
 mod standbys;
 mod switchover;
+mod systemd;
 mod versions;
 mod vip;
