@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use trunkline_common::{Clock, SystemClock};
 use trunkline_tests::workload::{Load, Target};
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, haproxy, patroni, wait};
@@ -105,6 +105,34 @@ async fn a_cluster_half_patroni_half_ours_fails_over_both_ways_with_quorum_slots
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.finish(load).await?;
     Ok(())
+}
+
+/// The host of whoever leads dies, first of one product and then of the other.
+async fn killed_hosts(name: &str, mode: Value) -> Result<()> {
+    let mut spec = spec(vec![Program::agent()?, patroni::program()?]);
+    spec.dcs = json!({ "synchronous_mode": mode, "primary_start_timeout": 0 });
+    let mut scene = Scene::with(name, 1, spec).await?;
+    let load = scene.load().await?;
+    for _ in 0..2 {
+        let old = scene.cluster.settled(LIMIT).await?;
+        scene.cluster.nodes[old].kill();
+        ensure!(scene.cluster.leader_other_than(old, LIMIT).await? == 1 - old);
+        load.writers.progress(100, LIMIT).await?;
+        scene.cluster.nodes[old].start()?;
+        ensure!(scene.cluster.settled(LIMIT).await? == 1 - old, "leadership moved");
+    }
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_half_patroni_half_ours_outlives_killed_hosts_both_ways_in_synchronous_mode() -> Result<()> {
+    killed_hosts("mixed-sync", json!(true)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_half_patroni_half_ours_outlives_killed_hosts_both_ways_with_quorum_commit() -> Result<()> {
+    killed_hosts("mixed-quorum", json!("quorum")).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
