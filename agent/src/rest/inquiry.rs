@@ -108,6 +108,11 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
                     "promotion_ms": took.promotion.map(millis),
                 },
                 "estimate": estimate.to_string(),
+                "estimate_ms": {
+                    "host_death": millis(estimate.host_death),
+                    "postmaster_death": estimate.postmaster_death.map(millis),
+                    "switchover": millis(estimate.switchover),
+                },
                 "warnings": estimate.warnings,
             }),
         )

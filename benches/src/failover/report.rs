@@ -10,7 +10,16 @@ use crate::table::{markdown, median, numbers};
 
 /// The outages of every arrangement and how they compare with the first one, as Markdown.
 pub fn outages(all: &[Measured]) -> Table {
-    let mut table = markdown(&["fault", "arrangement", "rounds", "min ms", "median ms", "max ms", "ratio of medians"]);
+    let mut table = markdown(&[
+        "fault",
+        "arrangement",
+        "rounds",
+        "min ms",
+        "median ms",
+        "max ms",
+        "ratio of medians",
+        "rto had said",
+    ]);
     for fault in Fault::ALL {
         let first = all.first().and_then(|first| median(&first.outages(fault)));
         for measured in all {
@@ -28,11 +37,20 @@ pub fn outages(all: &[Measured]) -> Table {
                 format!("{middle:.0}"),
                 format!("{max:.0}"),
                 ratio,
+                told(measured, fault).map_or(String::new(), |told| format!("{told:.0}")),
             ]);
         }
     }
-    numbers(&mut table, 2..7);
+    numbers(&mut table, 2..8);
     table
+}
+
+/// The median of what `trunklinectl rto` would have said before each fault, in milliseconds.
+fn told(measured: &Measured, fault: Fault) -> Option<f64> {
+    let mut told: Vec<f64> =
+        measured.rounds.iter().filter(|round| round.fault == fault).filter_map(|round| round.told_ms).collect();
+    told.sort_by(f64::total_cmp);
+    median(&told)
 }
 
 /// Medians of the moments of each stage, in milliseconds after the fault, as Markdown.
@@ -87,7 +105,8 @@ mod tests {
     use crate::failover::Round;
 
     fn measured(arrangement: Arrangement, outages: &[f64]) -> Measured {
-        let round = |outage_ms: &f64| Round { fault: Fault::Switchover, outage_ms: *outage_ms, stages: None };
+        let round =
+            |outage_ms: &f64| Round { fault: Fault::Switchover, outage_ms: *outage_ms, stages: None, told_ms: None };
         Measured {
             arrangement,
             synchronous: true,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use trunkline_common::{Clock, Instant, SystemClock};
 use trunkline_tests::workload::{Load, Record};
-use trunkline_tests::{Cluster, Etcd, Lab};
+use trunkline_tests::{Cluster, Etcd, Lab, rest};
 
 use super::arrangement::Arrangement;
 use super::stages::{KeyEvents, Stages};
@@ -41,6 +41,15 @@ impl Fault {
             Fault::Node => "SIGKILL of the node",
         }
     }
+
+    /// Its name in `GET /rto`.
+    fn in_rto(self) -> &'static str {
+        match self {
+            Fault::Switchover => "switchover",
+            Fault::Postmaster => "postmaster_death",
+            Fault::Node => "host_death",
+        }
+    }
 }
 
 /// One fault.
@@ -52,6 +61,8 @@ pub struct Round {
     pub outage_ms: f64,
     /// Where they went; of ours only.
     pub stages: Option<Stages>,
+    /// What `GET /rto` of the leader had said of this fault before; of ours only.
+    pub told_ms: Option<f64>,
 }
 
 /// What came out of one arrangement.
@@ -133,6 +144,13 @@ async fn round(
     let old = cluster.settled(LIMIT).await?;
     load.writers.progress(ROWS, LIMIT).await?;
 
+    let told_ms = match arrangement {
+        Arrangement::Trunkline => {
+            let told = rest::get(cluster.nodes[old].rest_port(), "/rto").await?.body;
+            told["estimate_ms"][fault.in_rto()].as_f64()
+        }
+        Arrangement::Tuned | Arrangement::Stock => None,
+    };
     let at = SystemClock.now();
     match fault {
         Fault::Switchover => cluster.switchover(old, None).await?,
@@ -152,7 +170,7 @@ async fn round(
     if fault == Fault::Node {
         cluster.nodes[old].start()?;
     }
-    Ok(Round { fault, outage_ms: milliseconds(outage), stages })
+    Ok(Round { fault, outage_ms: milliseconds(outage), stages, told_ms })
 }
 
 /// Waits until rows have been acknowledged that were begun after the fault and after the interruption it caused.

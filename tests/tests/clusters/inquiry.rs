@@ -1,10 +1,12 @@
 //! What operators ask of a cluster: may this member lead, how long will writes be out, why is this setting what it is.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use trunkline_tests::{LIMIT, Program, Scene, wait};
+use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::{LIMIT, Program, Scene, rest, wait};
 
 /// Beside the agent.
 fn program() -> Result<Program> {
@@ -62,6 +64,48 @@ async fn members_say_whether_they_may_lead_and_how_long_that_would_take() -> Res
     };
     wait::until("the line in the log", LIMIT, log).await?;
     scene.lab.success();
+    Ok(())
+}
+
+/// What `trunklinectl rto` says beside what clients see. A busy machine makes everything late, so the figures are printed,
+/// and only those that nothing explains are an error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_outages_that_clients_see_are_those_that_were_told() -> Result<()> {
+    const BUSY: Duration = Duration::from_secs(5);
+    let mut scene = Scene::start("rto", 3).await?;
+    let load = scene.load().await?;
+    // The first one measures how long stop and promotion take here.
+    for fault in ["", "switchover", "postmaster_death", "host_death"] {
+        let old = scene.cluster.settled(LIMIT).await?;
+        let port = scene.cluster.nodes[old].rest_port();
+        let told = wait::until("the round trips to be measured", LIMIT, async || {
+            let told = rest::get(port, "/rto").await?.body;
+            ensure!(!told["estimate"].to_string().contains("renewal"), "{told}");
+            Ok(told["estimate_ms"][fault].as_f64().unwrap_or_default())
+        });
+        let told = Duration::from_secs_f64(told.await? / 1000.0);
+        let began = SystemClock.now();
+        match fault {
+            "host_death" => scene.cluster.nodes[old].kill(),
+            "postmaster_death" => scene.cluster.nodes[old].kill_postmaster()?,
+            _ => scene.cluster.switchover(old, None).await?,
+        }
+        scene.cluster.leader_other_than(old, LIMIT).await?;
+        load.writers.progress(100, LIMIT).await?;
+        if fault == "host_death" {
+            scene.cluster.nodes[old].start()?;
+        }
+        if !fault.is_empty() {
+            let outage = load.writers.record().outage(began);
+            println!("{fault}: told {told:.2?}, seen {outage:.2?}");
+            ensure!(outage < told + BUSY, "{fault}: {told:?} was told, but it took {outage:?}");
+            ensure!(
+                fault != "host_death" || outage > told / 2,
+                "{fault}: {told:?} was told, but it took only {outage:?}"
+            );
+        }
+    }
+    scene.finish(load).await?;
     Ok(())
 }
 
