@@ -172,9 +172,9 @@ fn program(way: Way) -> &'static str {
 fn configuration(way: Way, listen: u16, port: u16) -> String {
     match way {
         Way::HAProxy => format!(
-            "global\n    maxconn 8000\n    nbthread 1\ndefaults\n    mode tcp\n    retries 2\n    timeout client 30m\n    \
+            "global\n    maxconn 9800\n    nbthread 1\ndefaults\n    mode tcp\n    retries 2\n    timeout client 30m\n    \
              timeout connect 4s\n    timeout server 30m\nlisten primary\n    bind 127.0.0.1:{listen}\n    \
-             server postgres 127.0.0.1:{port} maxconn 8000\n"
+             server postgres 127.0.0.1:{port} maxconn 9800\n"
         ),
         Way::PgBouncer => format!(
             "[databases]\npostgres = host=127.0.0.1 port={port} dbname=postgres user=postgres\n[pgbouncer]\n\
