@@ -202,8 +202,8 @@ impl Relay<'_> {
     fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
         for _ in 0..STEPS {
             // Both are polled even if the first can go on: each must be registered for its own wake-up.
-            let up = self.up.poll_step(cx, pool);
-            let down = self.down.poll_step(cx, pool);
+            let up = self.up.poll_step(cx, pool, self.down.ended());
+            let down = self.down.poll_step(cx, pool, self.up.ended());
             self.account(&up, &down, meter);
             self.note_end();
             if let Some(end) = self.finished() {
@@ -350,8 +350,9 @@ impl<'a> Half<'a> {
         self.watch = None;
     }
 
-    /// One read and what can be written of it. Ready: bytes read, and there may be more at once.
-    fn poll_step(&mut self, cx: &mut Context<'_>, pool: &Pool) -> Poll<usize> {
+    /// One read and what can be written of it. Ready: bytes read, and there may be more at once. `last`: the other half has
+    /// ended.
+    fn poll_step(&mut self, cx: &mut Context<'_>, pool: &Pool, last: bool) -> Poll<usize> {
         if self.ended() {
             return Poll::Pending;
         }
@@ -368,23 +369,24 @@ impl<'a> Half<'a> {
         match step {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(0)) => {
-                self.finish(Stop::Eof);
+                self.finish(Stop::Eof, last);
                 Poll::Ready(0)
             }
             Poll::Ready(Ok(bytes)) => Poll::Ready(bytes),
             Poll::Ready(Err(stop)) => {
-                self.finish(stop);
+                self.finish(stop, last);
                 Poll::Ready(0)
             }
         }
     }
 
-    /// The last step. Also after a broken read the destination hears an orderly end behind its last byte.
-    fn finish(&mut self, stop: Stop) {
+    /// The last step. Also after a broken read the destination hears an orderly end behind its last byte: by closing, which
+    /// follows, if this is the `last` half.
+    fn finish(&mut self, stop: Stop, last: bool) {
         self.stop = Some(stop);
         self.rest = Vec::new();
         self.way = splice::Way::default();
-        if stop != Stop::Write {
+        if stop != Stop::Write && !last {
             // An error means that the destination is gone, which the other half finds out by itself.
             let _ = rustix::net::shutdown(self.to, rustix::net::Shutdown::Write);
         }
