@@ -33,6 +33,8 @@ pub struct Port {
     pub max_lag: Lag,
     /// Sessions on a standby further behind are ended.
     pub end_lag: Lag,
+    /// Sessions on a standby that has been down for so long, as far as the DCS knows, are ended; `None`: never.
+    pub end_down_time: Option<Duration>,
     /// Which of several servers.
     pub balance: Balance,
     /// Sessions at once.
@@ -224,6 +226,7 @@ impl Port {
             tags: BTreeMap::new(),
             max_lag: Lag::default(),
             end_lag: Lag::default(),
+            end_down_time: None,
             balance: Balance::TwoChoices,
             max_sessions: None,
             max_per_client: None,
@@ -310,6 +313,7 @@ const KNOWN: &[&str] = &[
     "max_lag_time",
     "end_lag",
     "end_lag_time",
+    "end_down_time",
     "balance",
     "max_sessions",
     "max_per_client",
@@ -396,7 +400,7 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
     let choice = section.boolean("choice").unwrap_or(false);
     let (max_lag, end_lag) = (read_lag(section, "max_lag"), read_lag(section, "end_lag"));
     if target == Some(Target::Leader) && !choice {
-        for key in ["max_lag", "max_lag_time", "end_lag", "end_lag_time", "balance"] {
+        for key in ["max_lag", "max_lag_time", "end_lag", "end_lag_time", "end_down_time", "balance"] {
             if section.has(key) {
                 section.notice(key, "has no effect where the target is the leader");
             }
@@ -425,6 +429,7 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
         tags,
         max_lag,
         end_lag,
+        end_down_time: section.duration("end_down_time"),
         balance,
         max_sessions,
         max_per_client,

@@ -373,6 +373,7 @@ ports:
   max_lag_time: 5s
   end_lag: 1GB
   end_lag_time: 1min
+  end_down_time: 10s
   balance: client_address
   max_sessions: 100
   max_per_client: 10
@@ -400,6 +401,7 @@ ports:
         );
         assert_eq!(ro.max_lag, Lag { bytes: Some(16 << 20), time: Some(Duration::from_secs(5)) });
         assert_eq!(ro.end_lag, Lag { bytes: Some(1 << 30), time: Some(Duration::from_secs(60)) });
+        assert_eq!((ro.end_down_time, config.ports[1].end_down_time), (Some(Duration::from_secs(10)), None));
         assert_eq!((ro.balance, ro.choice), (Balance::ClientAddress, true));
         assert_eq!((ro.max_sessions, ro.max_per_client, ro.accept_rate), (Some(100), Some(10), Some(50)));
         assert_eq!((ro.hold_timeout, ro.connect_timeout), (Duration::from_secs(5), Duration::from_millis(200)));

@@ -2,6 +2,7 @@
 //!
 //! The same judgement serves new sessions, `/routes`, `/why` and the log, so they can't disagree.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use trunkline_common::{Instant, MemberName};
 use trunkline_config::router::{Lag, NoCandidate, Port, Target};
 
-use crate::table::{Backend, RouteTable};
+use crate::table::{Backend, Certainty, RouteTable};
 
 /// What a port makes of a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,6 +119,20 @@ pub fn must_end(table: &RouteTable, port: &Port, member: &MemberName, now: Insta
     standby.is_some_and(|standby| {
         matches!(within(standby, &port.end_lag, now), Err(Reason::LagBytes(..) | Reason::LagTime(..)))
     })
+}
+
+/// Since when each member with sessions has been down, as far as the DCS knows: its record is gone, or says so. The leader's
+/// sessions are the business of leadership, and what is not confirmed says nothing.
+pub fn down_since(
+    before: &BTreeMap<MemberName, Instant>,
+    table: &RouteTable,
+    in_use: impl Iterator<Item = MemberName>,
+    now: Instant,
+) -> BTreeMap<MemberName, Instant> {
+    let leads = |name: &MemberName| table.reign.as_ref().is_some_and(|reign| reign.member == *name);
+    let known = table.certainty == Certainty::Confirmed;
+    let down = in_use.filter(|name| known && !table.up.contains(name) && !leads(name));
+    down.map(|name| (before.get(&name).copied().unwrap_or(now), name)).map(|(since, name)| (name, since)).collect()
 }
 
 fn judge(server: &Backend, leads: bool, port: &Port, now: Instant) -> Result<(), Reason> {
@@ -349,5 +364,29 @@ mod tests {
             let holder: Option<MemberName> = leader.map(|name| name.as_str().into());
             prop_assert!(target != Target::Leader || chosen.iter().all(|name| Some(name) == holder.as_ref()));
         }
+    }
+
+    #[test]
+    fn down_is_who_is_gone_or_says_so_and_only_while_that_is_confirmed() {
+        let blind = Member { xlog_location: None, replication_state: None, ..member("replica", "running") };
+        let dry = Member { replication_state: None, ..member("replica", "running") };
+        let stopping = Member { state: "stopping".into(), ..member("primary", "running") };
+        let view = view(
+            Some(("a", 7)),
+            &[
+                ("a", stopping),
+                ("b", member("replica", "running")),
+                ("c", member("replica", "stopped")),
+                ("d", blind),
+                ("e", dry),
+            ],
+        );
+        let in_use = || ["a", "b", "c", "d", "e", "gone"].into_iter().map(MemberName::from);
+        let table = RouteTable::from_view(&view);
+        let before = BTreeMap::from([("b".into(), at(10)), ("c".into(), at(50))]);
+        let down = down_since(&before, &table, in_use(), at(100));
+        let expected = [("c", 50), ("d", 100), ("gone", 100)].map(|(name, since)| (MemberName::from(name), at(since)));
+        assert_eq!(down, BTreeMap::from(expected), "a leads, b is well, and e only has nobody to stream from");
+        assert_eq!(down_since(&down, &table.unconfirmed(true), in_use(), at(200)), BTreeMap::new());
     }
 }

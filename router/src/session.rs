@@ -450,6 +450,7 @@ impl Ended {
             Ended::Cut(Cut::LeaderChanged) => "leader_changed",
             Ended::Cut(Cut::Drained) => "drained",
             Ended::Cut(Cut::Lag) => "lag",
+            Ended::Cut(Cut::Down) => "down",
             Ended::Cut(Cut::Overdue) => "switchover_overdue",
             Ended::Switchover => "switchover",
             Ended::Refused(Refusal::NoServer) => "no_server",

@@ -37,6 +37,8 @@ pub enum Cut {
     Lag = 3,
     /// Its server is about to stop, and its transaction took too long.
     Overdue = 4,
+    /// Its server has been down for too long.
+    Down = 5,
 }
 
 /// All sessions that have a server.
@@ -189,6 +191,7 @@ impl Session {
             2 => Some(Cut::Drained),
             3 => Some(Cut::Lag),
             4 => Some(Cut::Overdue),
+            5 => Some(Cut::Down),
             _ => None,
         }
     }

@@ -1,5 +1,5 @@
 //! What is looked at again and again, beside the sessions: who is a candidate of which port, which one line in the log
-//! tells whenever it changes; sessions on standbys that are too far behind, which end; and positions, where a port limits
+//! tells whenever it changes; sessions on standbys that are down or too far behind, which end; and positions, where a port limits
 //! lag in time.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,8 @@ use futures::future::join_all;
 use tokio::sync::watch;
 use tracing::{debug, info};
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_common::{Clock, MemberName};
+use trunkline_common::{Clock, Instant, MemberName};
+use trunkline_config::router::{Lag, Port};
 
 use crate::lag::Measured;
 use crate::probe::Prober;
@@ -28,10 +29,11 @@ const PROBE_LIMIT: Duration = Duration::from_secs(1);
 /// Looks at every new table, and at the last one every second.
 pub async fn candidates(router: Arc<Router>) {
     let mut tables = router.tables();
-    let mut seen = Seen::default();
+    let (mut seen, mut down) = (Seen::default(), BTreeMap::new());
     loop {
         let _ = tokio::time::timeout(PAUSE, tables.changed()).await;
         look(&router, &mut seen);
+        end_sessions(&router, &mut down);
     }
 }
 
@@ -43,10 +45,9 @@ type Kind = (Discriminant<Verdict>, Option<Discriminant<Reason>>);
 
 fn look(router: &Router, seen: &mut Seen) {
     let (table, now) = (router.table(), router.clock.now());
-    let (mut last, mut end_lag) = (std::mem::take(seen), false);
+    let mut last = std::mem::take(seen);
     for listening in router.ports() {
         let port = listening.settings();
-        end_lag |= port.end_lag != trunkline_config::router::Lag::default();
         for (member, verdict) in rule::explain(&table, &port, now) {
             let key = (listening.name.clone(), member);
             let kind = kind(&verdict);
@@ -59,9 +60,6 @@ fn look(router: &Router, seen: &mut Seen) {
     for (port, member) in last.into_keys() {
         info!(port = &*port, member = member.as_str(), verdict = "not a member", "candidates changed");
     }
-    if end_lag {
-        end_sessions(router);
-    }
 }
 
 fn kind(verdict: &Verdict) -> Kind {
@@ -72,14 +70,30 @@ fn kind(verdict: &Verdict) -> Kind {
     (std::mem::discriminant(verdict), reason)
 }
 
-fn end_sessions(router: &Router) {
+/// `down`: see [`rule::down_since`].
+fn end_sessions(router: &Router, down: &mut BTreeMap<MemberName, Instant>) {
     let (table, now) = (router.table(), router.clock.now());
     let ports: BTreeMap<_, _> = router.ports().into_iter().map(|port| (port.name.clone(), port.settings())).collect();
-    let is_over =
-        |port: &str, member: &MemberName| ports.get(port).is_some_and(|port| rule::must_end(&table, port, member, now));
-    let ended = router.sessions.end_where(Cut::Lag, is_over);
+    if ports.values().any(|port| port.end_lag != Lag::default()) {
+        let behind = |port: &Port, member: &MemberName| rule::must_end(&table, port, member, now);
+        let is_over = |port: &str, member: &MemberName| ports.get(port).is_some_and(|port| behind(port, member));
+        let ended = router.sessions.end_where(Cut::Lag, is_over);
+        if ended > 0 {
+            info!(sessions_ended = ended, "their servers are too far behind");
+        }
+    }
+    if ports.values().all(|port| port.end_down_time.is_none()) {
+        return down.clear();
+    }
+    let in_use = router.sessions.loads().into_iter().filter(|(_, load)| *load > 0).map(|(member, _)| member);
+    *down = rule::down_since(down, &table, in_use, now);
+    let for_too_long = |port: &Port, member: &MemberName| {
+        port.end_down_time.zip(down.get(member)).is_some_and(|(limit, since)| now.since(*since) >= limit)
+    };
+    let is_over = |port: &str, member: &MemberName| ports.get(port).is_some_and(|port| for_too_long(port, member));
+    let ended = router.sessions.end_where(Cut::Down, is_over);
     if ended > 0 {
-        info!(sessions_ended = ended, "their servers are too far behind");
+        info!(sessions_ended = ended, "their servers are down");
     }
 }
 

@@ -15,7 +15,7 @@
 //!     is between the client and PostgreSQL. `stopping` is the notice of a planned stop ([`RouteTable::resigns`]): sessions
 //!     that are seen to be idle are ended before the server does it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, Revision, TimelineId};
@@ -104,6 +104,8 @@ pub struct RouteTable {
     pub leader: Option<Arc<Backend>>,
     /// Standbys that may be read from, whatever their lag, by name.
     pub standbys: Vec<Arc<Backend>>,
+    /// Members whose servers answer their agents; of another one with sessions nothing good is known.
+    pub up: BTreeSet<MemberName>,
     /// Every member, and why it is a candidate or not, in words.
     pub verdicts: Vec<(MemberName, &'static str)>,
 }
@@ -119,6 +121,7 @@ impl RouteTable {
             elected: None,
             leader: None,
             standbys: Vec::new(),
+            up: BTreeSet::new(),
             verdicts: Vec::new(),
         }
     }
@@ -134,6 +137,7 @@ impl RouteTable {
             elected: None,
             leader: None,
             standbys: Vec::new(),
+            up: view.members.iter().filter(|(_, member)| is_up(member)).map(|(name, _)| name.clone()).collect(),
             verdicts: Vec::new(),
         };
         for (name, member) in &view.members {
@@ -221,6 +225,11 @@ fn standby_verdict(member: &Member) -> Result<&'static str, &'static str> {
         Some("streaming") => Ok("streaming standby"),
         _ => Err("not streaming"),
     }
+}
+
+/// An agent that can't ask its server goes on to call it running, but knows no position.
+fn is_up(member: &Member) -> bool {
+    member.is_running() && member.xlog_location.or(member.replay_lsn).or(member.receive_lsn).is_some()
 }
 
 /// Both positions are published at most once per `loop_wait`, so a standby may look ahead of its leader: no lag then.

@@ -72,6 +72,29 @@ async fn lag_in_time_is_that_of_the_leaders_positions() {
 }
 
 #[tokio::test]
+async fn sessions_end_on_a_standby_that_is_down_where_the_port_says_so() {
+    let mut world = World::new(limits());
+    let impatient = Port { end_down_time: Some(Duration::from_millis(300)), ..port(Target::Replica) };
+    let (ro, any) = (world.open(impatient).await, world.open(port(Target::Any)).await);
+    let (leader, b) = (Fake::start().await, Fake::start().await);
+    world.follow("b", b.at).await;
+    let (mut client, _at_server) = session(ro, &b).await;
+    let (mut patient, mut patient_at_server) = session(any, &b).await;
+    world.lead("a", leader.at).await;
+    // Back in time: nothing happens.
+    world.change(|view| drop(view.members.remove(&"b".into()))).await;
+    world.follow("b", b.at).await;
+    let down = SystemClock.now();
+    world.change(|view| drop(view.members.remove(&"b".into()))).await;
+    assert_eq!(rest(&mut client).await, b"");
+    let after = SystemClock.now().since(down);
+    assert!(after > Duration::from_millis(300), "{after:?}");
+    passes(&mut patient, &mut patient_at_server, b"Q").await;
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("ended_total{port=\"replica\",reason=\"down\"} 1"), "{text}");
+}
+
+#[tokio::test]
 async fn tags_narrow_the_choice() {
     let mut world = World::new(limits());
     let tags = [("zone".to_owned(), vec!["x".to_owned()])].into();

@@ -104,6 +104,35 @@ async fn readers_leave_a_standby_that_stops_replaying() -> Result<()> {
     Ok(())
 }
 
+/// Its connections look healthy: the kernel answers for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_leave_a_standby_that_is_frozen_where_the_port_says_so() -> Result<()> {
+    let listen = std::cell::Cell::new(0);
+    let more = |lab: &Lab| {
+        listen.set(lab.port()?);
+        let address = format!("127.0.0.1:{}", listen.get());
+        Ok(vec![json!({"name": "impatient", "listen": address, "target": "replica", "end_down_time": 1})])
+    };
+    let mut scene = scene("frozen-standby", more).await?;
+    let standby = 1 - scene.cluster.leader(LIMIT).await?;
+    let reader = connect(&scene, listen.get(), "").await?;
+    ensure!(is_standby(&reader).await?);
+    scene.cluster.nodes[standby].freeze();
+    let ended = wait::until("the reader's session to end", LIMIT, async || {
+        ensure!(reader.is_closed(), "it goes on");
+        Ok(())
+    });
+    let ended = ended.await;
+    scene.cluster.nodes[standby].thaw();
+    ended?;
+    let metrics = rest::get(scene.router.ports().admin, "/metrics").await?.body;
+    let metrics = metrics.as_str().context("no text")?;
+    ensure!(metrics.contains("ended_total{port=\"impatient\",reason=\"down\"} 1"), "{metrics}");
+    scene.cluster.settled(LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_haproxy_clients_keep_their_addresses() -> Result<()> {
     let port_of = |lab: &Lab| lab.port();
