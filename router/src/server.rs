@@ -30,9 +30,6 @@ const LEAVING: usize = 256;
 /// How often it is looked whether it is known where sessions may go.
 const TABLE_PAUSE: Duration = Duration::from_millis(10);
 
-/// Shorter than the times that connections are usually given.
-const TICK: Duration = Duration::from_millis(500);
-
 /// Work that goes on beside the sessions, on a thread of its own.
 pub type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -90,7 +87,6 @@ fn runtime() -> io::Result<Runtime> {
 
 /// The sessions of one thread.
 async fn serve(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
-    tokio::spawn(tick());
     while let Some(work) = work.recv().await {
         match work {
             Work::Accept(Opened { bound, slot, closed }) => match bound.into_listener() {
@@ -101,14 +97,6 @@ async fn serve(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
         }
     }
     std::future::pending().await
-}
-
-/// A timer that is due before any other one of its thread costs two system calls, and every connection sets some. With this
-/// one there is always one that is due sooner.
-async fn tick() {
-    loop {
-        tokio::time::sleep(TICK).await;
-    }
 }
 
 /// Becomes ready once another process has taken the sockets; never, where there is no place for it. Sessions follow.

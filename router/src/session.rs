@@ -71,9 +71,11 @@ pub fn serve(
     let beginning = Box::pin(begin(router.clone(), listening.clone(), client, peer, permit));
     async move {
         router.metrics.accepted.with_label_values(&[&*listening.name]).inc();
-        let ended = match beginning.await {
-            Ok(mut begun) => begun.relay(&router).await,
-            Err(ended) => ended,
+        // Relayed where it lies: a match by value would keep its memory twice.
+        let mut begun = beginning.await;
+        let ended = match &mut begun {
+            Ok(begun) => begun.relay(&router).await,
+            Err(ended) => *ended,
         };
         debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
         router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
@@ -83,9 +85,10 @@ pub fn serve(
 /// Goes on with a session of another process.
 pub async fn resume(router: Arc<Router>, adopted: Adopted) {
     let name = adopted.registered.port.clone();
-    let ended = match adopt(&router, adopted) {
-        Ok(mut begun) => begun.relay(&router).await,
-        Err(ended) => ended,
+    let mut begun = adopt(&router, adopted);
+    let ended = match &mut begun {
+        Ok(begun) => begun.relay(&router).await,
+        Err(ended) => *ended,
     };
     debug!(port = &*name, reason = ended.label(), "connection ended");
     router.metrics.ended.with_label_values(&[&*name, ended.label()]).inc();

@@ -50,7 +50,7 @@ const STEPS: usize = 8;
 
 /// From this many bytes sent without any answer, the receive window may be closed by a peer that is alive but busy
 /// (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
-const UNANSWERED: u64 = 32 << 10;
+const UNANSWERED: u32 = 32 << 10;
 
 /// Who ended the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,9 +150,9 @@ struct Relay<'a> {
     up: Half<'a>,
     down: Half<'a>,
     /// Bytes sent since the server last said anything; `None` once its user timeout has been turned off.
-    unanswered_up: Option<u64>,
+    unanswered_up: Option<u32>,
     /// The same of the client.
-    unanswered_down: Option<u64>,
+    unanswered_down: Option<u32>,
     /// How long the session may go on once its server is about to stop.
     resignation: Duration,
     /// When waiting ends: for a client whose server has closed, or for the end of a transaction.
@@ -267,9 +267,9 @@ impl Relay<'_> {
     }
 }
 
-fn note_unanswered(unanswered: &mut Option<u64>, sent: u64, heard: u64, peer: &TcpStream) {
+fn note_unanswered(unanswered: &mut Option<u32>, sent: u64, heard: u64, peer: &TcpStream) {
     let Some(bytes) = unanswered else { return };
-    *bytes = if heard > 0 { 0 } else { *bytes + sent };
+    *bytes = if heard > 0 { 0 } else { bytes.saturating_add(u32::try_from(sent).unwrap_or(u32::MAX)) };
     if *bytes > UNANSWERED {
         socket::forget_user_timeout(peer);
         *unanswered = None;
