@@ -3,10 +3,28 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use trunkline_common::{Clock, SystemClock};
+use trunkline_common::{Clock, Instant, SystemClock};
+use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, Gate, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, proxy, rest, wait};
+
+/// Waits until the server takes no writes any more. Returns how long after `fault` it was seen to take them, at least: who
+/// asks late on a busy machine does not make it longer.
+async fn open_for(target: &Target, fault: Instant) -> Result<Duration> {
+    let mut open = Duration::ZERO;
+    let closed = wait::until("the primary to step down", LIMIT, async || {
+        let asked = SystemClock.now();
+        let answer = target.query_one("SELECT pg_is_in_recovery()", Duration::from_secs(1)).await;
+        if answer.is_ok_and(|standby| standby == "f") {
+            open = asked.since(fault);
+            bail!("it still takes writes");
+        }
+        Ok(())
+    });
+    closed.await?;
+    Ok(open)
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_with_it() -> Result<()> {
@@ -17,15 +35,9 @@ async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_w
     let lost = SystemClock.now();
     scene.etcd.kill(0);
     let target = scene.node(leader);
-    let read_only = wait::until("the primary to step down", LIMIT, async || {
-        let answer = target.query_one("SELECT pg_is_in_recovery()", Duration::from_secs(1)).await;
-        ensure!(answer.as_deref().unwrap_or("t") == "t", "it still takes writes");
-        Ok(())
-    });
-    read_only.await?;
-    let after = SystemClock.now().since(lost);
+    let open = open_for(&target, lost).await?;
     let ttl = Duration::from_secs(scene.cluster.spec().timing.ttl.into());
-    ensure!(after < ttl, "it stepped down only after {after:?}, its lease may have ended before");
+    ensure!(open < ttl, "it was open for {open:?}, its lease may have ended before");
     let last = load.writers.record().writes.iter().map(|write| write.acked).max();
     ensure!(last.is_some_and(|last| last.since(lost) < ttl), "a write was acknowledged after the lease");
 
@@ -73,14 +85,15 @@ async fn an_outage_of_etcd_without_failsafe_mode_ends_with_it_and_nobody_is_led_
 
     scene.etcd.kill(0);
     let down = SystemClock.now();
-    tokio::time::sleep(Duration::from_secs(15)).await;
+    // Longer than a lease, with time to step down and to notice that etcd is gone.
+    tokio::time::sleep(Duration::from_secs(9)).await;
     let back = SystemClock.now();
     scene.etcd.restart(0).await?;
     load.writers.progress(100, LIMIT).await?;
     let record = load.writers.record();
     ensure!(record.failed_with(WRONG_NODE) == 0, "a write was sent to a standby: {:?}", record.errors);
     let writes = record.recovered(down).context("no write after the outage")?;
-    ensure!(writes.since(back) < Duration::from_secs(10), "writes came back {:?} after etcd", writes.since(back));
+    ensure!(writes.since(back) < Duration::from_secs(20), "writes came back {:?} after etcd", writes.since(back));
     scene.finish(load).await?;
     Ok(())
 }
@@ -158,14 +171,8 @@ async fn in_failsafe_mode_writes_go_on_without_etcd_until_a_member_is_missing() 
     let gone = SystemClock.now();
     scene.cluster.nodes[missing].kill();
     let target = scene.node(leader);
-    let read_only = wait::until("the primary to step down", LIMIT, async || {
-        let answer = target.query_one("SELECT pg_is_in_recovery()", Duration::from_secs(1)).await;
-        ensure!(answer.as_deref().unwrap_or("t") == "t", "it still takes writes");
-        Ok(())
-    });
-    read_only.await?;
-    let after = SystemClock.now().since(gone);
-    ensure!(after < ttl + Duration::from_secs(2), "it stepped down only after {after:?}");
+    let open = open_for(&target, gone).await?;
+    ensure!(open < ttl + Duration::from_secs(2), "it was open for {open:?}");
 
     scene.cluster.nodes[missing].start()?;
     scene.etcd.restart(0).await?;
@@ -183,7 +190,7 @@ async fn a_leader_by_failsafe_mode_keeps_its_place_when_etcd_has_ended_its_lease
 
     // Frozen for longer than a lease, etcd ends all of them when it goes on: every node sees the leader key vanish.
     scene.etcd.freeze(0);
-    tokio::time::sleep(Duration::from_secs(20)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     scene.etcd.thaw(0);
     load.writers.progress(200, LIMIT).await?;
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");

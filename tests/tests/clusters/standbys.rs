@@ -43,7 +43,7 @@ async fn a_standby_may_follow_another_one_be_late_or_live_on_the_archive() -> Re
     let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
     configure(&mut cluster.nodes[1], |config| config["tags"] = json!({ "clonefrom": true }))?;
     configure(&mut cluster.nodes[2], |config| {
-        config["tags"] = json!({ "replicatefrom": "node2", "nofailover": true, "nosync": true });
+        config["tags"] = json!({ "replicatefrom": "node2", "nofailover": true, "nosync": true, "noloadbalance": true });
     })?;
     configure(&mut cluster.nodes[3], |config| {
         config["tags"] = json!({ "nostream": true, "nofailover": true, "nosync": true });
@@ -62,6 +62,8 @@ async fn a_standby_may_follow_another_one_be_late_or_live_on_the_archive() -> Re
     let (first, second) = (cluster.nodes[0].port().to_string(), cluster.nodes[1].port().to_string());
     has(middle, SENDER, &first).await?;
     has(late, SENDER, &second).await?;
+    let readers = [cluster.nodes[1].health("/replica").await, cluster.nodes[2].health("/replica").await];
+    ensure!(readers == [Some(200), Some(503)], "noloadbalance: {readers:?}");
     has(middle, "SELECT active FROM pg_replication_slots WHERE slot_name = 'node3'", "t").await?;
 
     // It has received the row, and does not show it. (One that starts with a delay has no WAL receiver before the delay is over.)
