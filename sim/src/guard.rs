@@ -64,6 +64,11 @@ impl ModelGuard {
         self.process
     }
 
+    /// Whether the server ends with a lease.
+    pub fn is_armed(&self) -> bool {
+        self.deadline().is_some()
+    }
+
     /// Whether an answer may leave the server now: the egress fence.
     pub fn lets_out(&self) -> bool {
         self.deadline().is_none_or(|deadline| self.clock.now() < deadline.until)

@@ -39,6 +39,8 @@ pub struct Judge {
     pub began_last: Option<usize>,
     /// Acknowledged writes must survive every failover.
     pub keeps_all: bool,
+    /// There are pauses in this world, and servers that nobody guards in them.
+    pub pauses: bool,
     /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
     pub lag_allowed: u64,
     /// The largest timeline that the store has shown.
@@ -100,10 +102,12 @@ impl Judge {
         }
     }
 
-    /// The answer to a client's write leaves a server.
-    pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign) {
+    /// The answer to a client's write leaves a server. `guarded`: something ends it with its lease; in a pause, and after
+    /// it where the agent has not heard of its end, it is the operator who answers for there being one primary.
+    pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign, guarded: bool) {
         if let Some((newest, other)) = self.newest
             && newest > reign
+            && (guarded || !self.pauses)
         {
             self.violation(
                 now,

@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// A world before it begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub struct Node {
     pub ppm: i64,
     /// The tag `failover_priority`; 0 is `nofailover`.
     pub priority: i64,
+    /// Its other tags.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub tags: Map<String, Value>,
 }
 
 /// Something that happens at a time.
@@ -130,6 +133,8 @@ pub enum Fault {
     Reinitialize { node: usize },
     /// `trunklinectl edit-config`.
     Configure { patch: Value },
+    /// `trunklinectl pause`, then `resume`.
+    Pause { ms: u64 },
 }
 
 impl Fault {
@@ -186,7 +191,8 @@ impl Event {
                 | Fault::SlowDcs { ms, .. }
                 | Fault::SlowWatch { ms, .. }
                 | Fault::DiskFull { ms, .. }
-                | Fault::SlowDisk { ms, .. } => *ms,
+                | Fault::SlowDisk { ms, .. }
+                | Fault::Pause { ms } => *ms,
                 _ => 0,
             }
     }
@@ -199,11 +205,15 @@ impl Scenario {
         let mut rng = SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000);
         let count = *[2, 3, 3, 3, 3, 4, 5].choose(&mut rng).unwrap_or(&3);
         let priority = |rng: &mut SmallRng| if rng.random_ratio(1, 8) { rng.random_range(0..3) } else { 1 };
-        let mut nodes: Vec<Node> =
-            (0..count).map(|_| Node { ppm: rng.random_range(-500..=500), priority: priority(&mut rng) }).collect();
+        let mut nodes: Vec<Node> = (0..count)
+            .map(|_| Node { ppm: rng.random_range(-500..=500), priority: priority(&mut rng), tags: Map::new() })
+            .collect();
         // At least two that may lead, or nothing of interest happens.
         nodes[0].priority = nodes[0].priority.max(1);
         nodes[1].priority = nodes[1].priority.max(1);
+        if rng.random_ratio(1, 4) {
+            nodes.iter_mut().for_each(|node| node.tags = tags(&mut rng, count));
+        }
         let synchronous = rng.random_ratio(2, 3);
         let mode = if synchronous && rng.random_ratio(1, 3) { json!("quorum") } else { json!(synchronous) };
         let ttl = *[2, 3, 5, 5, 5, 10].choose(&mut rng).unwrap_or(&5);
@@ -213,6 +223,9 @@ impl Scenario {
             "retry_timeout": 1,
             "maximum_lag_on_failover": *[640u64, 6_400, 1_048_576].choose(&mut rng).unwrap_or(&6_400),
             "primary_start_timeout": *[0u64, 2, 300].choose(&mut rng).unwrap_or(&2),
+            "primary_stop_timeout": *[0u64, 0, 0, 1, 5].choose(&mut rng).unwrap_or(&0),
+            "primary_race_backoff": *[0u64, 0, 0, 1].choose(&mut rng).unwrap_or(&0),
+            "maximum_lag_on_syncnode": *[-1i64, -1, 640, 6_400].choose(&mut rng).unwrap_or(&-1),
             "synchronous_mode": mode,
             "synchronous_mode_strict": synchronous && rng.random_ratio(1, 4),
             "synchronous_node_count": if count > 3 && rng.random() { 2 } else { 1 },
@@ -224,9 +237,8 @@ impl Scenario {
             },
         });
         let routers = rng.random_range(1..=2);
-        let chaos = rng.random_range(10_000..=40_000u64);
-        let mut draw = Draw { rng, count, routers, ttl: ttl * 1000, synchronous };
-        let events = draw.events(chaos);
+        let mut draw = Draw { shares: shares(&mut rng), rng, count, routers, ttl: ttl * 1000, synchronous };
+        let events = draw.events();
         let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
         Self { seed, nodes, routers, settings, events, calm_at }
     }
@@ -263,8 +275,92 @@ impl Scenario {
 /// Nothing goes wrong until here, so that there is a cluster to break.
 const BOOTSTRAP: u64 = 4_000;
 
+/// Where a node copies and streams from, if not from the leader, and that no commit waits for it.
+fn tags(rng: &mut SmallRng, count: usize) -> Map<String, Value> {
+    let mut tags = Map::new();
+    if rng.random_ratio(1, 4) {
+        tags.insert("replicatefrom".to_owned(), Value::from(format!("n{}", rng.random_range(0..count))));
+    }
+    if rng.random_ratio(1, 8) {
+        tags.insert("nosync".to_owned(), Value::from(true));
+    }
+    tags
+}
+
+/// What is drawn first of a [`Fault`].
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    KillAgent,
+    StopAgent,
+    KillPostgres,
+    CrashHost,
+    FreezeAgent,
+    FreezePostgres,
+    FreezeHost,
+    FreezeRouter,
+    Cut,
+    Isolate,
+    DcsDown,
+    DcsLeaderChange,
+    LoseAnswers,
+    SlowDcs,
+    SlowWatch,
+    BreakWatches,
+    Compact,
+    DiskFull,
+    SlowDisk,
+    WallJump,
+    Failover,
+    Switchover,
+    Restart,
+    Reinitialize,
+    Configure,
+    Pause,
+}
+
+/// How often each kind is drawn, of a hundred, where a world has no liking of its own.
+const SHARES: [(Kind, u32); 26] = [
+    (Kind::KillAgent, 8),
+    (Kind::StopAgent, 3),
+    (Kind::KillPostgres, 7),
+    (Kind::CrashHost, 6),
+    (Kind::FreezeAgent, 5),
+    (Kind::FreezePostgres, 5),
+    (Kind::FreezeHost, 7),
+    (Kind::FreezeRouter, 2),
+    (Kind::Cut, 13),
+    (Kind::Isolate, 5),
+    (Kind::DcsDown, 3),
+    (Kind::DcsLeaderChange, 4),
+    (Kind::LoseAnswers, 4),
+    (Kind::SlowDcs, 4),
+    (Kind::SlowWatch, 3),
+    (Kind::BreakWatches, 2),
+    (Kind::Compact, 1),
+    (Kind::DiskFull, 2),
+    (Kind::SlowDisk, 3),
+    (Kind::WallJump, 1),
+    (Kind::Failover, 1),
+    (Kind::Switchover, 4),
+    (Kind::Restart, 2),
+    (Kind::Reinitialize, 1),
+    (Kind::Configure, 3),
+    (Kind::Pause, 1),
+];
+
+/// What a world is fond of: most have no fault of some kinds and many of others. Two rare ones seldom meet where all are
+/// drawn alike, and a common one can hide what another would show.
+fn shares(rng: &mut SmallRng) -> Vec<(Kind, u32)> {
+    if rng.random_ratio(1, 4) {
+        return SHARES.to_vec();
+    }
+    let liking = |rng: &mut SmallRng| *[0, 0, 1, 1, 1, 6].choose(rng).unwrap_or(&1);
+    SHARES.iter().map(|(kind, share)| (*kind, share * liking(rng))).collect()
+}
+
 struct Draw {
     rng: SmallRng,
+    shares: Vec<(Kind, u32)>,
     count: usize,
     routers: usize,
     ttl: u64,
@@ -272,12 +368,16 @@ struct Draw {
 }
 
 impl Draw {
-    fn events(&mut self, chaos: u64) -> Vec<Event> {
+    fn events(&mut self) -> Vec<Event> {
+        // A bootstrap is a time to fail in, too: some worlds break from the start, and end soon.
+        let (mut at, until, paces) = match self.rng.random_range(0..10) {
+            0..2 => (0, self.rng.random_range(1_000..8_000), [100u64, 300, 1_000]),
+            2 => (0, self.rng.random_range(8_000..40_000), [500, 2_000, 5_000]),
+            _ => (BOOTSTRAP, self.rng.random_range(10_000..40_000), [500, 2_000, 5_000]),
+        };
+        let pace = *paces.choose(&mut self.rng).unwrap_or(&2_000);
         let mut events = Vec::new();
-        // Some worlds break from the start: a bootstrap is a time to fail in, too.
-        let mut at = if self.rng.random_ratio(1, 6) { 0 } else { BOOTSTRAP };
-        let pace = *[500u64, 2_000, 5_000].choose(&mut self.rng).unwrap_or(&2_000);
-        while at < chaos {
+        while at < until {
             at += self.rng.random_range(1..pace * 2);
             let first = self.event(at);
             let lasts = first.ends() - at;
@@ -307,24 +407,25 @@ impl Draw {
         let node = self.rng.random_range(0..self.count);
         let router = self.rng.random_range(0..self.routers);
         let ms = self.duration();
-        match self.rng.random_range(0..100) {
-            0..8 => Fault::KillAgent { node, ms },
-            8..11 => Fault::StopAgent { node, ms },
-            11..18 => Fault::KillPostgres { node },
-            18..24 => Fault::CrashHost { node, ms },
-            24..29 => Fault::FreezeAgent { node, ms },
-            29..34 => Fault::FreezePostgres { node, ms },
-            34..41 => Fault::FreezeHost { node, ms },
-            41..43 => Fault::FreezeRouter { router, ms },
-            43..57 => {
+        let chosen = self.shares.choose_weighted(&mut self.rng, |(_, share)| *share);
+        match chosen.map_or(Kind::KillPostgres, |(kind, _)| *kind) {
+            Kind::KillAgent => Fault::KillAgent { node, ms },
+            Kind::StopAgent => Fault::StopAgent { node, ms },
+            Kind::KillPostgres => Fault::KillPostgres { node },
+            Kind::CrashHost => Fault::CrashHost { node, ms },
+            Kind::FreezeAgent => Fault::FreezeAgent { node, ms },
+            Kind::FreezePostgres => Fault::FreezePostgres { node, ms },
+            Kind::FreezeHost => Fault::FreezeHost { node, ms },
+            Kind::FreezeRouter => Fault::FreezeRouter { router, ms },
+            Kind::Cut => {
                 let (from, to) = self.ends();
                 Fault::Cut { from, to, both: self.rng.random(), ms }
             }
-            57..62 => Fault::Isolate { node, ms },
-            62..65 => Fault::DcsDown { refused: self.rng.random(), ms },
-            65..69 => Fault::DcsLeaderChange { ms: self.rng.random_range(0..3_000) },
-            69..73 => Fault::LoseAnswers { node, count: self.rng.random_range(1..4) },
-            73..77 => {
+            Kind::Isolate => Fault::Isolate { node, ms },
+            Kind::DcsDown => Fault::DcsDown { refused: self.rng.random(), ms },
+            Kind::DcsLeaderChange => Fault::DcsLeaderChange { ms: self.rng.random_range(0..3_000) },
+            Kind::LoseAnswers => Fault::LoseAnswers { node, count: self.rng.random_range(1..4) },
+            Kind::SlowDcs => {
                 let delays: RangeInclusive<u64> = 0..=*[50u64, 800, 4_000].choose(&mut self.rng).unwrap_or(&50);
                 Fault::SlowDcs {
                     node,
@@ -333,17 +434,20 @@ impl Draw {
                     ms,
                 }
             }
-            77..80 => Fault::SlowWatch { node, delay: self.rng.random_range(10..3_000), ms },
-            80..82 => Fault::BreakWatches,
-            82..83 => Fault::Compact,
-            83..85 => Fault::DiskFull { node, ms },
-            85..87 => Fault::SlowDisk { node, ms },
-            87..89 => Fault::WallJump { node, by: self.rng.random_range(-3_600_000..3_600_000) },
-            89 if !self.synchronous => Fault::Failover { candidate: node },
-            89..94 => Fault::Switchover { candidate: self.rng.random::<bool>().then_some(node) },
-            94..96 => Fault::Restart { node },
-            96..97 => Fault::Reinitialize { node },
-            _ => Fault::Configure { patch: self.patch() },
+            Kind::SlowWatch => Fault::SlowWatch { node, delay: self.rng.random_range(10..3_000), ms },
+            Kind::BreakWatches => Fault::BreakWatches,
+            Kind::Compact => Fault::Compact,
+            Kind::DiskFull => Fault::DiskFull { node, ms },
+            Kind::SlowDisk => Fault::SlowDisk { node, ms },
+            Kind::WallJump => Fault::WallJump { node, by: self.rng.random_range(-3_600_000..3_600_000) },
+            Kind::Failover if !self.synchronous => Fault::Failover { candidate: node },
+            Kind::Failover | Kind::Switchover => {
+                Fault::Switchover { candidate: self.rng.random::<bool>().then_some(node) }
+            }
+            Kind::Restart => Fault::Restart { node },
+            Kind::Reinitialize => Fault::Reinitialize { node },
+            Kind::Configure => Fault::Configure { patch: self.patch() },
+            Kind::Pause => Fault::Pause { ms },
         }
     }
 
@@ -370,14 +474,15 @@ impl Draw {
     }
 
     fn patch(&mut self) -> Value {
-        match self.rng.random_range(0..if self.synchronous { 6 } else { 4 }) {
-            // From one way to wait for standbys to the other.
-            4 => json!({ "synchronous_mode": "quorum" }),
-            5 => json!({ "synchronous_mode": true }),
+        match self.rng.random_range(0..if self.synchronous { 8 } else { 4 }) {
             0 => json!({ "ttl": *[2, 3, 5, 10, 20].choose(&mut self.rng).unwrap_or(&5) }),
             1 => json!({ "primary_start_timeout": self.rng.random_range(0..10) }),
             2 => json!({ "maximum_lag_on_failover": self.rng.random_range(64..10_000) }),
-            _ => json!({ "synchronous_node_count": self.rng.random_range(1..3) }),
+            3 => json!({ "synchronous_node_count": self.rng.random_range(1..3) }),
+            // From one way to wait for standbys to the other, at once or without strictness on the way.
+            4 | 5 => json!({ "synchronous_mode": "quorum" }),
+            6 => json!({ "synchronous_mode": true }),
+            _ => json!({ "synchronous_mode": true, "synchronous_mode_strict": self.rng.random::<bool>() }),
         }
     }
 }

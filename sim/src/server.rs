@@ -460,12 +460,14 @@ async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Writ
         }
         changed.changed().await.ok()?;
     }
-    if stage.guard(host).is_some_and(|guard| !guard.lets_out()) {
+    let guard = stage.guard(host);
+    if guard.as_ref().is_some_and(|guard| !guard.lets_out()) {
         // The egress fence: no answer leaves a deposed host, whatever still runs there.
         return None;
     }
     if !private || is_initialised(stage) {
-        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign));
+        let guarded = guard.is_some_and(|guard| guard.is_armed());
+        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign, guarded));
     }
     Some(Written::Done)
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 use trunkline_agent::guard::Guard;
 use trunkline_agent::ha::{Ha, Parts};
@@ -16,7 +16,7 @@ use trunkline_agent::postgres::PgRole;
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::memory::MemoryDcs;
-use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::{Clock, ClusterView};
 use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::{Env, Local, PostgresConfig, Settings, merge};
@@ -165,6 +165,7 @@ impl World {
         stage.judge(|judge, _| {
             judge.keeps_all = scenario.always_synchronous();
             judge.lag_allowed = scenario.largest_lag();
+            judge.pauses = scenario.events.iter().any(|event| matches!(event.what, Fault::Pause { .. }));
         });
         let world = Self {
             stage,
@@ -232,8 +233,9 @@ impl World {
         if let Some(bootstrap) = &mut local.bootstrap {
             bootstrap.dcs = self.scenario.settings.as_object().cloned().unwrap_or_default();
         }
+        local.tags = node.tags.clone();
         if node.priority != 1 {
-            local.tags = Map::from_iter([("failover_priority".to_owned(), json!(node.priority))]);
+            local.tags.insert("failover_priority".to_owned(), json!(node.priority));
         }
         let drift = Drift { uptime: Duration::from_secs(1_000 * (host as u64 + 1)), ppm: node.ppm };
         self.stage.servers(|servers| servers.push(Server::new(host)));
@@ -585,13 +587,24 @@ impl World {
                 let (reply, _) = oneshot::channel();
                 self.command(node, Command::Reinitialize { force: false, from_leader: false, reply }).await;
             }
-            Fault::Configure { patch } => {
-                let store = self.store();
-                let Ok(view) = store.read().await else { return };
-                let Some(config) = &view.config else { return };
-                let (Value::Object(mut value), Value::Object(patch)) = (config.value.clone(), patch) else { return };
-                merge::patch(&mut value, &patch);
-                let _ = store.put_config(&Value::Object(value), Some(config.revision)).await;
+            Fault::Configure { patch } => self.configure(patch).await,
+            Fault::Pause { ms } => {
+                self.configure(json!({ "pause": true })).await;
+                self.wait(ms).await;
+                self.configure(json!({ "pause": null })).await;
+            }
+        }
+    }
+
+    /// Where there is a cluster to configure.
+    async fn configure(&self, patch: Value) {
+        let (store, Value::Object(patch)) = (self.store(), patch) else { return };
+        while let Ok(ClusterView { config: Some(config), .. }) = store.read().await {
+            let Value::Object(mut value) = config.value.clone() else { return };
+            merge::patch(&mut value, &patch);
+            match store.put_config(&Value::Object(value), Some(config.revision)).await {
+                Ok(Outcome::Conflict) => {}
+                _ => return,
             }
         }
     }
@@ -725,9 +738,14 @@ impl World {
         self.show();
         self.go_on(self.stage.executor().now() + Duration::from_secs(3))?;
         // Strict, and nobody can confirm: then commits have to wait.
-        let strict = self.scenario.settings["synchronous_mode_strict"] == json!(true);
-        let streams =
-            self.stage.servers(|servers| servers.iter().any(|server| server.running().is_some_and(|p| p.streaming)));
+        let strict = self.view().settings.synchronous_mode_strict;
+        let streams = self.stage.servers(|servers| {
+            let confirms = |server: &Server| {
+                let nosync = self.scenario.nodes[server.host].tags.contains_key("nosync");
+                !nosync && server.running().is_some_and(|postmaster| postmaster.streaming)
+            };
+            servers.iter().any(confirms)
+        });
         // A client that has not heard of its last write waits that long before it tries another.
         let end = self.stage.executor().now() + clients::PATIENCE;
         while self.seen.lock().done == before && self.stage.executor().now() < end {

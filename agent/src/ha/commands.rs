@@ -87,7 +87,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 info!("reloaded the configuration");
                 // What can't change in a running agent stays as it is; everything else is applied by the next turn.
                 self.parts.local = local;
-                self.configured = None;
+                (self.applied, self.configured) = (None, None);
                 // Whoever asks after the reload sees the tags of the file, also while the rest is being applied.
                 self.me = me(&self.parts.local, &self.parts.postgres.config());
                 self.publish_board();

@@ -108,7 +108,9 @@ pub struct Ha<D, P, C, R> {
     pg: PgStatus,
     task: Option<Running>,
     last: Decision,
-    /// The settings that were last handed to PostgreSQL.
+    /// The settings of the cluster that are in force here, with this node's own.
+    applied: Option<Settings>,
+    /// What of them was last handed to PostgreSQL.
     configured: Option<PostgresConfig>,
     published: Published,
     slots_seen: slots::Seen,
@@ -189,6 +191,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             pg: PgStatus::NoData,
             task: None,
             last: Decision { action: Action::Wait, reason: "starting".to_owned() },
+            applied: None,
             configured: None,
             published: Published::default(),
             slots_seen: slots::Seen::new(),

@@ -80,6 +80,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             None => settings_of(first_config(&self.parts.local, self.cached_config.as_ref()).as_ref()),
         };
         self.lease.set_timing(timing(&self.settings));
+        if self.applied.as_ref() == Some(&self.settings) {
+            return;
+        }
         let (mut config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
         for key in ["restore_command", "archive_cleanup_command", "recovery_min_apply_delay"] {
             let outside = self.settings.standby_cluster.as_ref().and_then(|section| section.get(key));
@@ -88,6 +91,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 config.recovery_conf.insert(key.to_owned(), value);
             }
         }
+        self.applied = Some(self.settings.clone());
         if self.configured.as_ref() == Some(&config) {
             return;
         }
