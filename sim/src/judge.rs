@@ -60,8 +60,8 @@ impl Judge {
         }
     }
 
-    /// A server begins to take writes. `holder` is what the leader key says at this moment; `heard`: its answers reach
-    /// clients.
+    /// A server begins to take writes. `holder` is what the leader key says at this moment, if it needs that; `heard`: its
+    /// answers reach clients.
     pub fn begins(
         &mut self,
         now: Duration,

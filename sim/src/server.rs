@@ -294,6 +294,9 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
     let failsafe = stage.key("failsafe").is_some() && again;
     let holder = stage.holder().or_else(|| failsafe.then(|| name(host).0));
     let initialised = is_initialised(stage);
+    // In a pause a restart is the operator's.
+    let asked_to =
+        again && stage.judge(|judge, _| judge.pauses) && stage.guard(host).is_some_and(|guard| !guard.is_armed());
     // A switchover may have to do with a candidate that is behind.
     let requested = stage.key("failover").is_some_and(|request| request != json!({}));
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
@@ -311,7 +314,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
         postmaster.role = PgRole::Primary;
         // A cluster that is being bootstrapped has no leader key yet, and no clients.
         postmaster.private = !initialised;
-        let holder = if initialised && !mute { holder.as_deref() } else { Some(name.as_str()) };
+        let holder = if initialised && !mute && !asked_to { holder.as_deref() } else { Some(name.as_str()) };
         // Who comes back in place was elected before, maybe on request.
         if !requested && !mute && !again {
             stage.judge(|judge, now| judge.elected(now, &name, wal.end(), Lsn(known)));

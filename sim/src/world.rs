@@ -681,9 +681,16 @@ impl World {
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
         let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
         let candidate = self.stage.servers(|servers| {
+            let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
+            // One may be left to a person, and another that hangs below it with it.
+            let follows = |server: &Server| {
+                let own = server.data.as_ref().map(|data| &data.wal);
+                own.zip(wal).is_some_and(|(own, leader)| own.is_prefix_of(&leader.wal))
+            };
             let able = |server: &&Server| {
                 server.name != leader
                     && server.running().is_some_and(|postmaster| postmaster.streaming)
+                    && follows(server)
                     && self.scenario.nodes[server.host].priority > 0
                     && (!synchronous || view.sync.lists(&server.name))
             };
@@ -739,10 +746,14 @@ impl World {
         self.go_on(self.stage.executor().now() + Duration::from_secs(3))?;
         // Strict, and nobody can confirm: then commits have to wait.
         let strict = self.view().settings.synchronous_mode_strict;
+        let leader = self.stage.holder();
         let streams = self.stage.servers(|servers| {
+            // One that follows another standby confirms nothing.
             let confirms = |server: &Server| {
-                let nosync = self.scenario.nodes[server.host].tags.contains_key("nosync");
-                !nosync && server.running().is_some_and(|postmaster| postmaster.streaming)
+                let upstream = server.data.as_ref().and_then(|data| data.upstream.as_ref());
+                !self.scenario.nodes[server.host].tags.contains_key("nosync")
+                    && server.running().is_some_and(|postmaster| postmaster.streaming)
+                    && upstream.map(|upstream| upstream.name.0.as_str()) == leader.as_deref()
             };
             servers.iter().any(confirms)
         });

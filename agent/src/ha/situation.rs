@@ -302,15 +302,24 @@ impl Situation<'_> {
 }
 
 /// The server that this node should stream from (ha-loop §10): its `replicatefrom` if that member runs, else the
-/// leader; nobody with `nostream`.
+/// leader; nobody with `nostream`. Where `replicatefrom` leads round in a circle, its members follow the leader.
 pub fn upstream(me: &Me, view: &ClusterView) -> Option<Upstream> {
     if me.tags.get("nostream").is_some_and(tags::truthy) {
         return None;
     }
-    let preferred = me.tags.get("replicatefrom").and_then(Value::as_str).map(MemberName::from);
-    let serves = |name: &MemberName| *name != me.name && view.members.get(name).is_some_and(Member::is_running);
-    let name = preferred.filter(serves).or_else(|| view.leader.as_ref().map(|leader| leader.name.clone()))?;
-    at(me, view, name)
+    let serves = |name: &MemberName| view.members.get(name).is_some_and(Member::is_running);
+    let preferred = replicates_from(view, &me.name, &me.tags).filter(serves);
+    at(me, view, preferred.or_else(|| view.leader.as_ref().map(|leader| leader.name.clone()))?)
+}
+
+/// Whom the tag `replicatefrom` of the node `name` names: nobody where that is itself, or where the way from one to the
+/// next leads back to it without meeting the leader, as nothing new would ever come round.
+pub fn replicates_from(view: &ClusterView, name: &MemberName, tags: &Map<String, Value>) -> Option<MemberName> {
+    let named = |tags: &Map<String, Value>| tags.get("replicatefrom")?.as_str().map(MemberName::from);
+    let next = |at: &MemberName| named(&view.members.get(at).filter(|_| !view.is_leader(at))?.tags);
+    let first = named(tags)?;
+    let mut way = std::iter::successors(Some(first.clone()), next).take(view.members.len() + 1);
+    (!way.any(|at| at == *name)).then_some(first)
 }
 
 /// The leader as a source of clones, divergence checks and rewinds.
@@ -400,4 +409,36 @@ pub fn stopped_as_primary(control: &ControlData) -> bool {
             | ControlState::ShutDown
     );
     primary_state && !control.standby
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use trunkline_common::Member;
+
+    use super::*;
+
+    /// Leader `a`; `b` and `c` name each other; `d` hangs below them; `e` names itself; `f` names the leader, which names
+    /// `f`; `g` nobody that is there.
+    fn view() -> ClusterView {
+        let tags = [("a", "f"), ("b", "c"), ("c", "b"), ("d", "c"), ("e", "e"), ("f", "a"), ("g", "x")];
+        let member = |(name, from): (&str, &str)| {
+            let tags = json!({ "replicatefrom": from }).as_object().unwrap().clone();
+            (MemberName::from(name), Member { tags, ..Member::default() })
+        };
+        let leader = LeaderKey { name: "a".into(), lease: LeaseId(1), created: Revision(1), modified: Revision(1) };
+        ClusterView { members: tags.map(member).into(), leader: Some(leader), ..ClusterView::default() }
+    }
+
+    #[test]
+    fn a_circle_of_replicatefrom_is_followed_by_nobody() {
+        let view = view();
+        let from = |name: &str| {
+            let name = MemberName::from(name);
+            replicates_from(&view, &name, &view.members[&name].tags).map(|from| from.0)
+        };
+        assert_eq!([from("b"), from("c"), from("e")], [None, None, None]);
+        assert_eq!(from("d").as_deref(), Some("c"), "the circle is not its own");
+        assert_eq!((from("f").as_deref(), from("g").as_deref()), (Some("a"), Some("x")));
+    }
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName};
 use trunkline_config::tags;
 
-use super::situation::Me;
+use super::situation::{Me, replicates_from};
 use crate::postgres::{SlotKind, WantedSlot};
 
 /// What this node is to those that stream from the cluster.
@@ -54,7 +54,7 @@ pub fn wanted(
             continue;
         }
         let member = view.members.iter().find(|(name, _)| name.slot_name() == *slot);
-        let cascading = member.filter(|(_, member)| replicates_from(member).is_some());
+        let cascading = member.filter(|(name, member)| replicates_from(view, name, &member.tags).is_some());
         let told = cascading.and_then(|(name, member)| heard.get(name).copied().max(member.xlog_location));
         let new = WantedSlot {
             position: if physical { known(slot).max(told) } else { known(slot) },
@@ -84,11 +84,10 @@ fn of_members(
         if *name == me.name || member.tag_is_true("nostream") {
             return None;
         }
-        let named = replicates_from(member) == Some(me.name.as_str());
+        let from = replicates_from(view, name, &member.tags);
+        let named = from.as_ref() == Some(&me.name);
         let in_use = match part {
-            Part::Leader => {
-                named || replicates_from(member).is_none_or(|from| !view.members.contains_key(&MemberName::from(from)))
-            }
+            Part::Leader => named || from.as_ref().is_none_or(|from| !view.members.contains_key(from)),
             Part::Replica => named && !view.is_leader(name),
         };
         if !(in_use || keep_all && (!never_leads || named)) {
@@ -96,7 +95,7 @@ fn of_members(
         }
         let slot = name.slot_name();
         let known = view.status.slots.as_ref().and_then(|slots| slots.get(&slot)).copied();
-        let told = replicates_from(member).and_then(|_| heard.get(name).copied().max(member.xlog_location));
+        let told = from.and_then(|_| heard.get(name).copied().max(member.xlog_location));
         Some((slot, WantedSlot { kind: SlotKind::Physical, position: known.max(told), in_use: Some(in_use) }))
     };
     view.members.iter().filter_map(slot).collect()
@@ -113,7 +112,12 @@ pub fn needs_feedback(view: &ClusterView, me: &Me) -> bool {
         };
         !never_leads && streams_from_leader(view, name, node)
     };
-    let below = || view.members.iter().filter(|(_, member)| replicates_from(member) == Some(me.name.as_str()));
+    let below = || {
+        let is_below = |(name, member): &(&MemberName, &Member)| {
+            replicates_from(view, name, &member.tags).as_ref() == Some(&me.name)
+        };
+        view.members.iter().filter(is_below)
+    };
     view.settings.standby_cluster.is_none()
         && permanent(view).any(|(_, definition)| kind(definition) != SlotKind::Physical)
         && (holds_logical(&me.name, Some(me)) || below().any(|(name, _)| holds_logical(name, None)))
@@ -166,16 +170,12 @@ fn streams_from_leader(view: &ClusterView, name: &MemberName, node: Option<&Me>)
         if tags.get("nostream").is_some_and(tags::truthy) {
             return false;
         }
-        match tags.get("replicatefrom").and_then(Value::as_str).filter(|_| !view.is_leader(&at)) {
-            Some(next) if view.members.contains_key(&MemberName::from(next)) => at = MemberName::from(next),
+        match replicates_from(view, &at, tags).filter(|_| !view.is_leader(&at)) {
+            Some(next) if view.members.contains_key(&next) => at = next,
             _ => return true,
         }
     }
     false
-}
-
-fn replicates_from(member: &Member) -> Option<&str> {
-    member.tags.get("replicatefrom").and_then(Value::as_str)
 }
 
 #[cfg(test)]
