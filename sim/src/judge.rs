@@ -37,6 +37,8 @@ pub struct Judge {
     newest: Option<(Reign, usize)>,
     /// The host that began to take writes last.
     pub began_last: Option<usize>,
+    /// The last reign of each host.
+    reign_of: BTreeMap<usize, Reign>,
     /// Acknowledged writes must survive every failover.
     pub keeps_all: bool,
     /// There are pauses in this world, and servers that nobody guards in them.
@@ -81,7 +83,14 @@ impl Judge {
         self.reigns += 1;
         self.began_last = Some(host);
         tracing::info!("JUDGE {name} (host {host}) takes writes, reign {}, WAL {}", self.reigns, wal.end());
-        Reign(self.reigns)
+        let reign = Reign(self.reigns);
+        self.reign_of.insert(host, reign);
+        reign
+    }
+
+    /// The reign in which a host took writes last.
+    pub fn last_reign(&self, host: usize) -> Option<Reign> {
+        self.reign_of.get(&host).copied()
     }
 
     /// A server begins to take writes at `own`, and `known` is the last position that the store has of a leader; nobody
@@ -102,12 +111,10 @@ impl Judge {
         }
     }
 
-    /// The answer to a client's write leaves a server. `guarded`: something ends it with its lease; in a pause, and after
-    /// it where the agent has not heard of its end, it is the operator who answers for there being one primary.
-    pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign, guarded: bool) {
+    /// The answer to a client's write leaves a server.
+    pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign) {
         if let Some((newest, other)) = self.newest
             && newest > reign
-            && (guarded || !self.pauses)
         {
             self.violation(
                 now,

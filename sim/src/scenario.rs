@@ -58,7 +58,7 @@ pub struct Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Aim {
-    /// The holder of the leader key.
+    /// The holder of the leader key; while there is none, who has the right to make the cluster.
     Leader,
     /// The first of the synchronous standbys.
     Synchronous,
@@ -382,6 +382,9 @@ impl Draw {
             let first = self.event(at);
             let lasts = first.ends() - at;
             events.push(first);
+            if self.rng.random_ratio(1, 8) {
+                self.hunt(at, &mut events);
+            }
             // Trouble seldom comes alone: right after it, or while it lasts.
             let within = *[0, 0, 200, lasts.max(1)].choose(&mut self.rng).unwrap_or(&0);
             if within > 0 {
@@ -391,6 +394,15 @@ impl Draw {
         }
         events.sort_by_key(|event| event.at);
         events
+    }
+
+    /// One leader after the other is hit, each soon after it began.
+    fn hunt(&mut self, mut at: u64, events: &mut Vec<Event>) {
+        for _ in 0..self.rng.random_range(2..5) {
+            events.push(Event { at, aim: Some(Aim::Leader), what: self.fault() });
+            let within = *[100, 1_000, 3_000].choose(&mut self.rng).unwrap_or(&1_000);
+            at += self.rng.random_range(1..within);
+        }
     }
 
     /// Most faults hit anybody; what decides over a cluster is what happens to its leader.

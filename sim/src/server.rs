@@ -263,7 +263,9 @@ pub fn spawn(stage: &Stage, host: usize) {
         let slow = stage.server(host, |server| server.disk_slow);
         stage.micros(if slow { 1_000_000..12_000_000 } else { 20_000..150_000 }).await;
         if is_primary_start(&stage, host, number) {
-            begin_writes(&stage, host, number);
+            // A restart in a pause is the operator's.
+            let reign = stage.judge(|judge, _| judge.last_reign(host)).filter(|_| is_left_alone(&stage, host));
+            begin_writes(&stage, host, number, reign);
         }
         stage.server(host, |server| {
             if let Some(postmaster) = server.postmaster(number) {
@@ -284,8 +286,18 @@ fn is_initialised(stage: &Stage) -> bool {
     stage.store().peek("/service/sim/initialize").entries.iter().any(|key| !key.value.is_empty())
 }
 
-/// From here on it takes writes.
-fn begin_writes(stage: &Stage, host: usize, number: u64) {
+/// In a pause nothing ends a server with its lease: it is the operator who answers for there being one primary.
+fn is_left_alone(stage: &Stage, host: usize) -> bool {
+    stage.judge(|judge, _| judge.pauses) && stage.guard(host).is_some_and(|guard| !guard.is_armed())
+}
+
+/// The pause is over, but not for this host, whose agent can't hear of it: nobody but the operator knew that.
+fn has_missed_resume(stage: &Stage, host: usize) -> bool {
+    is_left_alone(stage, host) && stage.key("config").is_none_or(|config| config["pause"] != json!(true))
+}
+
+/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
+fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
     // Over time: no answer leaves, and the guard is about to end it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
@@ -294,9 +306,6 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
     let failsafe = stage.key("failsafe").is_some() && again;
     let holder = stage.holder().or_else(|| failsafe.then(|| name(host).0));
     let initialised = is_initialised(stage);
-    // In a pause a restart is the operator's.
-    let asked_to =
-        again && stage.judge(|judge, _| judge.pauses) && stage.guard(host).is_some_and(|guard| !guard.is_armed());
     // A switchover may have to do with a candidate that is behind.
     let requested = stage.key("failover").is_some_and(|request| request != json!({}));
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
@@ -314,7 +323,11 @@ fn begin_writes(stage: &Stage, host: usize, number: u64) {
         postmaster.role = PgRole::Primary;
         // A cluster that is being bootstrapped has no leader key yet, and no clients.
         postmaster.private = !initialised;
-        let holder = if initialised && !mute && !asked_to { holder.as_deref() } else { Some(name.as_str()) };
+        let holder = if initialised && !mute { holder.as_deref() } else { Some(name.as_str()) };
+        if reign.is_some() {
+            postmaster.reign = reign;
+            return;
+        }
         // Who comes back in place was elected before, maybe on request.
         if !requested && !mute && !again {
             stage.judge(|judge, now| judge.elected(now, &name, wal.end(), Lsn(known)));
@@ -342,7 +355,7 @@ pub fn promote(stage: &Stage, host: usize, number: u64, process: ProcessId, done
             Some(timeline)
         });
         let Some(timeline) = timeline else { return };
-        begin_writes(&stage, host, number);
+        begin_writes(&stage, host, number, None);
         stage.server(host, |server| server.touch());
         // Nobody waits any more: it is promoted all the same.
         let _ = done.send(timeline);
@@ -463,14 +476,12 @@ async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Writ
         }
         changed.changed().await.ok()?;
     }
-    let guard = stage.guard(host);
-    if guard.as_ref().is_some_and(|guard| !guard.lets_out()) {
+    if stage.guard(host).is_some_and(|guard| !guard.lets_out()) {
         // The egress fence: no answer leaves a deposed host, whatever still runs there.
         return None;
     }
-    if !private || is_initialised(stage) {
-        let guarded = guard.is_some_and(|guard| guard.is_armed());
-        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign, guarded));
+    if (!private || is_initialised(stage)) && !has_missed_resume(stage, host) {
+        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign));
     }
     Some(Written::Done)
 }

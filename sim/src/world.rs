@@ -13,11 +13,12 @@ use trunkline_agent::guard::Guard;
 use trunkline_agent::ha::{Ha, Parts};
 use trunkline_agent::node::{Board, Command, RestartFilter};
 use trunkline_agent::postgres::PgRole;
+use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
-use trunkline_common::{Clock, ClusterView};
+use trunkline_common::{Clock, ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::{Env, Local, PostgresConfig, Settings, merge};
 
@@ -186,7 +187,7 @@ impl World {
         for host in 0..scenario.nodes.len() {
             clients::direct(&world.stage, process, host);
         }
-        world.watch_timeline();
+        world.watch_store();
         for event in scenario.events.clone() {
             let acting = world.clone();
             world.stage.executor().spawn(process, async move {
@@ -205,13 +206,21 @@ impl World {
     /// Who that is now.
     fn aimed_at(&self, aim: Aim) -> Option<usize> {
         let name = match aim {
-            Aim::Leader => self.stage.holder()?,
+            // Before there is one: whoever makes the cluster.
+            Aim::Leader => match self.stage.holder() {
+                Some(holder) => holder,
+                None => return (0..self.scenario.nodes.len()).find(|host| self.is_guarded(*host)),
+            },
             Aim::Synchronous => {
                 let sync = self.stage.key("sync")?;
                 sync["sync_standby"].as_str()?.split(',').next()?.to_owned()
             }
         };
         host_of(&name).filter(|host| *host < self.scenario.nodes.len())
+    }
+
+    fn is_guarded(&self, host: usize) -> bool {
+        self.stage.guard(host).is_some_and(|guard| guard.is_armed())
     }
 
     fn go_on(&self, until: Duration) -> Result<(), Livelock> {
@@ -357,21 +366,56 @@ impl World {
         self.routers.lock().push((running, link));
     }
 
-    /// The store's timeline never goes down.
-    fn watch_timeline(&self) {
+    /// What each revision of the store says in itself: the timeline never goes down, nobody who is no primary takes the
+    /// leader key in a pause unasked, nobody is promoted or waited for who is tagged against it.
+    fn watch_store(&self) {
         let executor = self.stage.executor();
         let clock = SimClock::new(executor, self.process, Drift::default(), Arc::default());
         let store = ClusterStore::new(self.stage.store().client(), paths());
         let mut knowledge = Follower::spawn(store, clock);
-        let stage = self.stage.clone();
+        let world = self.clone();
         executor.spawn(self.process, async move {
+            let mut before = Arc::<ClusterView>::default();
             while knowledge.changed().await.is_ok() {
-                let timeline = knowledge.borrow_and_update().view.as_ref().and_then(|view| view.timeline());
-                if let Some(timeline) = timeline {
-                    stage.judge(|judge, now| judge.timeline(now, timeline.0));
+                let Some(view) = knowledge.borrow_and_update().view.clone() else { continue };
+                if let Some(timeline) = view.timeline() {
+                    world.stage.judge(|judge, now| judge.timeline(now, timeline.0));
                 }
+                if let Some(wrong) = world.wrong_in(&before, &view) {
+                    world.stage.judge(|judge, now| judge.violation(now, wrong));
+                }
+                before = view;
             }
         });
+    }
+
+    fn wrong_in(&self, before: &ClusterView, view: &ClusterView) -> Option<String> {
+        let node = |name: &MemberName| host_of(name.as_str()).and_then(|host| self.scenario.nodes.get(host));
+        // Who led before has every commit, whatever its tags.
+        let nosync = |name: &&String| {
+            let led = before.sync.leader.as_ref().is_some_and(|leader| leader.0 == **name);
+            let inherited = before.sync.standbys.contains(*name);
+            !led && !inherited
+                && node(&MemberName::from(name.as_str())).is_some_and(|node| node.tags.contains_key("nosync"))
+        };
+        if let Some(name) = view.sync.standbys.iter().find(nosync) {
+            return Some(format!("commits may wait for {name}, which is tagged nosync"));
+        }
+        let leader = view.leader.as_ref()?;
+        let was_primary = || {
+            let host = host_of(leader.name.as_str()).unwrap_or_default();
+            self.stage.server(host, |server| server.is_primary())
+        };
+        let unchanged = before.leader.as_ref().is_some_and(|last| last.created == leader.created);
+        if unchanged || before.initialize == Initialize::Absent || was_primary() {
+            return None;
+        }
+        if node(&leader.name).is_some_and(|node| node.priority <= 0) {
+            return Some(format!("{} leads and must not be promoted", leader.name));
+        }
+        let asked = before.failover.is_some() || view.failover.is_some();
+        let paused = before.settings.pause && view.settings.pause;
+        (paused && !asked).then(|| format!("{} takes the leader key in a pause, unasked", leader.name))
     }
 
     /// Brings a host's connection to the store in line with everything that is wrong with it.
@@ -640,6 +684,13 @@ impl World {
                 return (false, Some(format!("{leader} holds the leader key and takes no writes")));
             }
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
+            // pg_rewind is not allowed, or has failed, and nothing may take its place by itself.
+            let takes_a_person = |server: &Server| {
+                let Some(data) = &server.data else { return false };
+                let diverged = !data.wal.is_prefix_of(wal);
+                let failed = server.postmaster.is_none() && (data.damage == Some(HALF_REWOUND) || diverged && fills);
+                !reclones && failed || !rewinds && diverged && !server.is_primary()
+            };
             for server in servers.iter().filter(|server| server.name.0 != leader) {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
                 if !members.contains_key(&server.name) {
@@ -649,14 +700,12 @@ impl World {
                 if follows && data.wal.is_prefix_of(wal) {
                     continue;
                 }
-                let diverged = !data.wal.is_prefix_of(wal);
-                if !reclones && server.postmaster.is_none() && (data.damage == Some(HALF_REWOUND) || diverged && fills)
-                {
-                    // pg_rewind has failed, and nothing may take its place by itself: it takes a person.
-                    continue;
-                }
-                if !rewinds && diverged && !server.is_primary() {
-                    // The same without pg_rewind.
+                let above = |server: &&Server| {
+                    let upstream = server.data.as_ref().and_then(|data| data.upstream.as_ref())?;
+                    servers.iter().find(|server| server.name == upstream.name && server.name.0 != leader)
+                };
+                let mut chain = std::iter::successors(Some(server), above).take(servers.len());
+                if !server.is_primary() && chain.any(takes_a_person) {
                     continue;
                 }
                 return (true, Some(format!("{} does not follow {leader}", server.name)));

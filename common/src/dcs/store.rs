@@ -64,6 +64,10 @@ pub struct Seen {
     pub initialize: Revision,
     /// The revision of `status`: nobody leads by the position that a leader had some time before its last one.
     pub status: Revision,
+    /// The revision of `config`: nobody leads by settings that were in force before, or into a pause.
+    pub config: Revision,
+    /// The revision of `failover`: nobody leads by a request that was withdrawn.
+    pub failover: Revision,
 }
 
 impl Seen {
@@ -74,7 +78,21 @@ impl Seen {
             failsafe: view.failsafe_revision,
             initialize: view.initialize_revision,
             status: view.status_revision,
+            config: view.config.as_ref().map_or(Revision(0), |config| config.revision),
+            failover: view.failover_revision,
         }
+    }
+
+    fn unchanged(&self, paths: &Paths) -> impl Iterator<Item = Compare> {
+        let keys = [
+            ("sync", self.sync),
+            ("failsafe", self.failsafe),
+            ("initialize", self.initialize),
+            ("status", self.status),
+            ("config", self.config),
+            ("failover", self.failover),
+        ];
+        keys.map(|(key, revision)| Compare::Modified(paths.key(key), revision)).into_iter()
     }
 }
 
@@ -112,10 +130,10 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(view)
     }
 
-    /// Creates the leader key with `name` and `lease`, if there is none **and** `sync`, `failsafe`, `initialize` and `status`
-    /// still are what the decision was made on; `also` is written in the same step. So a stale view can't elect a node that
-    /// has been taken off the synchronous list, or off the list that a leader without DCS asks, in the meantime, nor one
-    /// beside which another cluster is being made, nor one that is further behind than it knows.
+    /// Creates the leader key with `name` and `lease`, if there is none **and** everything that the decision was made on still
+    /// is what was `seen`; `also` is written in the same step. So a stale view can't elect a node that has been taken off the
+    /// synchronous list, or off the list that a leader without DCS asks, in the meantime, nor one beside which another
+    /// cluster is being made, nor one that is further behind than it knows, nor one by settings or a request of yesterday.
     ///
     /// A request of ours that was carried out although its answer got lost counts as done.
     pub async fn acquire_leader(
@@ -125,25 +143,14 @@ impl<D: Dcs> ClusterStore<D> {
         seen: Seen,
         also: Alongside,
     ) -> Result<Outcome, DcsError> {
-        let (leader, initialize) = (self.paths.key("leader"), self.paths.key("initialize"));
+        let leader = self.paths.key("leader");
         let mut then = vec![Op::Put(leader.clone(), name.as_str().into(), lease)];
         then.extend(also.sync.map(|write| self.sync_op(write.value)));
-        let identity = |system: SystemId| Op::Put(initialize.clone(), system.to_string().into_bytes(), LeaseId(0));
+        let identity =
+            |system: SystemId| Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0));
         then.extend(also.initialize.map(identity));
-        let result = self
-            .dcs
-            .txn(Txn {
-                when: vec![
-                    Compare::Absent(leader.clone()),
-                    Compare::Modified(self.paths.key("sync"), seen.sync),
-                    Compare::Modified(self.paths.key("failsafe"), seen.failsafe),
-                    Compare::Modified(initialize, seen.initialize),
-                    Compare::Modified(self.paths.key("status"), seen.status),
-                ],
-                then,
-                otherwise: vec![Op::Get(leader)],
-            })
-            .await?;
+        let when = std::iter::once(Compare::Absent(leader.clone())).chain(seen.unchanged(&self.paths)).collect();
+        let result = self.dcs.txn(Txn { when, then, otherwise: vec![Op::Get(leader)] }).await?;
         let ours = |kv: &KeyValue| kv.value == name.as_str().as_bytes() && kv.lease == lease;
         match result.read.first() {
             Some(Some(kv)) if !result.succeeded && ours(kv) => Ok(Outcome::Done(kv.modified)),
@@ -450,6 +457,20 @@ mod tests {
         assert_eq!(store.confirm_leader(&name("b"), old).await, Ok(Outcome::Conflict));
         store.dcs().revoke(new).await.unwrap();
         assert_eq!(store.confirm_leader(&name("a"), old).await, Ok(Outcome::Conflict), "gone is gone");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn settings_and_requests_of_yesterday_elect_nobody() {
+        let store = store();
+        let a = lease(&store).await;
+        let before = Seen::of(&store.read().await.unwrap());
+        store.put_config(&json!({"pause": true}), None).await.unwrap();
+        assert_eq!(store.acquire_leader(&name("a"), a, before, Alongside::default()).await, Ok(Outcome::Conflict));
+        let before = Seen::of(&store.read().await.unwrap());
+        store.put_failover(&json!({"member": "b"}), None).await.unwrap();
+        assert_eq!(store.acquire_leader(&name("a"), a, before, Alongside::default()).await, Ok(Outcome::Conflict));
+        let now = Seen::of(&store.read().await.unwrap());
+        assert!(store.acquire_leader(&name("a"), a, now, Alongside::default()).await.unwrap().is_done());
     }
 
     #[tokio::test(start_paused = true)]

@@ -177,6 +177,11 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
         let reason = format!("not streaming, {why}{}", not_yet(s));
         return is(if s.backing_off() { Action::Wait } else { Action::CheckDivergence(source) }, reason);
     }
+    if let Some(upstream) = target.filter(|_| dry) {
+        let unmended = if s.may_rewind() { "" } else { ", and neither pg_rewind nor a new copy is allowed here" };
+        let reason = format!("following {leader}, but nothing is streamed from {}", upstream.name);
+        return is(Action::Wait, format!("{reason}: PostgreSQL's log says why{unmended}"));
+    }
     is(Action::Wait, format!("no action. I am ({}), a secondary, and following a leader ({leader})", s.me.name))
 }
 

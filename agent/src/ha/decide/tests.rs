@@ -266,6 +266,21 @@ fn a_comparison_that_is_tried_again_and_again_is_said_once() {
 }
 
 #[test]
+fn a_standby_that_gets_nothing_says_so() {
+    let mut dry = world();
+    let PgStatus::Running(running) = &mut dry.pg else { unreachable!() };
+    running.replication_state = None;
+    dry.memory.dry_since = Some(NOW - follower::DRY * 2);
+    assert!(matches!(dry.decide().action, Action::CheckDivergence(_)), "{:?}", dry.decide());
+    dry.me.use_pg_rewind = false;
+    let waits = dry.decide();
+    assert_eq!(waits.action, Action::Wait);
+    let expected = "following a, but nothing is streamed from a: PostgreSQL's log says why, \
+                    and neither pg_rewind nor a new copy is allowed here";
+    assert_eq!(waits.reason, expected);
+}
+
+#[test]
 fn steady_states_do_nothing() {
     assert_eq!(world().decide().action, Action::Wait);
     assert_eq!(world().decide().reason, "no action. I am (b), a secondary, and following a leader (a)");
