@@ -291,9 +291,11 @@ fn is_left_alone(stage: &Stage, host: usize) -> bool {
     stage.judge(|judge, _| judge.pauses) && stage.guard(host).is_some_and(|guard| !guard.is_armed())
 }
 
-/// The pause is over, but not for this host, whose agent can't hear of it: nobody but the operator knew that.
-fn has_missed_resume(stage: &Stage, host: usize) -> bool {
-    is_left_alone(stage, host) && stage.key("config").is_none_or(|config| config["pause"] != json!(true))
+/// The pause is over, but not for this host, whose agent can't hear of it; or somebody else was promoted in it on request:
+/// nobody but the operator could have known what still runs here.
+fn is_forgotten(stage: &Stage, host: usize) -> bool {
+    let paused = || stage.key("config").is_some_and(|config| config["pause"] == json!(true));
+    is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
 
 /// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
@@ -480,7 +482,7 @@ async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Writ
         // The egress fence: no answer leaves a deposed host, whatever still runs there.
         return None;
     }
-    if (!private || is_initialised(stage)) && !has_missed_resume(stage, host) {
+    if (!private || is_initialised(stage)) && !is_forgotten(stage, host) {
         stage.judge(|judge, now| judge.acknowledged(now, id, host, reign));
     }
     Some(Written::Done)
