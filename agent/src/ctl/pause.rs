@@ -24,6 +24,12 @@ pub(super) async fn set(context: &Context, args: &PauseArgs, paused: bool) -> Re
     if cluster.view.settings.pause == paused {
         return Err(CtlError::new(format!("Cluster is {} paused", if paused { "already" } else { "not" })));
     }
+    if !paused && cluster.view.leader.is_none() {
+        // Not fenced in a pause, and after it only by an agent that has heard of its end.
+        warning(
+            "nobody holds the leader key; a PostgreSQL whose agent is down may still run as primary beside the next one",
+        );
+    }
     let body = json!({"pause": if paused { Value::from(true) } else { Value::Null }});
     for node in leader_first(&cluster.view) {
         let answer = match context.rest.call(&node, Method::Patch, "config", Some(&body)).await {
