@@ -53,6 +53,8 @@ pub(super) struct Inner {
     took: Mutex<Took>,
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
     pub(super) received: Mutex<Option<(i32, TimelineId)>>,
+    /// The postmaster that would not let the replication user in.
+    pub(super) mute: Mutex<Option<i32>>,
     pub(super) sync_names_in_force: Mutex<Option<(i32, String)>>,
     /// Work on logical slots that goes on beside.
     pub(super) decoding: Mutex<Decoding>,
@@ -99,6 +101,7 @@ impl Instance {
             pending_restart: Mutex::default(),
             took: Mutex::default(),
             received: Mutex::default(),
+            mute: Mutex::default(),
             sync_names_in_force: Mutex::default(),
             decoding: Mutex::default(),
             bulk: Mutex::default(),

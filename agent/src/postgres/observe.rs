@@ -101,7 +101,10 @@ impl Instance {
         match ask.await {
             Ok(identity) => Some(identity.timeline),
             Err(error) => {
-                tracing::warn!("the timeline of the local server can't be asked for by replication: {error}");
+                // Once for each server: this is asked again and again.
+                if self.inner.mute.lock().replace(pid_file.pid) != Some(pid_file.pid) {
+                    tracing::warn!("the timeline of the local server can't be asked for by replication: {error}");
+                }
                 None
             }
         }
