@@ -59,8 +59,8 @@ pub async fn run(
         let well = confirmed && known.trouble.is_none();
         let lease = known.view.as_ref().map_or(Duration::ZERO, |view| view.settings.router_lease);
         let registered = *registration.borrow_and_update();
-        let ends = [lease / 2, Duration::ZERO].into_iter().filter_map(|left| Some(registered.0? - left));
-        let ends = ends.filter(|end| now < *end);
+        let lapses = registered.0.filter(|until| now < *until);
+        let asks = lapses.map(|until| until - lease / 2).filter(|at| now < *at);
         let at_risk = !lease.is_zero() && !registered.holds(now + lease / 2);
         let mut question = None;
         let reading = match (&known.view, &seed) {
@@ -82,7 +82,7 @@ pub async fn run(
         router.registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
         let stale_at = stale_at.filter(|_| fresh);
-        let events = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(ends);
+        let events = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(lapses).chain(asks);
         let wake = events.min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
             biased;
@@ -92,7 +92,13 @@ pub async fn run(
             () = router.clock.sleep_until(wake) => {
                 let asked = router.clock.now();
                 if let Some(question) = question.filter(|_| ask_at.is_some_and(|at| at <= asked)) {
-                    if let Some(answers) = question.ask(&prober, knowledge.clone()).await {
+                    // A leader that keeps the router waiting must not keep its sessions by that.
+                    let answers = tokio::select! {
+                        biased;
+                        () = router.clock.sleep_until(lapses.unwrap_or_default()), if lapses.is_some() => None,
+                        answers = question.ask(&prober, knowledge.clone()) => answers,
+                    };
+                    if let Some(answers) = answers {
                         heard.hear(&question.reading.view, &answers, asked);
                     }
                     asked_at = router.clock.now();

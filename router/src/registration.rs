@@ -26,6 +26,9 @@ use crate::table::RouteTable;
 /// Renewals in a lease.
 const PACE: u32 = 4;
 
+/// This part of a lease is kept for ending sessions.
+const MARGIN: u32 = 10;
+
 /// Pause after a request that failed.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -141,7 +144,9 @@ impl<D: Dcs, C: Clock> Registrar<D, C> {
                     if !std::mem::replace(&mut self.in_trouble, true) {
                         warn!(%error, "this router can't register, or renew its registration");
                     }
-                    renew_at = self.clock.now() + PAUSE;
+                    // Who may not write today may tomorrow, but not the next moment.
+                    let refused = matches!(error, DcsError::Refused(_));
+                    renew_at = self.clock.now() + if refused { followed.lease / PACE } else { PAUSE };
                 }
             }
             tokio::select! {
@@ -168,8 +173,9 @@ impl<D: Dcs, C: Clock> Registrar<D, C> {
             // Which the watch is about to show.
             return Ok(());
         }
-        // The store may grant more than was asked for, which nobody waits for.
-        let until = Some(lease.until - lease.ttl + followed.lease.min(lease.ttl));
+        // The store may grant more than was asked for, which nobody waits for; and letting go takes its time.
+        let length = followed.lease.min(lease.ttl);
+        let until = Some(lease.until - lease.ttl + length - length / MARGIN);
         if std::mem::take(&mut self.in_trouble) || self.registered.borrow().0.is_none() {
             info!(name = self.name, lease = ?followed.lease, "registered: a new leader waits for this router");
         }

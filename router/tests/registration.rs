@@ -58,13 +58,14 @@ async fn cut_off_from_the_dcs_it_ends_sessions_to_a_silent_leader_and_no_others(
     let mut world = World::new(limits());
     let (rw, ro) = (world.open(port(Target::Leader)).await, world.open(port(Target::Replica)).await);
     let (dcs, created) = registered(&world.router).await;
-    let (a, b) = (Fake::start().await, Fake::start().await);
+    let (a, b, silent) = (Fake::start().await, Fake::start().await, Fake::start().await);
     world.follow("b", b.at).await;
     world
         .change(|view| {
             view.settings.router_lease = LEASE;
             view.leader = Some(key("a", created));
-            view.members.insert("a".into(), member("primary", a.at));
+            let api_url = Some(format!("http://{}/patroni", silent.at));
+            view.members.insert("a".into(), trunkline_common::Member { api_url, ..member("primary", a.at) });
         })
         .await;
     let (mut writer, mut server) = session(rw, &a).await;
