@@ -234,7 +234,9 @@ impl Postgres for ModelPostgres {
             if !there {
                 return Err(PgError::Failed("there is no data directory".to_owned()));
             }
-            self.stage.micros(1_000..10_000).await;
+            // Until its files are written and the postmaster shows, a fence finds nobody to end.
+            let slow = self.server(|server| server.disk_slow);
+            self.stage.micros(if slow { 100_000..4_000_000 } else { 1_000..10_000 }).await;
             if self.postmaster().is_none() {
                 server::spawn(&self.stage, self.host);
             }
