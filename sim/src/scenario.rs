@@ -377,6 +377,12 @@ impl Draw {
         };
         let pace = *paces.choose(&mut self.rng).unwrap_or(&2_000);
         let mut events = Vec::new();
+        if at == 0 && self.rng.random() {
+            self.hard_bootstrap(&mut events);
+        }
+        if self.synchronous && self.rng.random_ratio(1, 8) {
+            self.hard_change_of_mode(at, &mut events);
+        }
         while at < until {
             at += self.rng.random_range(1..pace * 2);
             let first = self.event(at);
@@ -394,6 +400,57 @@ impl Draw {
         }
         events.sort_by_key(|event| event.at);
         events
+    }
+
+    /// Whoever makes the cluster has a slow disk, and loses its right meanwhile.
+    fn hard_bootstrap(&mut self, events: &mut Vec<Event>) {
+        let slow = self.rng.random_range(50..600);
+        let lost = slow + self.rng.random_range(0..4_000);
+        let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
+        let faults = [(slow, Fault::SlowDisk { node: 0, ms: 15_000 }), (lost, self.outage(lasts))];
+        events.extend(faults.map(|(at, what)| Event { at, aim: Some(Aim::Leader), what }));
+    }
+
+    /// The way to wait for standbys changes while some of them are behind, and leaders go one after the other.
+    fn hard_change_of_mode(&mut self, after: u64, events: &mut Vec<Event>) {
+        let quorum = after + self.rng.random_range(1_000..5_000);
+        let on = quorum + self.rng.random_range(2_000..5_000);
+        let behind = on - self.rng.random_range(0..2_000);
+        let strict = self.rng.random::<bool>();
+        let (from, to) = (End::Postgres(0), End::Postgres(self.rng.random_range(1..self.count)));
+        let cut = Fault::Cut { from, to, both: true, ms: self.rng.random_range(1_000..6_000) };
+        events.extend([
+            Event { at: quorum, aim: None, what: Fault::Configure { patch: json!({ "synchronous_mode": "quorum" }) } },
+            Event { at: behind, aim: Some(Aim::Leader), what: cut },
+            Event {
+                at: on,
+                aim: None,
+                what: Fault::Configure {
+                    patch: json!({ "synchronous_mode": true, "synchronous_mode_strict": strict }),
+                },
+            },
+        ]);
+        let mut at = on;
+        for _ in 0..2 {
+            at += self.rng.random_range(0..2_000);
+            let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
+            events.push(Event { at, aim: Some(Aim::Leader), what: self.outage(lasts) });
+        }
+    }
+
+    /// A node, or its agent, is out for so long.
+    fn outage(&mut self, ms: u64) -> Fault {
+        let node = 0;
+        let agent_only = Fault::Cut { from: End::Agent(node), to: End::Dcs, both: true, ms };
+        let kinds = [
+            agent_only,
+            Fault::Isolate { node, ms },
+            Fault::CrashHost { node, ms },
+            Fault::FreezeHost { node, ms },
+            Fault::FreezeAgent { node, ms },
+            Fault::KillPostgres { node },
+        ];
+        kinds.choose(&mut self.rng).cloned().unwrap_or(Fault::KillPostgres { node })
     }
 
     /// One leader after the other is hit, each soon after it began.
