@@ -411,28 +411,24 @@ impl Draw {
         events.extend(faults.map(|(at, what)| Event { at, aim: Some(Aim::Leader), what }));
     }
 
-    /// The way to wait for standbys changes while some of them are behind, and leaders go one after the other.
+    /// The way to wait for standbys changes while one of them gets nothing, and leaders are out one after the other: the
+    /// first of them does not see the change, the next one is soon gone.
     fn hard_change_of_mode(&mut self, after: u64, events: &mut Vec<Event>) {
-        let quorum = after + self.rng.random_range(1_000..5_000);
-        let on = quorum + self.rng.random_range(2_000..5_000);
-        let behind = on - self.rng.random_range(0..2_000);
+        let quorum = after + self.rng.random_range(500..3_000);
+        let behind = quorum + self.rng.random_range(2_000..5_000);
+        let first = behind + self.rng.random_range(0..1_500);
+        let on = first + self.rng.random_range(0..1_000);
+        let second = first + self.rng.random_range(0..self.ttl + 2_500);
+        let mode = |at, patch| Event { at, aim: None, what: Fault::Configure { patch } };
         let strict = self.rng.random::<bool>();
-        let (from, to) = (End::Postgres(0), End::Postgres(self.rng.random_range(1..self.count)));
-        let cut = Fault::Cut { from, to, both: true, ms: self.rng.random_range(1_000..6_000) };
-        events.extend([
-            Event { at: quorum, aim: None, what: Fault::Configure { patch: json!({ "synchronous_mode": "quorum" }) } },
-            Event { at: behind, aim: Some(Aim::Leader), what: cut },
-            Event {
-                at: on,
-                aim: None,
-                what: Fault::Configure {
-                    patch: json!({ "synchronous_mode": true, "synchronous_mode_strict": strict }),
-                },
-            },
-        ]);
-        let mut at = on;
-        for _ in 0..2 {
-            at += self.rng.random_range(0..2_000);
+        events.push(mode(quorum, json!({ "synchronous_mode": "quorum" })));
+        events.push(mode(on, json!({ "synchronous_mode": true, "synchronous_mode_strict": strict })));
+        let standby = self.rng.random_range(0..self.count);
+        let ms = self.rng.random_range(self.ttl..self.ttl * 4);
+        let cut = |other| Fault::Cut { from: End::Postgres(standby), to: End::Postgres(other), both: true, ms };
+        let others = (0..self.count).filter(|other| *other != standby);
+        events.extend(others.map(|other| Event { at: behind, aim: None, what: cut(other) }));
+        for at in [first, second] {
             let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
             events.push(Event { at, aim: Some(Aim::Leader), what: self.outage(lasts) });
         }
