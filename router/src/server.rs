@@ -191,11 +191,23 @@ impl Signals {
             info!("the next process has the sockets");
         }
         let limit = router.limits().drain_timeout;
-        tokio::select! {
-            ended = router.drain(limit, handed_over) => info!(sessions_ended = ended, "drained"),
-            () = self.another() => warn!("not waiting for sessions any more"),
+        let drained = tokio::select! {
+            ended = router.drain(limit, handed_over) => {
+                info!(sessions_ended = ended, "drained");
+                true
+            }
+            () = self.another() => {
+                warn!("not waiting for sessions any more");
+                false
+            }
+        };
+        if handed_over && !drained {
+            // Those that have not left end with this process, which therefore does not say that it has none.
+            return;
         }
-        router.sessions.end_all(Cut::Drained);
+        if !drained {
+            router.sessions.end_all(Cut::Drained);
+        }
         router.registration.withdraw().await;
     }
 

@@ -368,7 +368,7 @@ async fn ten_upgrades_refuse_nobody_and_drop_no_session() -> Result<()> {
     let mut number = 0;
     while number < 10 || !pgbench.is_finished() {
         number += 1;
-        ensure!(number < 200, "pgbench does not end");
+        ensure!(number < 2000, "pgbench does not end");
         let mut next = start(number)?;
         let ended = wait::until("the old router to end, though sessions go on", LIMIT, async || {
             ensure!(next.ended().is_none(), "the new router has ended");
