@@ -312,7 +312,7 @@ async fn removing_needs_three_answers() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failures_are_sentences() {
     let world = World::start().await;
-    let table: [(&[&str], i32, &str); 7] = [
+    let table: [(&[&str], i32, &str); 9] = [
         (&["-d", "127.0.0.1:1", "list"], 1, "Error: Can not talk to the DCS at http://127.0.0.1:1: "),
         (
             &["-c", "/nowhere.yml", "list"],
@@ -323,6 +323,8 @@ async fn failures_are_sentences() {
         (&["failover", "--force"], 1, "Error: Failover could be performed only to a specific candidate\n"),
         (&["switchover"], 1, "Aborted!\n"),
         (&["flush", "demo", "nonsense"], 2, "Error: What shall be forgotten?"),
+        (&["demote-cluster"], 1, "Error: At least --host, --port or --restore-command should be specified\n"),
+        (&["promote-cluster"], 1, "Error: Cluster is already in the required state\n"),
         (&["list", "-f", "xml"], 2, "error: invalid value 'xml'"),
     ];
     for (arguments, code, message) in table {

@@ -49,6 +49,10 @@ pub(super) enum Command {
     Switchover(SwitchoverArgs),
     /// Make a member the leader
     Failover(FailoverArgs),
+    /// Make the cluster a standby cluster of a server outside
+    DemoteCluster(DemoteClusterArgs),
+    /// Set a standby cluster free: it takes writes
+    PromoteCluster(PromoteClusterArgs),
     /// Restart PostgreSQL of members
     Restart(RestartArgs),
     /// Reload the configuration of members
@@ -299,6 +303,36 @@ pub(super) struct FailoverArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct DemoteClusterArgs {
+    /// Cluster; default: `scope` of the configuration
+    pub cluster: Option<String>,
+    /// Address of the server outside
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Its port
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// How to get WAL from its archive
+    #[arg(long, value_name = "COMMAND")]
+    pub restore_command: Option<String>,
+    /// Our replication slot there
+    #[arg(long, value_name = "NAME")]
+    pub primary_slot_name: Option<String>,
+    /// Don't ask
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PromoteClusterArgs {
+    /// Cluster; default: `scope` of the configuration
+    pub cluster: Option<String>,
+    /// Don't ask
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct RestartArgs {
     /// Cluster
     pub cluster: String,
@@ -499,6 +533,8 @@ mod tests {
             "remove demo -f yml",
             "dsn -r any",
             "version demo a",
+            "demote-cluster demo --host h --port 5432 --restore-command x --primary-slot-name s --force",
+            "promote-cluster --force",
         ];
         for line in accepted {
             let parsed = Cli::try_parse_from(std::iter::once("trunklinectl").chain(line.split(' ')));

@@ -23,6 +23,7 @@ mod restart;
 mod router;
 mod select;
 mod show;
+mod standby;
 pub mod table;
 mod text;
 mod values;
@@ -83,6 +84,8 @@ async fn dispatch(cli: &Cli) -> error::Result<()> {
         Command::EditConfig(args) => edit::edit_config(context, args).await,
         Command::Switchover(args) => change::switchover(context, args).await,
         Command::Failover(args) => change::failover(context, args).await,
+        Command::DemoteCluster(args) => standby::demote(context, args).await,
+        Command::PromoteCluster(args) => standby::promote(context, args).await,
         Command::Restart(args) => restart::restart(context, args).await,
         Command::Reload(args) => restart::reload(context, args).await,
         Command::Reinit(args) => reinit::reinit(context, args).await,

@@ -4,9 +4,13 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures::future::Either;
+use tokio::net::TcpStream;
+use tokio_postgres::config::SslMode;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use trunkline_common::Clock;
+use trunkline_config::postgres::Credentials;
 
 use super::args::{QueryArgs, Role};
 use super::context::{Cluster, Context};
@@ -17,6 +21,8 @@ use super::prompt::{ask_hidden, echo};
 use super::select::{Node, any_member};
 use super::text::{quoted, seconds_stamp};
 use super::values::python_value;
+use crate::postgres::tls;
+use crate::postgres::walsender::Io;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -76,10 +82,10 @@ async fn run(
     };
     let Some(node) = node else { return Ok(Err(none())) };
     let config = connection(&node, args, password)?;
-    let client = match connect(&config).await {
+    let (host, port) = node.member.host_port().unwrap_or_default();
+    let client = match connect(&config, &host, port).await {
         Ok(client) => client,
         Err(why) => {
-            let (host, port) = node.member.host_port().unwrap_or_default();
             let place = format!("connection to server at \"{host}\", port {port} failed");
             return Ok(Err(format!("ERROR, SQLSTATE: {place}: {why}")));
         }
@@ -110,7 +116,7 @@ fn connection(node: &Node, args: &QueryArgs, password: Option<&str>) -> Result<C
         find_password(&std::fs::read_to_string(file).ok()?, [&host, &port.to_string(), &database, &user])
     });
     let mut config = Config::new();
-    config.host(&host).port(port).user(&user).dbname(&database).connect_timeout(CONNECT);
+    config.user(&user).dbname(&database).ssl_mode(SslMode::Disable);
     config.application_name(variable("PGAPPNAME").as_deref().unwrap_or("trunklinectl"));
     if let Some(options) = variable("PGOPTIONS") {
         config.options(options);
@@ -157,14 +163,30 @@ fn unescaped_fields(line: &str) -> Vec<String> {
     fields
 }
 
-async fn connect(config: &Config) -> std::result::Result<Client, String> {
-    let limit = CONNECT + Duration::from_secs(1);
-    let connected = tokio::time::timeout(limit, config.connect(NoTls)).await;
-    let (client, connection) =
-        connected.map_err(|_| "timeout expired ".to_owned())?.map_err(|error| refused(&error))?;
+/// With TLS as libpq's variables say; by default where the server has it.
+async fn connect(config: &Config, host: &str, port: u16) -> std::result::Result<Client, String> {
+    let connecting = async {
+        let stream = TcpStream::connect((host, port)).await.map_err(|error| unreachable(&error))?;
+        // TLS is negotiated here; the protocol runs inside it.
+        let stream: Box<dyn Io> = match tls::negotiate(stream, host, &tls_settings()).await? {
+            Either::Left(plain) => Box::new(plain),
+            Either::Right(encrypted) => encrypted,
+        };
+        config.connect_raw(stream, NoTls).await.map_err(|error| refused(&error))
+    };
+    let connected = tokio::time::timeout(CONNECT, connecting).await;
+    let (client, connection) = connected.map_err(|_| "timeout expired ".to_owned())??;
     // Ends with the client.
     tokio::spawn(connection);
     Ok(client)
+}
+
+/// What libpq takes from the environment about TLS.
+fn tls_settings() -> Credentials {
+    let names =
+        [("sslmode", "PGSSLMODE"), ("sslrootcert", "PGSSLROOTCERT"), ("sslcert", "PGSSLCERT"), ("sslkey", "PGSSLKEY")];
+    let given = names.into_iter().filter_map(|(key, name)| Some((key.to_owned(), std::env::var(name).ok()?)));
+    Credentials { options: given.collect(), ..Credentials::default() }
 }
 
 /// libpq's words.
@@ -172,13 +194,16 @@ fn refused(error: &tokio_postgres::Error) -> String {
     if let Some(db) = error.as_db_error() {
         return format!("{}:  {} ", db.severity(), db.message().replace('\n', " "));
     }
-    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
-    let io = causes.filter_map(|error| error.downcast_ref::<std::io::Error>()).next();
-    match io.map(std::io::Error::kind) {
-        Some(std::io::ErrorKind::ConnectionRefused) => {
+    one_line(error)
+}
+
+/// The same before the server has said anything.
+fn unreachable(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => {
             "Connection refused \tIs the server running on that host and accepting TCP/IP connections? ".to_owned()
         }
-        Some(std::io::ErrorKind::TimedOut) => "timeout expired ".to_owned(),
+        std::io::ErrorKind::TimedOut => "timeout expired ".to_owned(),
         _ => one_line(error),
     }
 }

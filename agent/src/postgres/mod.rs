@@ -33,9 +33,9 @@ mod stop;
 mod sync_names;
 #[cfg(test)]
 mod testing;
-mod tls;
+pub(crate) mod tls;
 mod wal;
-mod walsender;
+pub(crate) mod walsender;
 
 pub(crate) use clone::needs_no_leader;
 pub use instance::Instance;

@@ -11,6 +11,7 @@ mod failover;
 mod guard;
 mod hooks;
 mod inquiry;
+mod leading;
 mod mixed;
 mod patroni;
 mod ports;

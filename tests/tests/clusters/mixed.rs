@@ -2,10 +2,14 @@
 //! print the same about it.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
-use trunkline_tests::{LIMIT, Program, Scene, Spec, Timing, patroni, rest, wait};
+use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::workload::{Writers, create_table};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, patroni, rest, wait};
 
 /// What every member of the cluster says it is, by one member's word.
 async fn roles(scene: &Scene, asked: usize) -> Result<Vec<String>> {
@@ -70,5 +74,50 @@ async fn both_command_lines_print_the_same_whichever_product_leads() -> Result<(
         wait::until("both command lines to print the same", LIMIT, same).await?;
     }
     scene.finish(load).await?;
+    Ok(())
+}
+
+/// Nothing ends a primary whose Patroni is frozen, and clients go on writing to it after its lease. `primary_race_backoff` is for
+/// that: as long as its WAL arrives our replica leaves it alone, for that time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_patroni_that_is_frozen_is_given_time_while_its_primary_takes_writes() -> Result<()> {
+    const BACKOFF: Duration = Duration::from_secs(6);
+    let lab = Lab::new("backoff")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let agents = vec![patroni::program()?, Program::agent()?];
+    let mut spec = Spec::new(agents.len(), &agents[0]);
+    (spec.agents, spec.timing) = (agents, Timing::PATRONI_LOWEST);
+    spec.dcs = json!({ "synchronous_mode": false, "primary_race_backoff": BACKOFF.as_secs() });
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    cluster.nodes[0].start()?;
+    ensure!(cluster.leader(LIMIT).await? == 0);
+    cluster.nodes[1].start()?;
+    ensure!(cluster.settled(LIMIT).await? == 0, "leadership moved");
+    let primary = cluster.targets().remove(0);
+    create_table(&primary).await?;
+    let writers = Writers::start(&primary, 1, 1, Duration::from_millis(20));
+    writers.progress(10, LIMIT).await?;
+
+    // Its agent alone.
+    cluster.nodes[0].agent().context("it runs")?.signal(Signal::STOP);
+    let ours = &cluster.nodes[1];
+    let said = format!("My ({}) wal position moved since last heart beat loop", ours.name());
+    wait::until("the race to be put off", LIMIT, async || {
+        ensure!(ours.log()?.contains(&said), "not said");
+        Ok(())
+    })
+    .await?;
+    let free = SystemClock.now();
+    ensure!(ours.health("/primary").await == Some(503), "it leads all the same");
+    writers.progress(10, LIMIT).await?;
+    wait::until("our replica to lead", LIMIT, async || {
+        ensure!(ours.health("/primary").await == Some(200), "not yet");
+        Ok(())
+    })
+    .await?;
+    let waited = SystemClock.now().since(free);
+    // Noticed late on a busy machine.
+    ensure!(waited > BACKOFF / 3, "it has waited for {waited:?}");
+    lab.success();
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! Standbys that are not like the others: behind another one, late, fed by the archive, or a whole cluster of them.
 
+use std::process::Command;
+
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use trunkline_tests::workload::Target;
@@ -93,6 +95,17 @@ async fn a_standby_may_follow_another_one_be_late_or_live_on_the_archive() -> Re
     Ok(())
 }
 
+/// What `trunklinectl` says to a command without questions.
+fn ctl(node: &Node, command: &str, args: &[&str]) -> Result<String> {
+    let program = Program::agent()?.path.with_file_name("trunklinectl");
+    let mut run = Command::new("timeout");
+    run.arg("60").arg(program).arg("-c").arg(node.config()).args([command, "--force"]).args(args);
+    let output = run.output()?;
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    ensure!(output.status.success(), "{command}: {said}");
+    Ok(said)
+}
+
 /// Waits until this node is the standby leader, and returns it.
 async fn standby_leader(cluster: &Cluster, but: Option<usize>) -> Result<usize> {
     wait::until("a standby leader", LIMIT, async || {
@@ -155,7 +168,8 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     }
 
     // Free: it takes writes, on a timeline of its own.
-    far.patch_config(&json!({ "standby_cluster": null })).await?;
+    let told = ctl(&far.nodes[leader], "promote-cluster", &[])?;
+    ensure!(told.contains("cluster is successfully promoted"), "{told}");
     let leader = far.settled(LIMIT).await?;
     has(&targets[leader], "SELECT pg_is_in_recovery()", "f").await?;
     targets[leader].execute("INSERT INTO t VALUES (3)", LIMIT).await?;
@@ -163,8 +177,9 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     ensure!(source.query_one("SELECT count(*) FROM t", LIMIT).await? == "2", "the other cluster has got it");
 
     // The other way round: it stops, and follows the cluster that it has fed before, whose last write it gets by pg_rewind.
-    let outside = json!({ "host": "127.0.0.1", "port": targets[leader].port() });
-    main.patch_config(&json!({ "standby_cluster": outside })).await?;
+    let port = targets[leader].port().to_string();
+    let told = ctl(&main.nodes[0], "demote-cluster", &["--host", "127.0.0.1", "--port", &port])?;
+    ensure!(told.contains("cluster is successfully demoted"), "{told}");
     has(&source, SENDER, &targets[leader].port().to_string()).await?;
     has(&source, "SELECT count(*) FROM t", "3").await?;
     ensure!(standby_leader(&main, None).await? == 0);
