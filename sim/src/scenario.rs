@@ -62,7 +62,13 @@ pub enum Aim {
     Leader,
     /// The first of the synchronous standbys.
     Synchronous,
+    /// Who takes the leader key next, while it is promoted or shortly before or after. Nobody, where that does not come in
+    /// [`NEXT_LEADER_WITHIN`] milliseconds.
+    NextLeader,
 }
+
+/// How long an event waits for the next leader, in milliseconds.
+pub const NEXT_LEADER_WITHIN: u64 = 12_000;
 
 /// Where a message comes from or goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -175,7 +181,9 @@ impl Fault {
 impl Event {
     /// Milliseconds after the world's beginning at which it is over.
     pub fn ends(&self) -> u64 {
+        let waits = if self.aim == Some(Aim::NextLeader) { NEXT_LEADER_WITHIN } else { 0 };
         self.at
+            + waits
             + match &self.what {
                 Fault::KillAgent { ms, .. }
                 | Fault::StopAgent { ms, .. }
@@ -428,9 +436,10 @@ impl Draw {
         let cut = |other| Fault::Cut { from: End::Postgres(standby), to: End::Postgres(other), both: true, ms };
         let others = (0..self.count).filter(|other| *other != standby);
         events.extend(others.map(|other| Event { at: behind, aim: None, what: cut(other) }));
-        for at in [first, second] {
+        let (second, aim) = if self.rng.random() { (second, Aim::Leader) } else { (first, Aim::NextLeader) };
+        for (at, aim) in [(first, Aim::Leader), (second, aim)] {
             let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
-            events.push(Event { at, aim: Some(Aim::Leader), what: self.outage(lasts) });
+            events.push(Event { at, aim: Some(aim), what: self.outage(lasts) });
         }
     }
 
@@ -449,10 +458,12 @@ impl Draw {
         kinds.choose(&mut self.rng).cloned().unwrap_or(Fault::KillPostgres { node })
     }
 
-    /// One leader after the other is hit, each soon after it began.
+    /// One leader after the other is hit, each soon after it began, or as it begins.
     fn hunt(&mut self, mut at: u64, events: &mut Vec<Event>) {
-        for _ in 0..self.rng.random_range(2..5) {
-            events.push(Event { at, aim: Some(Aim::Leader), what: self.fault() });
+        events.push(Event { at, aim: Some(Aim::Leader), what: self.fault() });
+        for _ in 0..self.rng.random_range(1..4) {
+            let aim = if self.rng.random() { Aim::Leader } else { Aim::NextLeader };
+            events.push(Event { at, aim: Some(aim), what: self.fault() });
             let within = *[100, 1_000, 3_000].choose(&mut self.rng).unwrap_or(&1_000);
             at += self.rng.random_range(1..within);
         }
@@ -460,9 +471,10 @@ impl Draw {
 
     /// Most faults hit anybody; what decides over a cluster is what happens to its leader.
     fn event(&mut self, at: u64) -> Event {
-        let aim = match self.rng.random_range(0..8) {
-            0..2 => Some(Aim::Leader),
-            2 => Some(Aim::Synchronous),
+        let aim = match self.rng.random_range(0..16) {
+            0..4 => Some(Aim::Leader),
+            4..6 => Some(Aim::Synchronous),
+            6 => Some(Aim::NextLeader),
             _ => None,
         };
         Event { at, aim, what: self.fault() }

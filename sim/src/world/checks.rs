@@ -1,0 +1,232 @@
+//! What is checked of a world as a whole: each revision of the store, and everything once the faults are over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use trunkline_agent::postgres::PgRole;
+use trunkline_common::cluster::Initialize;
+use trunkline_common::dcs::follow::Follower;
+use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::{ClusterView, MemberName};
+use trunkline_config::dynamic::SynchronousMode;
+
+use super::World;
+use crate::clients;
+use crate::executor::{Drift, Livelock, SimClock};
+use crate::postgres::HALF_REWOUND;
+use crate::scenario::Fault;
+use crate::server::Server;
+use crate::stage::{host_of, paths};
+
+impl World {
+    /// What each revision of the store says in itself: the timeline never goes down, nobody who is no primary takes the
+    /// leader key in a pause unasked, nobody is promoted or waited for who is tagged against it.
+    pub(super) fn watch_store(&self) {
+        let executor = self.stage.executor();
+        let clock = SimClock::new(executor, self.process, Drift::default(), Arc::default());
+        let store = ClusterStore::new(self.stage.store().client(), paths());
+        let mut knowledge = Follower::spawn(store, clock);
+        let world = self.clone();
+        executor.spawn(self.process, async move {
+            let mut before = Arc::<ClusterView>::default();
+            while knowledge.changed().await.is_ok() {
+                let Some(view) = knowledge.borrow_and_update().view.clone() else { continue };
+                if let Some(timeline) = view.timeline() {
+                    world.stage.judge(|judge, now| judge.timeline(now, timeline.0));
+                }
+                let leads = view.leader.as_ref().map(|leader| (leader.name.clone(), leader.created));
+                world.leads.send_if_modified(|old| std::mem::replace(old, leads.clone()) != leads);
+                if let Some(wrong) = world.wrong_in(&before, &view) {
+                    world.stage.judge(|judge, now| judge.violation(now, wrong));
+                }
+                before = view;
+            }
+        });
+    }
+
+    fn wrong_in(&self, before: &ClusterView, view: &ClusterView) -> Option<String> {
+        let node = |name: &MemberName| host_of(name.as_str()).and_then(|host| self.scenario.nodes.get(host));
+        // Who led before has every commit, whatever its tags.
+        let nosync = |name: &&String| {
+            let led = before.sync.leader.as_ref().is_some_and(|leader| leader.0 == **name);
+            let inherited = before.sync.standbys.contains(*name);
+            !led && !inherited
+                && node(&MemberName::from(name.as_str())).is_some_and(|node| node.tags.contains_key("nosync"))
+        };
+        if let Some(name) = view.sync.standbys.iter().find(nosync) {
+            return Some(format!("commits may wait for {name}, which is tagged nosync"));
+        }
+        let leader = view.leader.as_ref()?;
+        let was_primary = || {
+            let host = host_of(leader.name.as_str()).unwrap_or_default();
+            self.stage.server(host, |server| server.is_primary())
+        };
+        let unchanged = before.leader.as_ref().is_some_and(|last| last.created == leader.created);
+        if unchanged || before.initialize == Initialize::Absent || was_primary() {
+            return None;
+        }
+        if node(&leader.name).is_some_and(|node| node.priority <= 0) {
+            return Some(format!("{} leads and must not be promoted", leader.name));
+        }
+        let asked = before.failover.is_some() || view.failover.is_some();
+        let paused = before.settings.pause && view.settings.pause;
+        (paused && !asked).then(|| format!("{} takes the leader key in a pause, unasked", leader.name))
+    }
+
+    /// Whether somebody leads, and what is not as it should be.
+    pub(super) fn unwell(&self) -> (bool, Option<String>) {
+        let Some(leader) = self.stage.holder() else { return (false, Some("nobody holds the leader key".to_owned())) };
+        let members = self.view().members;
+        let reclones = self.scenario.settings["postgresql"]["remove_data_directory_on_rewind_failure"] == json!(true);
+        let fills = self.scenario.events.iter().any(|event| matches!(event.what, Fault::DiskFull { .. }));
+        let rewinds = self.scenario.settings["postgresql"]["use_pg_rewind"] != json!(false);
+        self.stage.servers(|servers| {
+            let Some(primary) = servers.iter().find(|server| server.name.0 == leader) else {
+                return (false, Some(format!("{leader} is nobody")));
+            };
+            if !primary.is_primary() {
+                return (false, Some(format!("{leader} holds the leader key and takes no writes")));
+            }
+            let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
+            // pg_rewind is not allowed, or has failed, and nothing may take its place by itself.
+            let takes_a_person = |server: &Server| {
+                let Some(data) = &server.data else { return false };
+                let diverged = !data.wal.is_prefix_of(wal);
+                let failed = server.postmaster.is_none() && (data.damage == Some(HALF_REWOUND) || diverged && fills);
+                !reclones && failed || !rewinds && diverged && !server.is_primary()
+            };
+            for server in servers.iter().filter(|server| server.name.0 != leader) {
+                let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
+                if !members.contains_key(&server.name) {
+                    return (true, Some(format!("{} is no member", server.name)));
+                }
+                let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
+                if follows && data.wal.is_prefix_of(wal) {
+                    continue;
+                }
+                let above = |server: &&Server| {
+                    let upstream = server.data.as_ref().and_then(|data| data.upstream.as_ref())?;
+                    servers.iter().find(|server| server.name == upstream.name && server.name.0 != leader)
+                };
+                let mut chain = std::iter::successors(Some(server), above).take(servers.len());
+                if !server.is_primary() && chain.any(takes_a_person) {
+                    continue;
+                }
+                return (true, Some(format!("{} does not follow {leader}", server.name)));
+            }
+            (true, None)
+        })
+    }
+
+    /// A healthy cluster carries out a switchover, also where it comes right after one that it has to refuse.
+    fn check_switchover(&self) -> Result<(), Livelock> {
+        if self.view().settings.failsafe_mode {
+            // A promise not to lead outlasts the trouble that it was given for.
+            self.go_on(self.stage.executor().now() + Duration::from_secs(21))?;
+        }
+        let view = self.view();
+        let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
+        let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
+        let candidate = self.stage.servers(|servers| {
+            let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
+            // One may be left to a person, and another that hangs below it with it.
+            let follows = |server: &Server| {
+                let own = server.data.as_ref().map(|data| &data.wal);
+                own.zip(wal).is_some_and(|(own, leader)| own.is_prefix_of(&leader.wal))
+            };
+            let able = |server: &&Server| {
+                server.name != leader
+                    && server.running().is_some_and(|postmaster| postmaster.streaming)
+                    && follows(server)
+                    && self.scenario.nodes[server.host].priority > 0
+                    && (!synchronous || view.sync.lists(&server.name))
+            };
+            servers.iter().find(able).map(|server| (server.host, server.name.clone()))
+        });
+        // Close to the limit it may rightly be refused.
+        let Some((host, candidate)) = candidate.filter(|_| view.settings.maximum_lag_on_failover >= 6_400) else {
+            return Ok(());
+        };
+        let acting = self.clone();
+        let wanted = candidate.clone();
+        self.stage.executor().spawn(self.process, async move {
+            let store = acting.store();
+            tracing::info!("FINALE a switchover to nobody, then one to {wanted}");
+            let _ = store.put_failover(&json!({ "leader": leader.0, "member": "n9" }), None).await;
+            acting.stage.micros(1..20_000).await;
+            let _ = store.put_failover(&json!({ "leader": leader.0, "member": wanted.0 }), None).await;
+        });
+        let end = self.stage.executor().now() + Duration::from_secs(20);
+        while self.stage.executor().now() < end {
+            self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
+            let done =
+                self.stage.holder().as_ref() == Some(&candidate.0) && self.stage.server(host, |s| s.is_primary());
+            if done || self.stage.judge(|judge, _| !judge.violations.is_empty()) {
+                return Ok(());
+            }
+        }
+        self.stage.judge(|judge, now| judge.violation(now, format!("a switchover to {candidate} was not carried out")));
+        Ok(())
+    }
+
+    /// The servers, for the trace.
+    pub(super) fn show(&self) {
+        self.stage.servers(|servers| {
+            for server in servers.iter() {
+                let data = server.data.as_ref();
+                tracing::debug!(
+                    "{}: {:?}, WAL to {:?} of timeline {:?}, {:?}",
+                    server.name,
+                    data.map(|data| (data.state, data.damage, &data.upstream)),
+                    data.map(|data| data.wal.end()),
+                    data.map(|data| data.wal.timeline()),
+                    server.postmaster
+                );
+            }
+        });
+    }
+
+    /// When all is well again: writes go on, and nothing that was promised is missing.
+    pub(super) fn final_checks(&self) -> Result<(), Livelock> {
+        let before = self.seen.lock().done;
+        self.show();
+        self.go_on(self.stage.executor().now() + Duration::from_secs(3))?;
+        // Strict, and nobody can confirm: then commits have to wait.
+        let strict = self.view().settings.synchronous_mode_strict;
+        let leader = self.stage.holder();
+        let streams = self.stage.servers(|servers| {
+            // One that follows another standby confirms nothing.
+            let confirms = |server: &Server| {
+                let upstream = server.data.as_ref().and_then(|data| data.upstream.as_ref());
+                !self.scenario.nodes[server.host].tags.contains_key("nosync")
+                    && server.running().is_some_and(|postmaster| postmaster.streaming)
+                    && upstream.map(|upstream| upstream.name.0.as_str()) == leader.as_deref()
+            };
+            servers.iter().any(confirms)
+        });
+        // A client that has not heard of its last write waits that long before it tries another.
+        let end = self.stage.executor().now() + clients::PATIENCE;
+        while self.seen.lock().done == before && self.stage.executor().now() < end {
+            self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
+        }
+        let after = self.seen.lock().done;
+        self.stage.judge(|judge, now| {
+            if judge.violations.is_empty() && after == before && (streams || !strict) {
+                judge.violation(now, "all is well, but no client can write through a router");
+            }
+        });
+        self.check_switchover()?;
+        if self.scenario.always_synchronous() {
+            let leader = self.stage.holder();
+            let wal = self.stage.servers(|servers| {
+                let leader = servers.iter().find(|server| Some(&server.name.0) == leader.as_ref())?;
+                Some((leader.name.0.clone(), leader.data.as_ref()?.wal.clone()))
+            });
+            if let Some((name, wal)) = wal {
+                self.stage.judge(|judge, now| judge.check_kept(now, &name, &wal));
+            }
+        }
+        Ok(())
+    }
+}
