@@ -428,7 +428,7 @@ impl Draw {
         let on = first + self.rng.random_range(0..1_000);
         let second = first + self.rng.random_range(0..self.ttl + 2_500);
         let mode = |at, patch| Event { at, aim: None, what: Fault::Configure { patch } };
-        let strict = self.rng.random::<bool>();
+        let strict = self.rng.random_ratio(3, 4);
         events.push(mode(quorum, json!({ "synchronous_mode": "quorum" })));
         events.push(mode(on, json!({ "synchronous_mode": true, "synchronous_mode_strict": strict })));
         let standby = self.rng.random_range(0..self.count);
@@ -438,24 +438,28 @@ impl Draw {
         events.extend(others.map(|other| Event { at: behind, aim: None, what: cut(other) }));
         let (second, aim) = if self.rng.random() { (second, Aim::Leader) } else { (first, Aim::NextLeader) };
         for (at, aim) in [(first, Aim::Leader), (second, aim)] {
-            let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
-            events.push(Event { at, aim: Some(aim), what: self.outage(lasts) });
+            let lasts = self.rng.random_range(self.ttl * 2..self.ttl * 4);
+            let what = if self.rng.random_ratio(3, 4) { self.host_outage(lasts) } else { self.outage(lasts) };
+            events.push(Event { at, aim: Some(aim), what });
         }
     }
 
     /// A node, or its agent, is out for so long.
     fn outage(&mut self, ms: u64) -> Fault {
         let node = 0;
-        let agent_only = Fault::Cut { from: End::Agent(node), to: End::Dcs, both: true, ms };
-        let kinds = [
-            agent_only,
-            Fault::Isolate { node, ms },
-            Fault::CrashHost { node, ms },
-            Fault::FreezeHost { node, ms },
-            Fault::FreezeAgent { node, ms },
-            Fault::KillPostgres { node },
-        ];
-        kinds.choose(&mut self.rng).cloned().unwrap_or(Fault::KillPostgres { node })
+        match self.rng.random_range(0..6) {
+            0 => Fault::Cut { from: End::Agent(node), to: End::Dcs, both: true, ms },
+            1 => Fault::FreezeAgent { node, ms },
+            2 => Fault::KillPostgres { node },
+            _ => self.host_outage(ms),
+        }
+    }
+
+    /// A host is out for so long, with all that runs on it.
+    fn host_outage(&mut self, ms: u64) -> Fault {
+        let node = 0;
+        let kinds = [Fault::Isolate { node, ms }, Fault::CrashHost { node, ms }, Fault::FreezeHost { node, ms }];
+        kinds.choose(&mut self.rng).cloned().unwrap_or(Fault::CrashHost { node, ms })
     }
 
     /// One leader after the other is hit, each soon after it began, or as it begins.
