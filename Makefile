@@ -37,8 +37,8 @@ demo-check: ## the demo without a person: kill, switch over, kill a node; measur
 test: ## format, clippy, unit and property tests, then real clusters (up to 30 minutes on two cores)
 	@tools/test $(ARGS)
 
-sim: PROFILE = sim
-sim: ## SEEDS=10000 simulated worlds around the HA loop (FROM=first, ARGS="--seed 42" replays one with a trace)
+sim: PROFILE = $(if $(LONG),sim-long,sim)
+sim: ## SEEDS=10000 simulated worlds around the HA loop (FROM=first; LONG=1: built for very many; ARGS="--seed 42" replays one with a trace)
 	@tools/setup build
 	cargo build --locked --profile $(PROFILE) --package trunkline-sim
 	@$(BIN)/sim $(if $(ARGS),,--seeds $(or $(SEEDS),10000) --from $(or $(FROM),1)) $(ARGS)

@@ -1,4 +1,5 @@
-//! The guard of a host: a process of its own that ends the server when the lease is over, and an egress fence.
+//! The guard of a host: a process of its own that ends the server when the lease is over and takes the leader's address
+//! away before that, and an egress fence.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use trunkline_agent::guard::{Deadline, Guard};
-use trunkline_common::Clock;
+use trunkline_common::{Clock, Instant};
 
 use crate::executor::{ProcessId, SimClock};
 use crate::server;
@@ -18,6 +19,10 @@ pub struct ModelGuard {
     process: ProcessId,
     clock: SimClock,
     deadline: Arc<Mutex<watch::Sender<Option<Deadline>>>>,
+    /// Until when the leader's address is held here; `None`: not here.
+    address: Arc<Mutex<watch::Sender<Option<Instant>>>>,
+    stage: Stage,
+    host: usize,
 }
 
 impl fmt::Debug for ModelGuard {
@@ -30,7 +35,16 @@ impl ModelGuard {
     /// Starts the guard of `host`, in `process`.
     pub fn start(stage: &Stage, host: usize, process: ProcessId, clock: SimClock) -> Self {
         let (deadline, mut told) = watch::channel(None);
-        let guard = Self { process, clock: clock.clone(), deadline: Arc::new(Mutex::new(deadline)) };
+        let (address, held) = watch::channel(None);
+        let guard = Self {
+            process,
+            clock: clock.clone(),
+            deadline: Arc::new(Mutex::new(deadline)),
+            address: Arc::new(Mutex::new(address)),
+            stage: stage.clone(),
+            host,
+        };
+        clock.spawn(guard.clone().take_address_away(held));
         let stage = stage.clone();
         clock.clone().spawn(async move {
             loop {
@@ -59,6 +73,35 @@ impl ModelGuard {
         guard
     }
 
+    async fn take_address_away(self, mut held: watch::Receiver<Option<Instant>>) {
+        loop {
+            let until: Option<Instant> = *held.borrow_and_update();
+            let over = async {
+                match until {
+                    Some(until) => self.clock.sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                changed = held.changed() => if changed.is_err() { return },
+                () = over => {
+                    self.address.lock().send_if_modified(|held| held.take_if(|held| Some(*held) == until).is_some());
+                }
+            }
+        }
+    }
+
+    /// Another host has the leader's address as well, and its guard could have taken it away.
+    fn address_is_at(&self) -> Option<usize> {
+        let others = (0..self.stage.servers(|servers| servers.len())).filter(|other| *other != self.host);
+        others.filter_map(|other| self.stage.guard(other)).find_map(|other| {
+            let executor = self.stage.executor();
+            let runs = executor.is_alive(other.process) && !executor.is_frozen(other.process);
+            (runs && other.address.lock().borrow().is_some()).then_some(other.host)
+        })
+    }
+
     /// Its process.
     pub fn process(&self) -> ProcessId {
         self.process
@@ -82,6 +125,19 @@ impl Guard for ModelGuard {
 
     fn disarm(&self) {
         self.deadline.lock().send_if_modified(|held| held.take().is_some());
+    }
+
+    fn hold_address(&self, until: Option<Instant>) {
+        if until.is_some_and(|until| until <= self.clock.now()) {
+            return;
+        }
+        let added = self.address.lock().send_replace(until).is_none() && until.is_some();
+        if let Some(other) = self.address_is_at().filter(|_| added) {
+            let host = self.host;
+            self.stage.judge(|judge, now| {
+                judge.violation(now, format!("host {host} takes the leader's address while host {other} has it"))
+            });
+        }
     }
 
     fn deadline(&self) -> Option<Deadline> {

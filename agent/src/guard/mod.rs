@@ -75,8 +75,8 @@ pub trait Guard: Debug + Send + Sync + 'static {
     /// The deadline in force: after the start that which an earlier agent left behind with its server.
     fn deadline(&self) -> Option<Deadline>;
 
-    /// The leader's address: held here until then, unless that is moved by a renewal; `None`: given up, and gone when this
-    /// returns.
+    /// The leader's address: held here until then, unless that is moved by a renewal, and not added where that is over;
+    /// `None`: given up, and gone when this returns.
     fn hold_address(&self, until: Option<Instant>) {
         let _ = until;
     }

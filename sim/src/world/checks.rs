@@ -3,12 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
+use chrono::TimeDelta;
+use rand::Rng;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use trunkline_agent::node::Command;
 use trunkline_agent::postgres::PgRole;
 use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::store::ClusterStore;
-use trunkline_common::{ClusterView, MemberName};
+use trunkline_common::{Clock, ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::World;
@@ -148,26 +152,73 @@ impl World {
         let Some((host, candidate)) = candidate.filter(|_| view.settings.maximum_lag_on_failover >= 6_400) else {
             return Ok(());
         };
+        let host_of_leader = host_of(leader.as_str()).unwrap_or_default();
+        let at = self.sometimes(3).then(|| self.clock(host_of_leader, self.process).wall() + TimeDelta::seconds(3));
+        let due = at.map_or(Duration::ZERO, |_| self.stage.executor().now() + Duration::from_secs(3));
+        let mut request = json!({ "leader": leader.0, "member": candidate.0 });
+        if let Some(at) = at {
+            request["scheduled_at"] = Value::from(at.to_rfc3339());
+        }
         let acting = self.clone();
-        let wanted = candidate.clone();
         self.stage.executor().spawn(self.process, async move {
             let store = acting.store();
-            tracing::info!("FINALE a switchover to nobody, then one to {wanted}");
+            tracing::info!("FINALE a switchover to nobody, then {request}");
             let _ = store.put_failover(&json!({ "leader": leader.0, "member": "n9" }), None).await;
             acting.stage.micros(1..20_000).await;
-            let _ = store.put_failover(&json!({ "leader": leader.0, "member": wanted.0 }), None).await;
+            let _ = store.put_failover(&request, None).await;
         });
-        let end = self.stage.executor().now() + Duration::from_secs(20);
+        let end = self.stage.executor().now().max(due) + Duration::from_secs(20);
         while self.stage.executor().now() < end {
             self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
             let done =
                 self.stage.holder().as_ref() == Some(&candidate.0) && self.stage.server(host, |s| s.is_primary());
+            if done && self.stage.executor().now() < due {
+                self.stage.judge(|judge, now| judge.violation(now, "a scheduled switchover came before its time"));
+            }
             if done || self.stage.judge(|judge, _| !judge.violations.is_empty()) {
                 return Ok(());
             }
         }
         self.stage.judge(|judge, now| judge.violation(now, format!("a switchover to {candidate} was not carried out")));
         Ok(())
+    }
+
+    /// A standby is restarted when that is due, and not before.
+    fn check_scheduled_restart(&self) -> Result<(), Livelock> {
+        let leader = self.stage.holder();
+        let follows = |server: &&Server| {
+            let upstream = server.data.as_ref().and_then(|data| data.upstream.as_ref());
+            server.running().is_some_and(|postmaster| postmaster.role == PgRole::Standby && postmaster.streaming)
+                && upstream.map(|upstream| &upstream.name.0) == leader.as_ref()
+        };
+        let standby = self.stage.servers(|servers| servers.iter().find(follows).map(|server| server.host));
+        let Some(host) = standby.filter(|_| self.sometimes(4)) else { return Ok(()) };
+        let (before, began) = (self.postgres_process(host), self.stage.executor().now());
+        let at = self.clock(host, self.process).wall() + TimeDelta::seconds(3);
+        let acting = self.clone();
+        self.stage.executor().spawn(self.process, async move {
+            let (reply, _) = oneshot::channel();
+            let schedule = json!({ "schedule": at.to_rfc3339() });
+            acting.command(host, Command::ScheduleRestart(schedule, reply)).await;
+        });
+        let restarted = || self.postgres_process(host).filter(|new| Some(*new) != before);
+        self.go_on(began + Duration::from_millis(2_900))?;
+        if restarted().is_some() {
+            self.stage.judge(|judge, now| judge.violation(now, format!("host {host} was restarted before its time")));
+        }
+        while restarted().is_none() && self.stage.executor().now() < began + Duration::from_secs(20) {
+            self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
+        }
+        if restarted().is_none() {
+            self.stage
+                .judge(|judge, now| judge.violation(now, format!("host {host} was not restarted when it was due")));
+        }
+        Ok(())
+    }
+
+    /// In one world of `of`.
+    fn sometimes(&self, of: u32) -> bool {
+        self.stage.executor().random(|rng| rng.random_ratio(1, of))
     }
 
     /// The servers, for the trace.
@@ -227,6 +278,6 @@ impl World {
                 self.stage.judge(|judge, now| judge.check_kept(now, &name, &wal));
             }
         }
-        Ok(())
+        self.check_scheduled_restart()
     }
 }

@@ -283,7 +283,7 @@ impl World {
         self.routers.lock().iter().for_each(|(_, link)| link.break_watches());
     }
 
-    async fn command(&self, node: usize, command: Command) {
+    pub(super) async fn command(&self, node: usize, command: Command) {
         if let Some(api) = self.stage.api(node) {
             let _ = api.commands.try_send(command);
         }
