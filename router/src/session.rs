@@ -148,25 +148,27 @@ impl Begun {
         let Self { client, server, session, meter, start, .. } = self;
         let outcome = relay::relay(client, server, std::mem::take(start), session, &router.pipes, meter).await;
         match outcome {
-            relay::Outcome::Ended(end) => self.session.cut().map_or(Ended::Relayed(end), Ended::Cut),
-            other => Box::pin(self.part(other)).await,
+            relay::Outcome::Ended(end) => self.ended(end),
+            other => Box::pin(self.part(other, None)).await,
         }
     }
 
     async fn relay_tls(&mut self) -> Ended {
         let Some(tls) = self.tls.take() else { return Ended::ClientGone };
         let Encrypted { mut client, server, said } = *tls;
-        if self.start.unread {
-            client.look_again();
-        }
-        let end = relay::relay_tls(&mut client, server, said, &self.session, &self.meter).await;
+        let start = std::mem::take(&mut self.start);
+        let outcome = relay::relay_tls(&mut client, server, said, start, &self.session, &self.meter).await;
+        self.part(outcome, Some(client)).await
+    }
+
+    fn ended(&self, end: relay::End) -> Ended {
         self.session.cut().map_or(Ended::Relayed(end), Ended::Cut)
     }
 
-    /// The ends of a session that does not just end.
-    async fn part(&mut self, outcome: relay::Outcome) -> Ended {
+    /// The ends of a session, which may be no end. The client is spoken to by `leg`, or in plain text.
+    async fn part(&mut self, outcome: relay::Outcome, leg: Option<Leg>) -> Ended {
         let idle = match outcome {
-            relay::Outcome::Ended(end) => return Ended::Relayed(end),
+            relay::Outcome::Ended(end) => return self.ended(end),
             relay::Outcome::Left(rests) => return self.leave(rests).await,
             relay::Outcome::Overdue => {
                 self.session.end(Cut::Overdue);
@@ -176,7 +178,7 @@ impl Begun {
         };
         // Before the client hears of it: nothing that it says from now on may reach the server.
         socket::close_both_ways(&self.server);
-        let mut leg = Leg::Plain(Wire::new(self.client.clone(), Vec::new()));
+        let mut leg = leg.unwrap_or_else(|| Leg::Plain(Wire::new(self.client.clone(), Vec::new())));
         say_farewell(&mut leg, Refusal::Switchover).await;
         if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
     }
@@ -259,6 +261,8 @@ async fn converse(
             Packet::Cancel => {
                 let greeting = search.greeting();
                 let result = cancel::forward(router, listening, port, crypto, greeting, &request.bytes).await;
+                // In TLS an end that is not announced is an error, which libpq tells its user.
+                let _ = leg.shutdown().await;
                 return Ok(Met::Cancel(result));
             }
             packet if port.speaks_tls() && packet.asks_for_encryption() => {

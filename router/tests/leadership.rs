@@ -228,11 +228,6 @@ async fn a_router_that_never_reached_the_dcs_asks_the_members_it_knows() {
     is_ended(&mut client, &mut server).await;
 }
 
-/// The leader says that it is about to stop, as an agent does in a planned switchover.
-async fn resign(world: &mut World) {
-    world.change(|view| view.members.get_mut(&"a".into()).unwrap().state = "stopping".into()).await;
-}
-
 #[tokio::test]
 async fn a_planned_switchover_ends_sessions_between_transactions() {
     let mut world = World::new(limits());
@@ -247,7 +242,7 @@ async fn a_planned_switchover_ends_sessions_between_transactions() {
     passes(&mut within_end, &mut within_one, &[message(b'C', b"BEGIN\0"), message(b'Z', b"T")].concat()).await;
     // What it is can't be told: it did not begin as PostgreSQL's do.
     let (mut unknown, mut unknown_end) = session(rw, &a).await;
-    resign(&mut world).await;
+    world.stops("a").await;
     assert_eq!(refused(&mut idle).await, "57P01");
     assert_eq!(rest(&mut idle_end).await, b"", "its server is told nothing but the end");
     // A newcomer is held, and those in the middle of something go on to its end.
@@ -287,7 +282,7 @@ async fn a_transaction_has_a_budget_where_its_end_would_be_seen() {
     let (mut reads, mut reads_end) = started(rw, &a).await;
     passes(&mut reads, &mut reads_end, &message(b'Q', b"select\0")).await;
     passes(&mut reads_end, &mut reads, &message(b'D', b"half a row")[..9]).await;
-    resign(&mut world).await;
+    world.stops("a").await;
     // What it does meanwhile is no reason for more time.
     let (mut waits, mut waits_end) = (waits, waits_end);
     let mut turns = 0;
@@ -322,7 +317,7 @@ async fn without_a_budget_a_notice_ends_nothing_and_a_notice_can_be_taken_back()
         let (mut client, mut server) = started(rw, &a).await;
         passes(&mut client, &mut server, &message(b'Q', b"begin\0")).await;
         passes(&mut server, &mut client, &message(b'Z', b"T")).await;
-        resign(&mut world).await;
+        world.stops("a").await;
         world.change(|view| view.members.get_mut(&"a".into()).unwrap().state = "running".into()).await;
         passes(&mut client, &mut server, &message(b'Q', b"commit\0")).await;
         passes(&mut server, &mut client, &message(b'Z', b"I")).await;

@@ -18,7 +18,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use trunkline_common::tls::{self, Verify};
 use trunkline_config::router::{
-    Listen, NoCandidate, Port, ServerCertificate, ServerTls, ServerTlsMode, Target, VerifyClient,
+    Limits, Listen, NoCandidate, Port, ServerCertificate, ServerTls, ServerTlsMode, Target, VerifyClient,
 };
 use trunkline_router::crypto::Crypto;
 
@@ -111,6 +111,9 @@ async fn tls_ends_here_and_everything_passes() {
     let mut canceller = secure(rw, &files.file("own.pem")).await;
     say(&mut canceller, cancel).await;
     assert_eq!(leader.request().await.1, cancel);
+    let mut answer = Vec::new();
+    within(canceller.read_to_end(&mut answer)).await.expect("an end that TLS takes for one");
+    assert_eq!(answer, b"");
     eventually(|| world.router.metrics.cancels.with_label_values(&["leader", "known"]).get() == 1).await;
     // Last words, an orderly end.
     say(&mut server, b"last words").await;
@@ -148,6 +151,81 @@ async fn a_change_of_leadership_ends_sessions_in_tls_too() {
     let (mut server, _) = other.session().await;
     hears(&mut server, b"said while held").await;
     hears(&mut held, b"R").await;
+}
+
+/// A session in TLS whose start-up is over.
+async fn started_in_tls(to: SocketAddr, trusted: &Path, server: &Fake) -> (TlsStream<TcpStream>, TcpStream) {
+    let mut client = secure(to, trusted).await;
+    say(&mut client, STARTUP).await;
+    let (mut stream, _) = server.request().await;
+    let start = [message(b'R', &[0; 4]), message(b'K', b"pid_key_"), message(b'Z', b"I")].concat();
+    say(&mut stream, &start).await;
+    hears(&mut client, &start).await;
+    (client, stream)
+}
+
+/// A query, and what its answer ends with.
+async fn asks(client: &mut TlsStream<TcpStream>, server: &mut TcpStream, query: &[u8], status: &[u8]) {
+    let query = message(b'Q', query);
+    say(client, &query).await;
+    hears(server, &query).await;
+    let answer = [message(b'C', b"done\0"), message(b'Z', status)].concat();
+    say(server, &answer).await;
+    hears(client, &answer).await;
+}
+
+/// The last words, and the end in the order that TLS asks for.
+async fn last_words(client: &mut TlsStream<TcpStream>) -> String {
+    let mut told = Vec::new();
+    within(client.read_to_end(&mut told)).await.unwrap();
+    String::from_utf8_lossy(&told).into_owned()
+}
+
+#[tokio::test]
+async fn a_planned_switchover_ends_sessions_in_tls_between_transactions() {
+    let files = Certificates::new(&["own"]);
+    let mut world = World::new(limits());
+    let rw = world.open(files.port("own")).await;
+    let (a, trusted) = (Fake::start().await, files.file("own.pem"));
+    world.lead("a", a.at).await;
+    let (mut idle, mut idle_end) = started_in_tls(rw, &trusted, &a).await;
+    let (mut writer, mut writer_end) = started_in_tls(rw, &trusted, &a).await;
+    asks(&mut writer, &mut writer_end, b"begin\0", b"T").await;
+    world.stops("a").await;
+    assert!(last_words(&mut idle).await.contains("C57P01"));
+    assert_eq!(rest(&mut idle_end).await, b"", "its server is told nothing but the end");
+    asks(&mut writer, &mut writer_end, b"insert\0", b"T").await;
+    asks(&mut writer, &mut writer_end, b"commit\0", b"I").await;
+    assert!(last_words(&mut writer).await.contains("C57P01"));
+    drop((idle, writer));
+    eventually(|| world.router.sessions.is_empty()).await;
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover\"} 2"), "{text}");
+}
+
+#[tokio::test]
+async fn a_transaction_in_tls_has_a_budget() {
+    let files = Certificates::new(&["own"]);
+    let mut world = World::new(Limits { switchover_budget: Duration::from_millis(50), ..limits() });
+    let rw = world.open(files.port("own")).await;
+    let (a, trusted) = (Fake::start().await, files.file("own.pem"));
+    world.lead("a", a.at).await;
+    let (mut waits, mut waits_end) = started_in_tls(rw, &trusted, &a).await;
+    asks(&mut waits, &mut waits_end, b"begin\0", b"T").await;
+    let (mut reads, mut reads_end) = started_in_tls(rw, &trusted, &a).await;
+    let half = &message(b'D', b"half a row")[..9];
+    say(&mut reads_end, half).await;
+    hears(&mut reads, half).await;
+    world.stops("a").await;
+    assert!(last_words(&mut waits).await.contains("C57P01"));
+    let mut told = Vec::new();
+    let _ = within(reads.read_to_end(&mut told)).await;
+    assert_eq!(told, b"", "no words into half a message");
+    assert_eq!((rest(&mut waits_end).await, rest(&mut reads_end).await), (Vec::new(), Vec::new()));
+    drop((waits, reads));
+    eventually(|| world.router.sessions.is_empty()).await;
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
 }
 
 #[tokio::test]

@@ -50,11 +50,13 @@ def copy_in():
 def cancel():
     with connect() as connection:
         done = threading.Event()
+        # Encrypted as the session is, from libpq 17 on.
+        request = getattr(connection, "cancel_safe", connection.cancel)
 
         def again_and_again():
             # A request may overtake the query that it is meant for.
             while not done.wait(0.2):
-                connection.cancel()
+                request()
 
         thread = threading.Thread(target=again_and_again)
         thread.start()

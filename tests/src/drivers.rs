@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
 use tokio::process::{Child, ChildStdout};
 
 use crate::tools::{find_program, own_program};
-use crate::{LIMIT, Lab};
+use crate::{LIMIT, Lab, versions};
 
 /// A client and what it can do.
 #[derive(Debug)]
@@ -30,13 +30,15 @@ const ANYWHERE: &[(&str, &str)] = &[("large", "16777216"), ("copy-out", "588895"
 const ON_PRIMARY: &[(&str, &str)] = &[("copy-in", "5000050000"), ("listen", "hello")];
 const HOLDS: &[(&str, u64)] = &[("hold-query", 1), ("hold-copy-in", 1), ("hold-copy-out", 1), ("hold-listen", 1)];
 
-/// Those that can be had on this machine, with a line of why for one that can't.
+/// Those that can be had on this machine, with a line of why for those that can't.
 pub fn here() -> Vec<&'static Driver> {
-    let why_not = |driver: &Driver| {
-        let why = std::fs::read_to_string(node_postgres().join("unavailable")).ok();
-        why.filter(|_| driver.name == "node-postgres").inspect(|why| println!("SKIPPED: {}: {why}", driver.name))
+    let why_not = |driver: &Driver| match driver.name {
+        "node-postgres" => std::fs::read_to_string(built("node-postgres/unavailable")).ok(),
+        "pgx" => (!built("pgx/driver").exists()).then(|| "tools/pgx has not been run".to_owned()),
+        _ => None,
     };
-    ALL.iter().filter(|driver| why_not(driver).is_none()).collect()
+    let missing = |driver: &Driver| why_not(driver).map(|why| println!("SKIPPED: {}: {why}", driver.name));
+    ALL.iter().filter(|driver| missing(driver).is_none()).collect()
 }
 
 /// All of them. Two are not drivers of applications: pgbench, and the programs that speak the replication protocol.
@@ -52,6 +54,7 @@ const ALL: &[Driver] = &[
     application("node-postgres", |dir| {
         Ok(vec![find_program("node", "nodejs")?.into(), dir.join("node-postgres.js").into()])
     }),
+    application("pgx", |_| Ok(vec![built("pgx/driver").into()])),
     application("tokio-postgres", |_| Ok(vec![own_program("tokio-postgres-driver")?.into()])),
     Driver {
         name: "pgbench",
@@ -68,6 +71,18 @@ const ALL: &[Driver] = &[
         holds: &[("hold-basebackup", 2), ("hold-receivewal", 1)],
     },
 ];
+
+/// psycopg with libpq 18, which can begin TLS without asking for it. `None`, with a line of why, where it can't be had.
+///
+/// # Errors
+/// `tools/versions` was not run.
+pub fn psycopg_with_libpq_18() -> Result<Option<Driver>> {
+    let program: fn(&Path) -> Result<Vec<OsString>> = |dir| {
+        let python = versions::python_with_libpq_18()?.context("there is no libpq 18")?;
+        Ok(vec![python.into(), dir.join("driver_psycopg.py").into()])
+    };
+    Ok(versions::python_with_libpq_18()?.map(|_| application("psycopg with libpq 18", program)))
+}
 
 const fn application(name: &'static str, program: fn(&Path) -> Result<Vec<OsString>>) -> Driver {
     Driver { name, program, anywhere: ANYWHERE, on_primary: ON_PRIMARY, holds: HOLDS }
@@ -97,7 +112,7 @@ impl Driver {
         let mut path = OsString::from(&lab.tools().postgres_bin);
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
-        command.env("PATH", path).env("NODE_PATH", node_postgres().join("node_modules"));
+        command.env("PATH", path).env("NODE_PATH", built("node-postgres/node_modules"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = tokio::process::Command::from(command).kill_on_drop(true).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("no output")?).lines();
@@ -119,11 +134,19 @@ impl Running {
     /// # Errors
     /// It is another one, or none within `limit`.
     pub async fn says(&mut self, step: &str, answer: &str, limit: Duration) -> Result<()> {
-        let next = tokio::time::timeout(limit, self.lines.next_line()).await;
-        let next = next.with_context(|| format!("{}: no answer to {step} within {limit:?}", self.what))??;
-        let line = next.with_context(|| format!("{} ended without an answer to {step}", self.what))?;
+        let line = self.line(step, limit).await?;
         ensure!(line == format!("{step}: {answer}"), "{}: {line:?}, but {answer} was expected", self.what);
         Ok(())
+    }
+
+    /// Its next line, which should be about `step`.
+    ///
+    /// # Errors
+    /// There is none within `limit`.
+    pub async fn line(&mut self, step: &str, limit: Duration) -> Result<String> {
+        let next = tokio::time::timeout(limit, self.lines.next_line()).await;
+        let next = next.with_context(|| format!("{}: no answer to {step} within {limit:?}", self.what))??;
+        next.with_context(|| format!("{} ended without an answer to {step}", self.what))
     }
 
     /// It ends without another word.
@@ -139,7 +162,7 @@ impl Running {
     }
 }
 
-/// Where `tools/node-postgres` installs it.
-fn node_postgres() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/node-postgres")
+/// What `tools/node-postgres` and `tools/pgx` have left.
+fn built(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").join(path)
 }

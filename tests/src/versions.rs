@@ -1,4 +1,4 @@
-//! Other versions than the machine's own: PostgreSQL 16 and 18 and etcd 3.5, as `tools/versions` fetches them.
+//! Other versions than the machine's own: PostgreSQL 16 and 18, etcd 3.5 and libpq 18, as `tools/versions` fetches them.
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +11,27 @@ use crate::Tools;
 /// # Errors
 /// `tools/versions` was not run.
 pub fn postgres(major: u32) -> Result<Option<Tools>> {
-    let Some(bin) = fetched(&format!("postgres{major}"))?.map(|dir| dir.join("bin")) else { return Ok(None) };
+    let Some(bin) = fetched(&format!("postgres{major}/bin"))? else { return Ok(None) };
     let tools = Tools::find()?.with_postgres(&bin)?;
     ensure!(tools.postgres_major == major, "{} is version {}", bin.display(), tools.postgres_major);
     Ok(Some(tools))
+}
+
+/// The servers of this machine, but PostgreSQL 18 with TLS, in the same way.
+///
+/// # Errors
+/// `tools/versions` was not run.
+pub fn postgres_18_with_tls() -> Result<Option<Tools>> {
+    let Some(bin) = fetched("postgres18tls/bin")? else { return Ok(None) };
+    Tools::find()?.with_postgres(&bin).map(Some)
+}
+
+/// A Python whose psycopg has libpq 18, in the same way.
+///
+/// # Errors
+/// `tools/versions` was not run.
+pub fn python_with_libpq_18() -> Result<Option<PathBuf>> {
+    fetched("venv/bin/python")
 }
 
 /// etcd 3.5, in the same way.

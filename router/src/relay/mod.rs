@@ -7,7 +7,7 @@
 //!
 //! Sessions with TLS that ends or begins here have a way of their own ([`relay_tls`]).
 //!
-//! What is copied of a session in plain text is also followed message by message ([`boundary`]), so that the session can be
+//! What is copied of a session, or decrypted, is also followed message by message ([`boundary`]), so that the session can be
 //! ended in between when its server is about to stop.
 //!
 //! What must never be lost:
@@ -19,13 +19,13 @@
 //!   still sends is read and thrown away: closing a socket with unread bytes would reset it and destroy the last words.
 
 mod copy;
+mod course;
 pub mod pause;
 mod splice;
 mod tls;
 
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -35,15 +35,12 @@ use tokio::net::TcpStream;
 pub use splice::Pool;
 pub use tls::relay_tls;
 
-use crate::boundary::{self, Trace};
+use crate::boundary::Trace;
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
 use crate::sessions::{Call, Session};
 use crate::socket;
-
-/// How long a client may go on without saying anything once its server has closed. PostgreSQL never closes one direction
-/// only, so this just waits for the client to notice.
-const LINGER: Duration = Duration::from_secs(10);
+use course::{Course, Side};
 
 /// Steps a session may take before others of its thread get their turn.
 const STEPS: usize = 8;
@@ -126,9 +123,7 @@ pub fn relay<'a>(
         down: Half { watch, rest: rests.down, trace: followed.then(Trace::of_server), ..Half::new(server, client) },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
-        resignation: start.resignation.unwrap_or_default(),
-        alarm: None,
-        end: None,
+        course: Course::new(start.resignation),
     };
     poll_fn(move |cx| {
         let call = session.called(cx.waker());
@@ -140,7 +135,7 @@ pub fn relay<'a>(
             // This step may have ended its start, or a transaction.
             Poll::Pending => match relay.follow(call) {
                 Some(outcome) => Poll::Ready(outcome),
-                None => relay.poll_overdue(cx, call),
+                None => relay.course.poll(cx, call, relay.up.side(), relay.down.side()),
             },
         }
     })
@@ -153,11 +148,7 @@ struct Relay<'a> {
     unanswered_up: Option<u32>,
     /// The same of the client.
     unanswered_down: Option<u32>,
-    /// How long the session may go on once its server is about to stop.
-    resignation: Duration,
-    /// When waiting ends: for a client whose server has closed, or for the end of a transaction.
-    alarm: Option<Pin<Box<tokio::time::Sleep>>>,
-    end: Option<End>,
+    course: Course,
 }
 
 impl Relay<'_> {
@@ -167,36 +158,12 @@ impl Relay<'_> {
             let rest = |half: &mut Half<'_>| half.take_rest();
             return Some(Outcome::Left(Rests { up: rest(&mut self.up), down: rest(&mut self.down) }));
         }
-        (call.resign && self.is_idle()).then_some(Outcome::Resigned { idle: true })
-    }
-
-    /// Whether the client has been answered everything, outside of a transaction, as far as that can be known.
-    fn is_idle(&self) -> bool {
-        let (Some(client), Some(server)) = (&self.up.trace, &self.down.trace) else { return false };
-        self.is_open() && boundary::is_idle(client, server) && self.up.rest.is_empty() && self.down.rest.is_empty()
-    }
-
-    fn is_open(&self) -> bool {
-        self.up.stop.is_none() && self.down.stop.is_none()
-    }
-
-    /// Once the server is about to stop, the time for a transaction is limited, where its end would be seen.
-    fn poll_overdue(&mut self, cx: &mut Context<'_>, call: Call) -> Poll<Outcome> {
-        if !call.resign && self.is_open() {
-            // It may have been taken back.
-            self.alarm = None;
-        }
-        let between = self.down.trace.as_ref().map(|trace| trace.between_messages() && self.down.rest.is_empty());
-        let Some(between) = between.filter(|_| call.resign && self.up.trace.is_some() && self.is_open()) else {
-            return Poll::Pending;
-        };
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.resignation)));
-        alarm.as_mut().poll(cx).map(|()| if between { Outcome::Resigned { idle: false } } else { Outcome::Overdue })
+        course::resigns(call, self.up.side(), self.down.side()).then_some(Outcome::Resigned { idle: true })
     }
 
     /// Whether nothing has ended, and the start is over.
     fn can_leave(&self) -> bool {
-        self.is_open() && self.down.watch.is_none()
+        course::is_open(self.up.side(), self.down.side()) && self.down.watch.is_none()
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
@@ -205,12 +172,11 @@ impl Relay<'_> {
             let up = self.up.poll_step(cx, pool, self.down.ended());
             let down = self.down.poll_step(cx, pool, self.up.ended());
             self.account(&up, &down, meter);
-            self.note_end();
-            if let Some(end) = self.finished() {
+            if let Some(end) = self.course.finished(self.up.side(), self.down.side()) {
                 return Poll::Ready(end);
             }
             if up.is_pending() && down.is_pending() {
-                return self.poll_linger(cx);
+                return Poll::Pending;
             }
         }
         yield_to_others(cx);
@@ -223,9 +189,7 @@ impl Relay<'_> {
         if up > 0 {
             meter.up(up);
             self.down.way.answered();
-            if self.down.ended() {
-                self.alarm = None;
-            }
+            self.course.heard_client(self.down.ended());
         }
         if down > 0 {
             meter.down(down);
@@ -233,37 +197,6 @@ impl Relay<'_> {
         }
         note_unanswered(&mut self.unanswered_up, up, down, self.up.to);
         note_unanswered(&mut self.unanswered_down, down, up, self.down.to);
-    }
-
-    fn note_end(&mut self) {
-        if self.end.is_some() {
-            return;
-        }
-        self.end = match (self.up.stop, self.down.stop) {
-            (Some(Stop::Read), _) => Some(End::ClientLost),
-            (_, Some(Stop::Read)) => Some(End::ServerLost),
-            (Some(Stop::Eof), _) => Some(End::Client),
-            (_, Some(Stop::Eof)) => Some(End::Server),
-            (Some(Stop::Write), _) => Some(End::ServerLost),
-            (_, Some(Stop::Write)) => Some(End::ClientLost),
-            (None, None) => None,
-        };
-    }
-
-    /// Over, when the client has nothing more to say and there is nothing more, or no way, to say to it.
-    fn finished(&self) -> Option<End> {
-        let deaf = self.up.stop == Some(Stop::Read) || self.down.stop == Some(Stop::Write);
-        let over = self.up.ended() && (self.down.ended() || deaf);
-        self.end.filter(|_| over)
-    }
-
-    /// Once the server has closed, the client's silence is limited.
-    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        if !self.down.ended() {
-            return Poll::Pending;
-        }
-        let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        alarm.as_mut().poll(cx).map(|()| self.end.unwrap_or(End::Server))
     }
 }
 
@@ -324,6 +257,11 @@ impl<'a> Half<'a> {
             stop: None,
             drained: false,
         }
+    }
+
+    fn side(&self) -> Side<'_> {
+        let written = self.rest.is_empty();
+        Side { stop: self.stop, ended: self.ended(), written, trace: self.trace.as_ref() }
     }
 
     /// What has been read and not been written.

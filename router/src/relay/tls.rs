@@ -9,7 +9,9 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{End, LINGER, STEPS, Stop, Watch, pause, yield_to_others};
+use super::course::{self, Course, Side};
+use super::{End, Outcome, STEPS, Start, Stop, Watch, pause, yield_to_others};
+use crate::boundary::Trace;
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
 use crate::sessions::Session;
@@ -23,21 +25,49 @@ thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
 }
 
-/// Relays until both directions have ended, and says which side ended first. `said`: read of the server already.
-pub async fn relay_tls(client: &mut Leg, mut server: Leg, said: Vec<u8>, session: &Session, meter: &Meter) -> End {
-    let mut down = Half::new(Some(Watch { key: KeyWatch::default(), session }));
+/// Relays until both directions have ended, and says which side ended first. `said`: read of the server already. Such a
+/// session never leaves: what is known of its encryption is known here only.
+pub async fn relay_tls(
+    client: &mut Leg,
+    mut server: Leg,
+    said: Vec<u8>,
+    start: Start,
+    session: &Session,
+    meter: &Meter,
+) -> Outcome {
+    if start.unread {
+        client.look_again();
+    }
+    let followed = start.resignation.is_some();
+    let up = Half { trace: followed.then(Trace::of_client), ..Half::default() };
+    let watch = Some(Watch { key: KeyWatch::default(), session });
+    let mut down = Half { watch, trace: followed.then(Trace::of_server), ..Half::default() };
     meter.down(said.len() as u64);
     down.look(&said);
     down.rest = said;
-    let mut relay = Relay { up: Half::new(None), down, linger: None, end: None };
-    poll_fn(|cx| relay.poll(cx, client, &mut server, meter)).await
+    let mut relay = Relay { up, down, course: Course::new(start.resignation) };
+    poll_fn(|cx| {
+        let call = session.called(cx.waker());
+        if course::resigns(call, relay.up.side(), relay.down.side()) {
+            return Poll::Ready(Outcome::Resigned { idle: true });
+        }
+        if let Poll::Ready(end) = relay.poll(cx, client, &mut server, meter) {
+            return Poll::Ready(Outcome::Ended(end));
+        }
+        // This step may have ended a transaction.
+        let (up, down) = (relay.up.side(), relay.down.side());
+        if course::resigns(call, up, down) {
+            return Poll::Ready(Outcome::Resigned { idle: true });
+        }
+        relay.course.poll(cx, call, up, down)
+    })
+    .await
 }
 
 struct Relay<'a> {
     up: Half<'a>,
     down: Half<'a>,
-    linger: Option<Pin<Box<tokio::time::Sleep>>>,
-    end: Option<End>,
+    course: Course,
 }
 
 impl Relay<'_> {
@@ -48,45 +78,29 @@ impl Relay<'_> {
             let down = self.down.poll_step(cx, server, client);
             if let Poll::Ready(bytes @ 1..) = up {
                 meter.up(bytes as u64);
-                self.linger = None;
+                self.course.heard_client(self.down.over());
             }
             if let Poll::Ready(bytes) = down {
                 meter.down(bytes as u64);
             }
-            self.end = self.end.or(match (self.up.stop, self.down.stop) {
-                (Some(Stop::Read), _) => Some(End::ClientLost),
-                (_, Some(Stop::Read)) => Some(End::ServerLost),
-                (Some(Stop::Eof), _) => Some(End::Client),
-                (_, Some(Stop::Eof)) => Some(End::Server),
-                (Some(Stop::Write), _) => Some(End::ServerLost),
-                (_, Some(Stop::Write)) => Some(End::ClientLost),
-                (None, None) => None,
-            });
-            let deaf = self.up.stop == Some(Stop::Read) || self.down.stop == Some(Stop::Write);
-            if self.up.over() && (self.down.over() || deaf) {
-                return Poll::Ready(self.end.unwrap_or(End::Server));
+            if let Some(end) = self.course.finished(self.up.side(), self.down.side()) {
+                return Poll::Ready(end);
             }
             if up.is_pending() && down.is_pending() {
-                return self.poll_linger(cx);
+                return Poll::Pending;
             }
         }
         yield_to_others(cx);
         Poll::Pending
     }
-
-    /// Once the server has closed, the client's silence is limited.
-    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        if !self.down.over() {
-            return Poll::Pending;
-        }
-        let linger = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        linger.as_mut().poll(cx).map(|()| self.end.unwrap_or(End::Server))
-    }
 }
 
 /// One direction.
+#[derive(Default)]
 struct Half<'a> {
     watch: Option<Watch<'a>>,
+    /// What has passed, as long as it can be PostgreSQL's.
+    trace: Option<Trace>,
     /// Read and not yet written.
     rest: Vec<u8>,
     /// Written, but perhaps not out of the encryption yet.
@@ -98,16 +112,20 @@ struct Half<'a> {
     drained: bool,
 }
 
-impl<'a> Half<'a> {
-    fn new(watch: Option<Watch<'a>>) -> Self {
-        Self { watch, rest: Vec::new(), unflushed: false, stop: None, closed: false, drained: false }
-    }
-
+impl Half<'_> {
     fn over(&self) -> bool {
         self.closed || self.drained
     }
 
+    fn side(&self) -> Side<'_> {
+        let written = self.rest.is_empty() && !self.unflushed;
+        Side { stop: self.stop, ended: self.over(), written, trace: self.trace.as_ref() }
+    }
+
     fn look(&mut self, bytes: &[u8]) {
+        if self.trace.as_mut().is_some_and(|trace| !trace.look(bytes)) {
+            self.trace = None;
+        }
         let Some(watch) = &mut self.watch else { return };
         match watch.key.look(bytes) {
             Seen::More => return,

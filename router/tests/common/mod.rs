@@ -120,6 +120,11 @@ impl World {
         .await;
     }
 
+    /// It says that it is about to stop, as an agent does in a planned switchover.
+    pub async fn stops(&mut self, name: &str) {
+        self.change(|view| view.members.get_mut(&name.into()).unwrap().state = "stopping".into()).await;
+    }
+
     pub async fn held(&self, count: usize) {
         eventually(|| self.router.hold.held() == count).await;
     }

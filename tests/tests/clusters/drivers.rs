@@ -9,9 +9,9 @@ use futures::future::join_all;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::drivers::{Place, Running, here};
+use trunkline_tests::drivers::{Driver, Place, Running, here, psycopg_with_libpq_18};
 use trunkline_tests::{
-    Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, certificate, patroni, proxy, rest, wait,
+    Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, certificate, patroni, proxy, rest, versions, wait,
 };
 
 /// The lease (5 s), etcd's sweep (0.5 s), and a busy machine.
@@ -32,18 +32,21 @@ enum Way {
     PassThrough,
     /// From client to router.
     Ended,
+    /// From client to router and from there to the server.
+    Twice,
 }
 
-/// A cluster with a router of two ports for those who encrypt to the server or not at all, and two where TLS ends.
+/// A cluster with a router of two ports for those who encrypt to the server or not at all, two where TLS ends, and two where
+/// it begins again.
 struct Stage {
     scene: Scene,
     certificate: std::path::PathBuf,
     ended: proxy::Ports,
+    twice: proxy::Ports,
 }
 
 impl Stage {
-    async fn set(name: &str, agent: Program, timing: Timing) -> Result<Self> {
-        let lab = Lab::new(name)?;
+    async fn set(lab: Lab, agent: Program, timing: Timing) -> Result<Self> {
         let (certificate, key) = certificate::own(&lab)?;
         // Two, so that whoever reads loses its server as well when the standby is promoted.
         let mut spec = Spec::new(2, &agent);
@@ -56,24 +59,28 @@ impl Stage {
         let etcd = Etcd::start(&lab, 1).await?;
         let cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
 
-        let (ports, ended) = (proxy::Ports::any(&lab)?, proxy::Ports::any(&lab)?);
-        let port = |port: u16, target: &str, tls: &Value| {
+        let [ports, ended, twice] = [proxy::Ports::any(&lab)?, proxy::Ports::any(&lab)?, proxy::Ports::any(&lab)?];
+        let port = |port: u16, target: &str, tls: &Value, server_tls: &Value| {
             json!({ "name": format!("{target}-{port}"), "listen": format!("127.0.0.1:{port}"), "target": target,
-                    "no_candidate": "hold", "tls": tls })
+                    "no_candidate": "hold", "tls": tls, "server_tls": server_tls })
         };
-        let tls = json!({ "certfile": certificate, "keyfile": key });
-        let list = [(ports, Value::Null), (ended, tls)];
-        let list = list
-            .iter()
-            .flat_map(|(ports, tls)| [port(ports.read_write, "leader", tls), port(ports.read_only, "replica", tls)]);
+        let (tls, server_tls) = (json!({ "certfile": certificate, "keyfile": key }), json!({ "cafile": certificate }));
+        let list = [(ports, &Value::Null, &Value::Null), (ended, &tls, &Value::Null), (twice, &tls, &server_tls)];
+        let list = list.iter().flat_map(|(ports, tls, server_tls)| {
+            [port(ports.read_write, "leader", tls, server_tls), port(ports.read_only, "replica", tls, server_tls)]
+        });
         let extra = json!({ "ports": list.collect::<Vec<_>>() });
         let router = Program::router()?;
         let router = Proxy::router(&lab, router, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
-        Ok(Self { scene: Scene { lab, etcd, cluster, router }, certificate, ended })
+        Ok(Self { scene: Scene { lab, etcd, cluster, router }, certificate, ended, twice })
     }
 
     fn place(&self, way: Way, role: &str) -> Place {
-        let ports = if way == Way::Ended { self.ended } else { self.scene.router.ports() };
+        let ports = match way {
+            Way::Plain | Way::PassThrough => self.scene.router.ports(),
+            Way::Ended => self.ended,
+            Way::Twice => self.twice,
+        };
         let port = if role == "primary" { ports.read_write } else { ports.read_only };
         self.at(&format!("{way:?}, {role}"), "127.0.0.1", &port.to_string(), way)
     }
@@ -97,22 +104,23 @@ impl Stage {
     /// Every driver does everything it can, in this way, on the port for this role.
     async fn work(&self, way: Way, role: &str) -> Result<()> {
         let place = self.place(way, role);
-        let encrypted = if way == Way::PassThrough { "on" } else { "off" };
-        let all = here().into_iter().map(async |driver| {
-            let mut expected =
-                if driver.holds.len() > 2 { vec![("role", role), ("tls", encrypted)] } else { Vec::new() };
-            expected.extend(driver.anywhere);
-            if role == "primary" {
-                expected.extend(driver.on_primary);
-            }
-            let steps: Vec<&str> = expected.iter().map(|(step, _)| *step).collect();
-            let mut running = driver.start(&self.scene.lab, &place, &steps)?;
-            for (step, answer) in expected {
-                running.says(step, answer, LIMIT).await?;
-            }
-            running.ends().await
-        });
+        let all = here().into_iter().map(|driver| self.work_of(driver, &place, way, role));
         stream::iter(all).buffer_unordered(BESIDE).try_collect().await
+    }
+
+    async fn work_of(&self, driver: &Driver, place: &Place, way: Way, role: &str) -> Result<()> {
+        let encrypted = if matches!(way, Way::PassThrough | Way::Twice) { "on" } else { "off" };
+        let mut expected = if driver.holds.len() > 2 { vec![("role", role), ("tls", encrypted)] } else { Vec::new() };
+        expected.extend(driver.anywhere);
+        if role == "primary" {
+            expected.extend(driver.on_primary);
+        }
+        let steps: Vec<&str> = expected.iter().map(|(step, _)| *step).collect();
+        let mut running = driver.start(&self.scene.lab, place, &steps)?;
+        for (step, answer) in expected {
+            running.says(step, answer, LIMIT).await?;
+        }
+        running.ends().await
     }
 
     /// Every driver is in the middle of each thing that it can be in the middle of, in these ways in turn; on a standby of the
@@ -185,7 +193,7 @@ async fn all_are_back(held: Vec<Held>) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_driver_does_everything_and_outlives_a_frozen_leader() -> Result<()> {
-    let mut stage = Stage::set("drivers", Program::agent()?, Timing::TRUNKLINE).await?;
+    let mut stage = Stage::set(Lab::new("drivers")?, Program::agent()?, Timing::TRUNKLINE).await?;
     let ways = [Way::Plain, Way::PassThrough, Way::Ended];
     for way in ways {
         for role in ["primary", "standby"] {
@@ -226,7 +234,7 @@ async fn every_driver_does_everything_and_outlives_a_frozen_leader() -> Result<(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_driver_does_everything_in_front_of_stock_patroni() -> Result<()> {
-    let mut stage = Stage::set("drivers-patroni", patroni::program()?, Timing::PATRONI_LOWEST).await?;
+    let mut stage = Stage::set(Lab::new("drivers-patroni")?, patroni::program()?, Timing::PATRONI_LOWEST).await?;
     let ways = [Way::Plain, Way::PassThrough];
     stage.work(Way::Plain, "primary").await?;
     stage.work(Way::PassThrough, "standby").await?;
@@ -236,6 +244,44 @@ async fn every_driver_does_everything_in_front_of_stock_patroni() -> Result<()> 
     let leader = stage.scene.cluster.settled(LIMIT).await?;
     stage.scene.cluster.nodes[leader].kill_postmaster()?;
     all_are_back(all_end(writers, AT_ONCE).await?).await?;
+    stage.scene.lab.success();
+    Ok(())
+}
+
+/// `sslnegotiation=direct`: TLS without asking for it, with the protocol named by ALPN, past the router, to it and through it; the
+/// certificate is verified, and the channel bound where both ends have the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn libpq_18_begins_tls_at_once() -> Result<()> {
+    let (Some(tools), Some(driver)) = (versions::postgres_18_with_tls()?, psycopg_with_libpq_18()?) else {
+        return Ok(());
+    };
+    let mut stage = Stage::set(Lab::with_tools("direct-tls", tools)?, Program::agent()?, Timing::TRUNKLINE).await?;
+    let direct = |way, role, binding: &str| {
+        let mut place = stage.place(way, role);
+        place.environment.extend([("PGSSLNEGOTIATION", "direct".into()), ("PGCHANNELBINDING", binding.into())]);
+        place
+    };
+    for (way, binding) in [(Way::PassThrough, "require"), (Way::Ended, "prefer"), (Way::Twice, "require")] {
+        for role in ["primary", "standby"] {
+            stage.work_of(&driver, &direct(way, role, binding), way, role).await?;
+        }
+    }
+    // The server can't be bound to a channel that it has no part in, and who insists is told so.
+    let mut running = driver.start(&stage.scene.lab, &direct(Way::Ended, "primary", "require"), &["role"])?;
+    let told = running.line("role", LIMIT).await?;
+    ensure!(told.contains("channel binding"), "{told}");
+
+    // In a planned switchover a session ends between two transactions where its messages can be read.
+    let mut listener = driver.start(&stage.scene.lab, &direct(Way::Ended, "primary", "prefer"), &["hold-listen"])?;
+    listener.says("hold-listen", "waiting", LIMIT).await?;
+    let old = stage.scene.cluster.settled(LIMIT).await?;
+    stage.scene.cluster.switchover(old, None).await?;
+    listener.says("hold-listen", "ended", LIMIT).await?;
+    listener.says("hold-listen", "primary", LIMIT).await?;
+    listener.ends().await?;
+    let metrics = rest::get(stage.scene.router.ports().admin, "/metrics").await?.body;
+    let counted = format!("ended_total{{port=\"leader-{}\",reason=\"switchover\"}} 1", stage.ended.read_write);
+    ensure!(metrics.as_str().is_some_and(|text| text.contains(&counted)), "{counted} is not in {metrics}");
     stage.scene.lab.success();
     Ok(())
 }
