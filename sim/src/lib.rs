@@ -7,14 +7,15 @@
 //! | --- | --- | --- |
 //! | time and tasks | [`executor`] | tokio and the host's clocks |
 //! | the DCS | `trunkline_common::dcs::memory` | etcd |
-//! | PostgreSQL | [`wal`], [`server`], [`postgres`] | PostgreSQL |
+//! | PostgreSQL | [`wal`], [`server`], [`streaming`], [`postgres`] | PostgreSQL |
 //! | the guard | [`guard`] | a process of its own and its egress fence |
 //! | the other members' REST APIs | [`peers`] | HTTP |
 //! | routers and clients | [`clients`], with the real route table | sockets |
 //!
-//! [`scenario`] says what goes wrong, [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
+//! [`scenario`] says what goes wrong (and is drawn from a seed), [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
 
 pub mod clients;
+mod draw;
 pub mod executor;
 pub mod guard;
 pub mod judge;
@@ -24,6 +25,7 @@ pub mod scenario;
 pub mod server;
 pub mod shrink;
 pub mod stage;
+pub mod streaming;
 pub mod trace;
 pub mod wal;
 pub mod world;

@@ -4,7 +4,6 @@
 //! what survives which kind of end, and that everything takes time in which something else can fail.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
@@ -13,8 +12,8 @@ use trunkline_common::{Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
 use crate::judge::Reign;
-use crate::scenario::End;
-use crate::stage::{Stage, host_of, name};
+use crate::stage::{Stage, name};
+use crate::streaming::{REPLICATION_TIMEOUT, receive};
 use crate::wal::{Kind, Record, Wal};
 
 /// One host's PostgreSQL.
@@ -223,6 +222,17 @@ fn end(stage: &Stage, host: usize) -> Option<u64> {
     // The exit is seen (pidfd) by whoever waits for it.
     stage.server(host, |server| server.exits.send_modify(|count| *count += 1));
     Some(killed.number)
+}
+
+/// A standby's connection is gone.
+pub fn forget_sender(server: &mut Server, standby: usize, owner: u64) {
+    let standby = name(standby);
+    if let Some(postmaster) = &mut server.postmaster
+        && postmaster.senders.get(&standby).is_some_and(|sender| sender.owner == owner)
+    {
+        postmaster.senders.remove(&standby);
+        server.touch();
+    }
 }
 
 /// Starts a postmaster on what is in the data directory. It needs a moment, or many, until it accepts connections.
@@ -508,173 +518,5 @@ pub fn reload_names(stage: &Stage, host: usize, number: u64, process: ProcessId,
             server.touch();
         });
         let _ = done.send(());
-    });
-}
-
-/// The WAL receiver of a standby: connects, streams, and tries again.
-async fn receive(stage: Stage, host: usize, number: u64) {
-    let mut changed = stage.server(host, |server| server.changed.subscribe());
-    loop {
-        changed.mark_unchanged();
-        let target = stage.server(host, |server| {
-            let standby = server.postmaster(number)?.role == PgRole::Standby;
-            Some((standby, server.data.as_ref()?.upstream.clone()))
-        });
-        let Some((standby, upstream)) = target else { return };
-        if !standby {
-            return;
-        }
-        if let Some(from) = upstream.as_ref().and_then(|upstream| host_of(&upstream.host)) {
-            stream(&stage, host, number, from, upstream.clone()).await;
-        }
-        // wal_retrieve_retry_interval, which a reload cuts short.
-        let nap = stage.executor().sleep(Duration::from_secs(1));
-        tokio::select! {
-            biased;
-            _ = changed.changed() => stage.micros(1_000..20_000).await,
-            () = nap => {}
-        }
-    }
-}
-
-/// One replication connection, until it breaks.
-async fn stream(stage: &Stage, host: usize, number: u64, from: usize, upstream: Option<Upstream>) {
-    stage.micros(500..5_000).await;
-    if !stage.talks(End::Postgres(host), End::Postgres(from)) {
-        return;
-    }
-    let connection = stage.number();
-    let Some(serving) = connect(stage, host, number, from, connection) else { return };
-    set_streaming(stage, host, number, true);
-    pump(stage, host, number, from, serving, connection, upstream).await;
-    set_streaming(stage, host, number, false);
-    stage.server(from, |server| forget_sender(server, host, number));
-}
-
-/// Registers with the upstream, if what is here is a beginning of what is there.
-fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64) -> Option<u64> {
-    stage.servers(|servers| {
-        let own = servers[host].data.as_ref()?.wal.clone();
-        let standby = servers[host].name.clone();
-        let server = &mut servers[from];
-        let there = &server.data.as_ref()?.wal;
-        if !own.is_prefix_of(there) {
-            return None;
-        }
-        let caught_up = there.len() == own.len();
-        let postmaster = server.postmaster.as_mut().filter(|postmaster| postmaster.phase == Phase::Running)?;
-        if stage.executor().is_frozen(postmaster.process) {
-            return None;
-        }
-        postmaster.senders.insert(standby, Sender { connection, owner: number, flushed: own.len(), caught_up });
-        let serving = postmaster.number;
-        server.touch();
-        Some(serving)
-    })
-}
-
-fn set_streaming(stage: &Stage, host: usize, number: u64, streaming: bool) {
-    stage.server(host, |server| {
-        if let Some(postmaster) = server.postmaster(number) {
-            postmaster.streaming = streaming;
-        }
-    });
-}
-
-fn forget_sender(server: &mut Server, standby: usize, owner: u64) {
-    let standby = name(standby);
-    if let Some(postmaster) = &mut server.postmaster
-        && postmaster.senders.get(&standby).is_some_and(|sender| sender.owner == owner)
-    {
-        postmaster.senders.remove(&standby);
-        server.touch();
-    }
-}
-
-/// How long either side waits for a silent other one.
-const REPLICATION_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Moves records to the standby and confirmations back.
-async fn pump(
-    stage: &Stage,
-    host: usize,
-    number: u64,
-    from: usize,
-    serving: u64,
-    connection: u64,
-    upstream: Option<Upstream>,
-) {
-    let (here, there) = (End::Postgres(host), End::Postgres(from));
-    let (mut own_changed, mut changed) =
-        stage.servers(|servers| (servers[host].changed.subscribe(), servers[from].changed.subscribe()));
-    let mut silent_since = None;
-    loop {
-        own_changed.mark_unchanged();
-        changed.mark_unchanged();
-        let goes_on = stage.server(host, |server| {
-            let same = server.data.as_ref().is_some_and(|data| data.upstream == upstream && !server.disk_full);
-            server.postmaster(number).is_some_and(|p| p.role == PgRole::Standby) && same
-        });
-        if !goes_on {
-            return;
-        }
-        let Some(process) = stage.server(from, |server| server.postmaster(serving).map(|p| p.process)) else { return };
-        if !stage.network(|network| network.open(there, here)) || stage.executor().is_frozen(process) {
-            let now = stage.executor().now();
-            let since = *silent_since.get_or_insert(now);
-            if now - since > REPLICATION_TIMEOUT {
-                return;
-            }
-            stage.executor().sleep(Duration::from_millis(200)).await;
-            continue;
-        }
-        silent_since = None;
-        let length = stage.server(host, |server| server.data.as_ref().map_or(0, |data| data.wal.len()));
-        let sent = stage.server(from, |server| server.data.as_ref().map(|data| data.wal.records()[length..].to_vec()));
-        let Some(sent) = sent else { return };
-        if !sent.is_empty() {
-            stage.micros(100..1_500).await;
-            let flushed = stage.server(host, |server| {
-                server.postmaster(number).filter(|p| p.role == PgRole::Standby)?;
-                let data = server.data.as_mut()?;
-                sent.into_iter().for_each(|record| data.wal.push(record));
-                let flushed = data.wal.len();
-                server.touch();
-                Some(flushed)
-            });
-            let Some(flushed) = flushed else { return };
-            stage.micros(50..500).await;
-            confirm(stage, (here, there), from, connection, flushed);
-            continue;
-        }
-        confirm(stage, (here, there), from, connection, length);
-        tokio::select! {
-            biased;
-            _ = changed.changed() => {}
-            _ = own_changed.changed() => {}
-            // wal_receiver_status_interval, and the moment at which a cut link may have healed.
-            () = stage.executor().sleep(Duration::from_secs(1)) => {}
-        }
-    }
-}
-
-/// The standby's word that it has flushed so much; it may get lost.
-fn confirm(stage: &Stage, (here, there): (End, End), from: usize, connection: u64, flushed: usize) {
-    if !stage.network(|network| network.open(here, there)) {
-        return;
-    }
-    stage.server(from, |server| {
-        let end = server.data.as_ref().map_or(0, |data| data.wal.len());
-        let Some(postmaster) = &mut server.postmaster else { return };
-        let Some(sender) = postmaster.senders.values_mut().find(|sender| sender.connection == connection) else {
-            return;
-        };
-        let caught_up = sender.caught_up || flushed >= end;
-        if flushed <= sender.flushed && caught_up == sender.caught_up {
-            return;
-        }
-        sender.flushed = sender.flushed.max(flushed);
-        sender.caught_up = caught_up;
-        server.touch();
     });
 }

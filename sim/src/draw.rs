@@ -1,0 +1,344 @@
+//! How a world is drawn from a seed: its nodes, its settings, and what goes wrong in it.
+
+use std::ops::RangeInclusive;
+
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+use crate::scenario::{Aim, End, Event, Fault, Node, Scenario};
+
+impl Scenario {
+    /// Draws one.
+    pub fn draw(seed: u64) -> Self {
+        // Not the numbers that the world itself draws.
+        let mut rng = SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000);
+        let count = *[2, 3, 3, 3, 3, 4, 5].choose(&mut rng).unwrap_or(&3);
+        let priority = |rng: &mut SmallRng| if rng.random_ratio(1, 8) { rng.random_range(0..3) } else { 1 };
+        let mut nodes: Vec<Node> = (0..count)
+            .map(|_| Node { ppm: rng.random_range(-500..=500), priority: priority(&mut rng), tags: Map::new() })
+            .collect();
+        // At least two that may lead, or nothing of interest happens.
+        nodes[0].priority = nodes[0].priority.max(1);
+        nodes[1].priority = nodes[1].priority.max(1);
+        if rng.random_ratio(1, 4) {
+            nodes.iter_mut().for_each(|node| node.tags = tags(&mut rng, count));
+        }
+        let synchronous = rng.random_ratio(2, 3);
+        let mode = if synchronous && rng.random_ratio(1, 3) { json!("quorum") } else { json!(synchronous) };
+        let ttl = *[2, 3, 5, 5, 5, 10].choose(&mut rng).unwrap_or(&5);
+        let settings = json!({
+            "ttl": ttl,
+            "loop_wait": 1,
+            "retry_timeout": 1,
+            "maximum_lag_on_failover": *[640u64, 6_400, 1_048_576].choose(&mut rng).unwrap_or(&6_400),
+            "primary_start_timeout": *[0u64, 2, 300].choose(&mut rng).unwrap_or(&2),
+            "primary_stop_timeout": *[0u64, 0, 0, 1, 5].choose(&mut rng).unwrap_or(&0),
+            "primary_race_backoff": *[0u64, 0, 0, 1].choose(&mut rng).unwrap_or(&0),
+            "maximum_lag_on_syncnode": *[-1i64, -1, 640, 6_400].choose(&mut rng).unwrap_or(&-1),
+            "synchronous_mode": mode,
+            "synchronous_mode_strict": synchronous && rng.random_ratio(1, 4),
+            "synchronous_node_count": if count > 3 && rng.random() { 2 } else { 1 },
+            "check_timeline": rng.random_ratio(1, 4),
+            "failsafe_mode": rng.random_ratio(1, 3),
+            "postgresql": {
+                "use_pg_rewind": rng.random_ratio(7, 8),
+                "remove_data_directory_on_rewind_failure": rng.random::<bool>(),
+            },
+        });
+        let routers = rng.random_range(1..=2);
+        let mut draw = Draw { shares: shares(&mut rng), rng, count, routers, ttl: ttl * 1000, synchronous };
+        let events = draw.events();
+        let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
+        Self { seed, nodes, routers, settings, events, calm_at }
+    }
+}
+
+/// Nothing goes wrong until here, so that there is a cluster to break.
+const BOOTSTRAP: u64 = 4_000;
+
+/// Where a node copies and streams from, if not from the leader, and that no commit waits for it.
+fn tags(rng: &mut SmallRng, count: usize) -> Map<String, Value> {
+    let mut tags = Map::new();
+    if rng.random_ratio(1, 4) {
+        tags.insert("replicatefrom".to_owned(), Value::from(format!("n{}", rng.random_range(0..count))));
+    }
+    if rng.random_ratio(1, 8) {
+        tags.insert("nosync".to_owned(), Value::from(true));
+    }
+    tags
+}
+
+/// What is drawn first of a [`Fault`].
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    KillAgent,
+    StopAgent,
+    KillPostgres,
+    CrashHost,
+    FreezeAgent,
+    FreezePostgres,
+    FreezeHost,
+    FreezeRouter,
+    Cut,
+    Isolate,
+    DcsDown,
+    DcsLeaderChange,
+    LoseAnswers,
+    SlowDcs,
+    SlowWatch,
+    BreakWatches,
+    Compact,
+    DiskFull,
+    SlowDisk,
+    WallJump,
+    Failover,
+    Switchover,
+    Restart,
+    Reinitialize,
+    Configure,
+    Pause,
+}
+
+/// How often each kind is drawn, of a hundred, where a world has no liking of its own.
+const SHARES: [(Kind, u32); 26] = [
+    (Kind::KillAgent, 8),
+    (Kind::StopAgent, 3),
+    (Kind::KillPostgres, 7),
+    (Kind::CrashHost, 6),
+    (Kind::FreezeAgent, 5),
+    (Kind::FreezePostgres, 5),
+    (Kind::FreezeHost, 7),
+    (Kind::FreezeRouter, 2),
+    (Kind::Cut, 13),
+    (Kind::Isolate, 5),
+    (Kind::DcsDown, 3),
+    (Kind::DcsLeaderChange, 4),
+    (Kind::LoseAnswers, 4),
+    (Kind::SlowDcs, 4),
+    (Kind::SlowWatch, 3),
+    (Kind::BreakWatches, 2),
+    (Kind::Compact, 1),
+    (Kind::DiskFull, 2),
+    (Kind::SlowDisk, 3),
+    (Kind::WallJump, 1),
+    (Kind::Failover, 1),
+    (Kind::Switchover, 4),
+    (Kind::Restart, 2),
+    (Kind::Reinitialize, 1),
+    (Kind::Configure, 3),
+    (Kind::Pause, 1),
+];
+
+/// What a world is fond of: most have no fault of some kinds and many of others. Two rare ones seldom meet where all are
+/// drawn alike, and a common one can hide what another would show.
+fn shares(rng: &mut SmallRng) -> Vec<(Kind, u32)> {
+    if rng.random_ratio(1, 4) {
+        return SHARES.to_vec();
+    }
+    let liking = |rng: &mut SmallRng| *[0, 0, 1, 1, 1, 6].choose(rng).unwrap_or(&1);
+    SHARES.iter().map(|(kind, share)| (*kind, share * liking(rng))).collect()
+}
+
+struct Draw {
+    rng: SmallRng,
+    shares: Vec<(Kind, u32)>,
+    count: usize,
+    routers: usize,
+    ttl: u64,
+    synchronous: bool,
+}
+
+impl Draw {
+    fn events(&mut self) -> Vec<Event> {
+        // A bootstrap is a time to fail in, too: some worlds break from the start, and end soon.
+        let (mut at, until, paces) = match self.rng.random_range(0..10) {
+            0..2 => (0, self.rng.random_range(1_000..8_000), [100u64, 300, 1_000]),
+            2 => (0, self.rng.random_range(8_000..40_000), [500, 2_000, 5_000]),
+            _ => (BOOTSTRAP, self.rng.random_range(10_000..40_000), [500, 2_000, 5_000]),
+        };
+        let pace = *paces.choose(&mut self.rng).unwrap_or(&2_000);
+        let mut events = Vec::new();
+        if at == 0 && self.rng.random() {
+            self.hard_bootstrap(&mut events);
+        }
+        if self.synchronous && self.rng.random_ratio(1, 8) {
+            self.hard_change_of_mode(at, &mut events);
+        }
+        while at < until {
+            at += self.rng.random_range(1..pace * 2);
+            let first = self.event(at);
+            let lasts = first.ends() - at;
+            events.push(first);
+            if self.rng.random_ratio(1, 8) {
+                self.hunt(at, &mut events);
+            }
+            // Trouble seldom comes alone: right after it, or while it lasts.
+            let within = *[0, 0, 200, lasts.max(1)].choose(&mut self.rng).unwrap_or(&0);
+            if within > 0 {
+                let at = at + self.rng.random_range(0..within);
+                events.push(self.event(at));
+            }
+        }
+        events.sort_by_key(|event| event.at);
+        events
+    }
+
+    /// Whoever makes the cluster has a slow disk, and loses its right meanwhile.
+    fn hard_bootstrap(&mut self, events: &mut Vec<Event>) {
+        let slow = self.rng.random_range(50..600);
+        let lost = slow + self.rng.random_range(0..4_000);
+        let lasts = self.rng.random_range(self.ttl..self.ttl * 3);
+        let faults = [(slow, Fault::SlowDisk { node: 0, ms: 15_000 }), (lost, self.outage(lasts))];
+        events.extend(faults.map(|(at, what)| Event { at, aim: Some(Aim::Leader), what }));
+    }
+
+    /// The way to wait for standbys changes while one of them gets nothing, and leaders are out one after the other: the
+    /// first of them does not see the change, the next one is soon gone.
+    fn hard_change_of_mode(&mut self, after: u64, events: &mut Vec<Event>) {
+        let quorum = after + self.rng.random_range(500..3_000);
+        let behind = quorum + self.rng.random_range(2_000..5_000);
+        let first = behind + self.rng.random_range(0..1_500);
+        let on = first + self.rng.random_range(0..1_000);
+        let second = first + self.rng.random_range(0..self.ttl + 2_500);
+        let mode = |at, patch| Event { at, aim: None, what: Fault::Configure { patch } };
+        let strict = self.rng.random_ratio(3, 4);
+        events.push(mode(quorum, json!({ "synchronous_mode": "quorum" })));
+        events.push(mode(on, json!({ "synchronous_mode": true, "synchronous_mode_strict": strict })));
+        let standby = self.rng.random_range(0..self.count);
+        let ms = self.rng.random_range(self.ttl..self.ttl * 4);
+        let cut = |other| Fault::Cut { from: End::Postgres(standby), to: End::Postgres(other), both: true, ms };
+        let others = (0..self.count).filter(|other| *other != standby);
+        events.extend(others.map(|other| Event { at: behind, aim: None, what: cut(other) }));
+        let (second, aim) = if self.rng.random() { (second, Aim::Leader) } else { (first, Aim::NextLeader) };
+        for (at, aim) in [(first, Aim::Leader), (second, aim)] {
+            let lasts = self.rng.random_range(self.ttl * 2..self.ttl * 4);
+            let what = if self.rng.random_ratio(3, 4) { self.host_outage(lasts) } else { self.outage(lasts) };
+            events.push(Event { at, aim: Some(aim), what });
+        }
+    }
+
+    /// A node, or its agent, is out for so long.
+    fn outage(&mut self, ms: u64) -> Fault {
+        let node = 0;
+        match self.rng.random_range(0..6) {
+            0 => Fault::Cut { from: End::Agent(node), to: End::Dcs, both: true, ms },
+            1 => Fault::FreezeAgent { node, ms },
+            2 => Fault::KillPostgres { node },
+            _ => self.host_outage(ms),
+        }
+    }
+
+    /// A host is out for so long, with all that runs on it.
+    fn host_outage(&mut self, ms: u64) -> Fault {
+        let node = 0;
+        let kinds = [Fault::Isolate { node, ms }, Fault::CrashHost { node, ms }, Fault::FreezeHost { node, ms }];
+        kinds.choose(&mut self.rng).cloned().unwrap_or(Fault::CrashHost { node, ms })
+    }
+
+    /// One leader after the other is hit, each soon after it began, or as it begins.
+    fn hunt(&mut self, mut at: u64, events: &mut Vec<Event>) {
+        events.push(Event { at, aim: Some(Aim::Leader), what: self.fault() });
+        for _ in 0..self.rng.random_range(1..4) {
+            let aim = if self.rng.random() { Aim::Leader } else { Aim::NextLeader };
+            events.push(Event { at, aim: Some(aim), what: self.fault() });
+            let within = *[100, 1_000, 3_000].choose(&mut self.rng).unwrap_or(&1_000);
+            at += self.rng.random_range(1..within);
+        }
+    }
+
+    /// Most faults hit anybody; what decides over a cluster is what happens to its leader.
+    fn event(&mut self, at: u64) -> Event {
+        let aim = match self.rng.random_range(0..16) {
+            0..4 => Some(Aim::Leader),
+            4..6 => Some(Aim::Synchronous),
+            6 => Some(Aim::NextLeader),
+            _ => None,
+        };
+        Event { at, aim, what: self.fault() }
+    }
+
+    fn fault(&mut self) -> Fault {
+        let node = self.rng.random_range(0..self.count);
+        let router = self.rng.random_range(0..self.routers);
+        let ms = self.duration();
+        let chosen = self.shares.choose_weighted(&mut self.rng, |(_, share)| *share);
+        match chosen.map_or(Kind::KillPostgres, |(kind, _)| *kind) {
+            Kind::KillAgent => Fault::KillAgent { node, ms },
+            Kind::StopAgent => Fault::StopAgent { node, ms },
+            Kind::KillPostgres => Fault::KillPostgres { node },
+            Kind::CrashHost => Fault::CrashHost { node, ms },
+            Kind::FreezeAgent => Fault::FreezeAgent { node, ms },
+            Kind::FreezePostgres => Fault::FreezePostgres { node, ms },
+            Kind::FreezeHost => Fault::FreezeHost { node, ms },
+            Kind::FreezeRouter => Fault::FreezeRouter { router, ms },
+            Kind::Cut => {
+                let (from, to) = self.ends();
+                Fault::Cut { from, to, both: self.rng.random(), ms }
+            }
+            Kind::Isolate => Fault::Isolate { node, ms },
+            Kind::DcsDown => Fault::DcsDown { refused: self.rng.random(), ms },
+            Kind::DcsLeaderChange => Fault::DcsLeaderChange { ms: self.rng.random_range(0..3_000) },
+            Kind::LoseAnswers => Fault::LoseAnswers { node, count: self.rng.random_range(1..4) },
+            Kind::SlowDcs => {
+                let delays: RangeInclusive<u64> = 0..=*[50u64, 800, 4_000].choose(&mut self.rng).unwrap_or(&50);
+                Fault::SlowDcs {
+                    node,
+                    request: self.rng.random_range(delays.clone()),
+                    answer: self.rng.random_range(delays),
+                    ms,
+                }
+            }
+            Kind::SlowWatch => Fault::SlowWatch { node, delay: self.rng.random_range(10..3_000), ms },
+            Kind::BreakWatches => Fault::BreakWatches,
+            Kind::Compact => Fault::Compact,
+            Kind::DiskFull => Fault::DiskFull { node, ms },
+            Kind::SlowDisk => Fault::SlowDisk { node, ms },
+            Kind::WallJump => Fault::WallJump { node, by: self.rng.random_range(-3_600_000..3_600_000) },
+            Kind::Failover if !self.synchronous => Fault::Failover { candidate: node },
+            Kind::Failover | Kind::Switchover => {
+                Fault::Switchover { candidate: self.rng.random::<bool>().then_some(node) }
+            }
+            Kind::Restart => Fault::Restart { node },
+            Kind::Reinitialize => Fault::Reinitialize { node },
+            Kind::Configure => Fault::Configure { patch: self.patch() },
+            Kind::Pause => Fault::Pause { ms },
+        }
+    }
+
+    /// From a blink to far beyond the lease.
+    fn duration(&mut self) -> u64 {
+        match self.rng.random_range(0..4) {
+            0 => self.rng.random_range(1..500),
+            1 => self.rng.random_range(500..self.ttl),
+            2 => self.rng.random_range(self.ttl * 8 / 10..self.ttl * 12 / 10),
+            _ => self.rng.random_range(self.ttl..self.ttl * 3),
+        }
+    }
+
+    fn ends(&mut self) -> (End, End) {
+        let node = self.rng.random_range(0..self.count);
+        let other = (node + self.rng.random_range(1..self.count)) % self.count;
+        match self.rng.random_range(0..10) {
+            0..3 => (End::Agent(node), End::Dcs),
+            3 => (End::Dcs, End::Agent(node)),
+            4..6 => (End::Agent(node), End::Agent(other)),
+            6..9 => (End::Postgres(node), End::Postgres(other)),
+            _ => (End::Router(self.rng.random_range(0..self.routers)), End::Postgres(node)),
+        }
+    }
+
+    fn patch(&mut self) -> Value {
+        match self.rng.random_range(0..if self.synchronous { 8 } else { 4 }) {
+            0 => json!({ "ttl": *[2, 3, 5, 10, 20].choose(&mut self.rng).unwrap_or(&5) }),
+            1 => json!({ "primary_start_timeout": self.rng.random_range(0..10) }),
+            2 => json!({ "maximum_lag_on_failover": self.rng.random_range(64..10_000) }),
+            3 => json!({ "synchronous_node_count": self.rng.random_range(1..3) }),
+            // From one way to wait for standbys to the other, at once or without strictness on the way.
+            4 | 5 => json!({ "synchronous_mode": "quorum" }),
+            6 => json!({ "synchronous_mode": true }),
+            _ => json!({ "synchronous_mode": true, "synchronous_mode_strict": self.rng.random::<bool>() }),
+        }
+    }
+}
