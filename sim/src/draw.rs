@@ -42,6 +42,7 @@ impl Scenario {
             "synchronous_node_count": if count > 3 && rng.random() { 2 } else { 1 },
             "check_timeline": rng.random_ratio(1, 4),
             "failsafe_mode": rng.random_ratio(1, 3),
+            "slots": if rng.random_ratio(1, 8) { json!({ "archive": { "type": "physical" } }) } else { json!({}) },
             "postgresql": {
                 "use_pg_rewind": rng.random_ratio(7, 8),
                 "remove_data_directory_on_rewind_failure": rng.random::<bool>(),

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use rand::Rng;
 use tokio::sync::{oneshot, watch};
+use trunkline_agent::postgres::slots::{Slot, Step, steps};
 use trunkline_agent::postgres::{
-    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotPlan, SlotsDone, StartAs,
-    StopMode, Upstream, WalSender,
+    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotKind, SlotPlan, SlotsDone,
+    StartAs, StopMode, Upstream, WalSender,
 };
 use trunkline_common::{Clock, History, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
@@ -19,7 +20,7 @@ use crate::executor::{ProcessId, SimClock};
 use crate::scenario::End;
 use crate::server::{self, Data, Names, Phase, Server};
 use crate::stage::{Stage, host_of};
-use crate::wal::{Kind, Record, Wal, position};
+use crate::wal::{Kind, Record, Wal, index, position};
 
 /// The server of one host as its agent sees it.
 #[derive(Clone)]
@@ -101,6 +102,7 @@ impl ModelPostgres {
                 checkpointed: data.checkpoint_timeline == data.wal.timeline(),
                 system: data.system,
                 wal: data.wal.clone(),
+                oldest: data.oldest,
             })
         })
     }
@@ -128,6 +130,7 @@ struct Source {
     checkpointed: bool,
     system: SystemId,
     wal: Wal,
+    oldest: usize,
 }
 
 impl Postgres for ModelPostgres {
@@ -170,6 +173,9 @@ impl Postgres for ModelPostgres {
                 half_made: true,
                 names: String::new(),
                 upstream: None,
+                oldest: 0,
+                copied_at: 0,
+                slots: BTreeMap::new(),
             });
             server.touch();
         });
@@ -192,6 +198,9 @@ impl Postgres for ModelPostgres {
         let begun = self.source(&source).ok_or_else(unreachable)?;
         let copy = Data {
             system: begun.system,
+            oldest: begun.wal.len(),
+            copied_at: begun.wal.len(),
+            slots: BTreeMap::new(),
             checkpoint: begun.wal.end(),
             checkpoint_timeline: begun.wal.timeline(),
             state: ControlState::InArchiveRecovery,
@@ -341,6 +350,7 @@ impl Postgres for ModelPostgres {
                 data.damage = None;
                 data.checkpoint = done.wal.end();
                 data.checkpoint_timeline = done.wal.timeline();
+                data.oldest = data.oldest.max(done.oldest);
                 data.wal = done.wal;
                 data.state = ControlState::InArchiveRecovery;
                 data.standby = true;
@@ -437,8 +447,44 @@ impl Postgres for ModelPostgres {
         self.clock.within(limit, taken_up).await.ok_or(timeout)?.map_err(ended)
     }
 
-    async fn set_slots(&self, _: SlotPlan) -> Result<SlotsDone, PgError> {
-        Ok(SlotsDone::default())
+    async fn set_slots(&self, plan: SlotPlan) -> Result<SlotsDone, PgError> {
+        while self.frozen() {
+            self.clock.sleep(Duration::from_millis(100)).await;
+        }
+        self.stage.micros(200..3_000).await;
+        self.check_disk()?;
+        self.server(|server| {
+            let gone = || PgError::Failed("the server is not running".to_owned());
+            let postmaster = server.running().ok_or_else(gone)?;
+            let standby = postmaster.role == PgRole::Standby;
+            let used: Vec<String> = postmaster.senders.values().filter_map(|sender| sender.slot.clone()).collect();
+            let data = server.data.as_mut().ok_or_else(gone)?;
+            let slot = |(name, from): (&String, &usize)| {
+                let slot = Slot {
+                    kind: SlotKind::Physical,
+                    active: used.contains(name),
+                    restart: Some(position(*from)),
+                    confirmed: None,
+                    has_xmin: false,
+                    lost: *from < data.oldest,
+                    failover: false,
+                };
+                (name.clone(), slot)
+            };
+            let present = data.slots.iter().map(slot).collect();
+            let mut done = SlotsDone::default();
+            for step in steps(&present, &plan, standby.then(|| data.wal.end())) {
+                tracing::debug!("{step}");
+                match step {
+                    Step::Create(name) => drop(data.slots.insert(name, data.reserved())),
+                    Step::Drop(name) => drop(data.slots.remove(&name)),
+                    Step::Advance(name, to) => drop(data.slots.insert(name, index(to).min(data.wal.len()))),
+                    Step::InUse(_) => done.again = true,
+                    Step::Decode(_) | Step::Missing(_) => {}
+                }
+            }
+            Ok(done)
+        })
     }
 
     async fn history(&self, timeline: TimelineId) -> Option<(History, String)> {
@@ -517,6 +563,6 @@ fn status(server: &Server) -> PgStatus {
         synchronous_standby_names: postmaster.names_shown.clone(),
         synchronous_commit: "on".to_owned(),
         pending_restart: BTreeMap::new(),
-        slots: BTreeMap::new(),
+        slots: data.slots.iter().map(|(name, from)| (name.clone(), position(*from))).collect(),
     })
 }

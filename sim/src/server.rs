@@ -59,6 +59,30 @@ pub struct Data {
     pub names: String,
     /// `primary_conninfo`.
     pub upstream: Option<Upstream>,
+    /// The first record that can still be sent to a standby: older WAL has been removed.
+    pub oldest: usize,
+    /// Where the copy began that this is: older WAL has never been here.
+    pub copied_at: usize,
+    /// Physical replication slots: the first record that each keeps.
+    pub slots: BTreeMap<String, usize>,
+}
+
+/// So many records stay in any case (`wal_keep_size`): some ten seconds of writes.
+const WAL_KEPT: usize = 400;
+
+impl Data {
+    /// What a checkpoint now and then leaves: WAL that a slot holds back, and some more.
+    pub fn remove_old_wal(&mut self) {
+        if self.wal.len() > self.oldest + WAL_KEPT * 3 / 2 {
+            let unneeded = self.slots.values().copied().min().unwrap_or(usize::MAX);
+            self.oldest = self.oldest.max(unneeded.min(self.wal.len() - WAL_KEPT));
+        }
+    }
+
+    /// From where on a slot that is made now keeps WAL: from the last checkpoint.
+    pub fn reserved(&self) -> usize {
+        self.oldest.max(self.wal.len().saturating_sub(WAL_KEPT / 4))
+    }
 }
 
 /// A running server.
@@ -104,6 +128,8 @@ pub struct Sender {
     pub connection: u64,
     /// The standby's postmaster.
     pub owner: u64,
+    /// The slot that it streams by.
+    pub slot: Option<String>,
     /// Records that the standby has said to have flushed.
     pub flushed: usize,
     /// It has once been level with the primary.
@@ -310,8 +336,8 @@ fn is_forgotten(stage: &Stage, host: usize) -> bool {
 
 /// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
 fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
-    // Over time: no answer leaves, and the guard is about to end it.
-    let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out());
+    // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
+    let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
@@ -473,6 +499,7 @@ async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Writ
         let timeline = data.wal.timeline();
         data.wal.push(Record { timeline, kind: Kind::Write(id), number: stage.number() });
         let end = data.wal.len();
+        data.remove_old_wal();
         server.touch();
         Some((reign, private, end))
     });
@@ -503,17 +530,20 @@ pub fn reload_names(stage: &Stage, host: usize, number: u64, process: ProcessId,
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
         stage.micros(100..2_000).await;
-        let names = stage.server(host, |server| {
+        let loaded = stage.server(host, |server| {
             let names = server.data.as_ref()?.names.clone();
-            server.postmaster(number)?.names_shown = names.clone();
-            Some(names)
+            server.postmaster(number)?.names_shown = names;
+            Some(())
         });
-        let Some(names) = names else { return };
+        if loaded.is_none() {
+            return;
+        }
         let slow = stage.server(host, |server| server.disk_slow);
         stage.micros(if slow { 10_000..3_000_000 } else { 200..20_000 }).await;
         stage.server(host, |server| {
             if let Some(postmaster) = server.postmaster(number) {
-                postmaster.names = names;
+                // What was loaded last: an older reload that was slow does not bring its own back.
+                postmaster.names = postmaster.names_shown.clone();
             }
             server.touch();
         });

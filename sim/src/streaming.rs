@@ -44,29 +44,38 @@ async fn stream(stage: &Stage, host: usize, number: u64, from: usize, upstream: 
         return;
     }
     let connection = stage.number();
-    let Some(serving) = connect(stage, host, number, from, connection) else { return };
+    let slot = upstream.as_ref().and_then(|upstream| upstream.slot.clone());
+    let Some(serving) = connect(stage, host, number, from, connection, slot) else { return };
     set_streaming(stage, host, number, true);
     pump(stage, host, number, from, serving, connection, upstream).await;
     set_streaming(stage, host, number, false);
     stage.server(from, |server| forget_sender(server, host, number));
 }
 
-/// Registers with the upstream, if what is here is a beginning of what is there.
-fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64) -> Option<u64> {
+/// Registers with the upstream, if what is here is a beginning of what is there, the rest of it is still there, and so is the
+/// slot to stream by.
+fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64, slot: Option<String>) -> Option<u64> {
     stage.servers(|servers| {
         let own = servers[host].data.as_ref()?.wal.clone();
         let standby = servers[host].name.clone();
         let server = &mut servers[from];
-        let there = &server.data.as_ref()?.wal;
-        if !own.is_prefix_of(there) {
+        let data = server.data.as_mut()?;
+        if !own.is_prefix_of(&data.wal) {
             return None;
         }
-        let caught_up = there.len() == own.len();
+        if own.len() < data.oldest {
+            tracing::debug!("{standby} wants WAL from {} that has been removed at {}", own.end(), server.name);
+            return None;
+        }
+        let caught_up = data.wal.len() == own.len();
         let postmaster = server.postmaster.as_mut().filter(|postmaster| postmaster.phase == Phase::Running)?;
         if stage.executor().is_frozen(postmaster.process) {
             return None;
         }
-        postmaster.senders.insert(standby, Sender { connection, owner: number, flushed: own.len(), caught_up });
+        if let Some(slot) = &slot {
+            *data.slots.get_mut(slot)? = own.len();
+        }
+        postmaster.senders.insert(standby, Sender { connection, owner: number, slot, flushed: own.len(), caught_up });
         let serving = postmaster.number;
         server.touch();
         Some(serving)
@@ -126,6 +135,7 @@ async fn pump(
                 let data = server.data.as_mut()?;
                 sent.into_iter().for_each(|record| data.wal.push(record));
                 let flushed = data.wal.len();
+                data.remove_old_wal();
                 server.touch();
                 Some(flushed)
             });
@@ -162,6 +172,10 @@ fn confirm(stage: &Stage, (here, there): (End, End), from: usize, connection: u6
         }
         sender.flushed = sender.flushed.max(flushed);
         sender.caught_up = caught_up;
+        let kept = sender.slot.as_ref().zip(server.data.as_mut()).and_then(|(slot, data)| data.slots.get_mut(slot));
+        if let Some(kept) = kept {
+            *kept = flushed.max(*kept);
+        }
         server.touch();
     });
 }

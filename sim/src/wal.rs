@@ -101,6 +101,11 @@ pub fn position(index: usize) -> Lsn {
     Lsn(BASE + index as u64 * RECORD)
 }
 
+/// The index of the record that begins there, or of the first one after it.
+pub fn index(at: Lsn) -> usize {
+    at.0.saturating_sub(BASE).div_ceil(RECORD) as usize
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -27,7 +27,7 @@ mod ready;
 mod rewind;
 mod role;
 mod settings;
-mod slots;
+pub mod slots;
 mod start;
 mod stop;
 mod sync_names;

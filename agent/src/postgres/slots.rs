@@ -32,26 +32,33 @@ const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 /// A slot as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Slot {
-    kind: SlotKind,
-    active: bool,
-    restart: Option<Lsn>,
+pub struct Slot {
+    /// What it is.
+    pub kind: SlotKind,
+    /// Somebody streams from it.
+    pub active: bool,
+    /// From where on it keeps WAL; `None`: it has never been used.
+    pub restart: Option<Lsn>,
     /// Logical: what its reader has confirmed.
-    confirmed: Option<Lsn>,
+    pub confirmed: Option<Lsn>,
     /// Holds back vacuum: left over from a standby with hot_standby_feedback.
-    has_xmin: bool,
+    pub has_xmin: bool,
     /// `wal_status = lost`: useless for ever.
-    lost: bool,
+    pub lost: bool,
     /// PostgreSQL 17 copies it to standbys itself; not such a copy, those are not listed.
-    failover: bool,
+    pub failover: bool,
 }
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Step {
+pub enum Step {
+    /// Not wanted, or of no use any more.
     Drop(String),
+    /// A physical one; it keeps WAL at once.
     Create(String),
+    /// It keeps WAL from there on only, or from the end of what this server has.
     Advance(String, Lsn),
+    /// Work on a logical one.
     Decode(Job),
     /// Only the primary has it.
     Missing(String),
@@ -74,7 +81,7 @@ impl std::fmt::Display for Step {
 
 /// What takes long, in a database.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Job {
+pub struct Job {
     slot: String,
     database: String,
     work: Work,
@@ -95,7 +102,7 @@ pub struct Decoding {
 }
 
 /// What leads from the slots there are to those wanted. `standby` has the position that it has replayed.
-fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<Lsn>) -> Vec<Step> {
+pub fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<Lsn>) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut there = BTreeSet::new();
     for (name, slot) in present {

@@ -93,12 +93,17 @@ impl World {
                 return (false, Some(format!("{leader} holds the leader key and takes no writes")));
             }
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
-            // pg_rewind is not allowed, or has failed, and nothing may take its place by itself.
+            // pg_rewind is not allowed, or has failed, and nothing may take its place by itself; or whom it is to follow is a
+            // copy that was made while this one was away, and has never had the WAL in between.
             let takes_a_person = |server: &Server| {
                 let Some(data) = &server.data else { return false };
                 let diverged = !data.wal.is_prefix_of(wal);
                 let failed = server.postmaster.is_none() && (data.damage == Some(HALF_REWOUND) || diverged && fills);
-                !reclones && failed || !rewinds && diverged && !server.is_primary()
+                let upstream =
+                    data.upstream.as_ref().and_then(|upstream| servers.iter().find(|s| s.name == upstream.name));
+                let copied_at = upstream.and_then(|upstream| upstream.data.as_ref()).map_or(0, |data| data.copied_at);
+                let too_old = data.wal.len() < copied_at && !server.is_primary();
+                !reclones && failed || too_old || !rewinds && diverged && !server.is_primary()
             };
             for server in servers.iter().filter(|server| server.name.0 != leader) {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
@@ -183,6 +188,20 @@ impl World {
         Ok(())
     }
 
+    /// A permanent slot is on every node that may lead.
+    fn check_slots(&self) {
+        let permanent = self.view().settings.slots;
+        let lacks = |server: &Server| {
+            let slots = server.data.as_ref().filter(|_| server.running().is_some()).map(|data| &data.slots)?;
+            permanent.keys().find(|slot| !slots.contains_key(*slot)).map(|slot| (server.name.clone(), slot.clone()))
+        };
+        let may_lead = |server: &&Server| self.scenario.nodes[server.host].priority > 0;
+        let lacking = self.stage.servers(|servers| servers.iter().filter(may_lead).find_map(lacks));
+        if let Some((name, slot)) = lacking {
+            self.stage.judge(|judge, now| judge.violation(now, format!("{name} lacks the permanent slot {slot}")));
+        }
+    }
+
     /// A standby is restarted when that is due, and not before.
     fn check_scheduled_restart(&self) -> Result<(), Livelock> {
         let leader = self.stage.holder();
@@ -243,6 +262,7 @@ impl World {
         let before = self.seen.lock().done;
         self.show();
         self.go_on(self.stage.executor().now() + Duration::from_secs(3))?;
+        self.check_slots();
         // Strict, and nobody can confirm: then commits have to wait.
         let strict = self.view().settings.synchronous_mode_strict;
         let leader = self.stage.holder();
