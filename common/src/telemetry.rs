@@ -10,6 +10,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use chrono::format::{Item, StrftimeItems};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -39,6 +40,9 @@ pub enum TelemetryError {
     /// Not one of Python's level names.
     #[error("log.level: '{0}' is none of DEBUG, INFO, WARNING, ERROR, CRITICAL")]
     Level(String),
+    /// Not a format of strftime.
+    #[error("log.dateformat: '{0}' is no format of strftime")]
+    DateFormat(String),
     /// Somebody else has set up logging in this process.
     #[error("logging is set up already")]
     Again,
@@ -54,8 +58,12 @@ pub struct Telemetry {
 /// Sets up logging for the process. `RUST_LOG` (`info,trunkline_agent=debug`), where set, is used instead of `log.level`.
 pub fn init(log: &Log) -> Result<Telemetry, TelemetryError> {
     let level = Level::parse(&log.level)?;
-    let sink = Sink::start(log.dir.as_deref())?;
-    let format = Format { style: PythonStyle::parse(&log.format), json: log.json };
+    if let Some(format) = log.dateformat.as_ref().filter(|format| StrftimeItems::new(format).any(|i| i == Item::Error))
+    {
+        return Err(TelemetryError::DateFormat(format.clone()));
+    }
+    let sink = Sink::start(log)?;
+    let format = Format { style: PythonStyle::parse(&log.format), of: log.clone() };
     let writer = sink.clone();
     let of_environment = std::env::var("RUST_LOG").ok().and_then(|text| text.parse().ok());
     let (filter, handle) = reload::Layer::new(of_environment.unwrap_or_else(|| level.filter()));

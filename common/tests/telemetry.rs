@@ -7,12 +7,9 @@ use trunkline_config::local::Log;
 #[test]
 fn logs_as_patroni_does() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log {
-        json: false,
-        level: "INFO".to_owned(),
-        format: "%(asctime)s %(levelname)s: %(message)s".to_owned(),
-        dir: Some(dir.path().to_owned()),
-    };
+    let log = Log { dir: Some(dir.path().to_owned()), ..Log::default() };
+    let unknown = Log { dateformat: Some("%Q".to_owned()), ..log.clone() };
+    assert!(matches!(telemetry::init(&unknown), Err(TelemetryError::DateFormat(_))));
     let telemetry = telemetry::init(&log).unwrap();
     debug!("not yet");
     info!("no action. I am ({}), the leader with the lock", "pg-a");

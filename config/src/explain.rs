@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::dynamic::{self, Settings, SynchronousMode};
 use crate::local::{self, Local};
 use crate::postgres::{self, PostgresConfig};
+use crate::report::Notice;
 use crate::{Env, document, guc, protected, section};
 
 /// Where a node's own configuration is read from.
@@ -105,6 +106,7 @@ pub fn explain(key: &str, node: &Node<'_>) -> Explanation {
     let look = Look { node, settings: &settings };
     let mut told = match place(key) {
         Place::Dynamic(path) => look.dynamic(&path),
+        Place::Parameter(name) if name == key.to_lowercase() && look.is_said(key) => look.unknown(key),
         Place::Parameter(name) => look.parameter(&name),
         Place::Postgresql(path) => look.postgresql(&path),
         Place::Local(path) => look.local(&path),
@@ -113,12 +115,15 @@ pub fn explain(key: &str, node: &Node<'_>) -> Explanation {
         told.notes
             .insert(0, "bootstrap.dcs is read once, when a new cluster is made; from then on edit-config".to_owned());
     }
-    let mut notices: Vec<_> = notices.into_iter().filter(|notice| notice.path == told.key).collect();
+    let below = format!("{}.", told.key);
+    let concerns = |notice: &Notice| notice.path == told.key || notice.path.starts_with(&below);
+    let mut notices: Vec<_> = notices.into_iter().filter(concerns).collect();
     if let Some(loaded) = node.loaded {
         notices.extend(PostgresConfig::effective(loaded, &settings).1.into_iter().filter(|n| n.path == told.key));
     }
     for notice in notices {
-        let text = format!("{}: {}", notice.source, notice.message);
+        let inner = notice.path.strip_prefix(&below).map(|inner| format!("{inner}: ")).unwrap_or_default();
+        let text = format!("{}: {inner}{}", notice.source, notice.message);
         if !told.notes.contains(&text) {
             told.notes.push(text);
         }
@@ -166,7 +171,8 @@ fn place(key: &str) -> Place {
 }
 
 const DYNAMIC: &str = "dynamic configuration";
-const IN_FORCE: &str = "in force";
+/// The verdict on the layer that wins.
+pub const IN_FORCE: &str = "in force";
 const DYNAMIC_ONLY: &str =
     "no effect: only the dynamic configuration sets it, so that all members agree (trunklinectl edit-config)";
 
@@ -193,6 +199,23 @@ impl Look<'_> {
         }
     }
 
+    /// Whether a layer has it at the top, where no parameter of PostgreSQL stands.
+    fn is_said(&self, key: &str) -> bool {
+        self.in_dcs(key).is_some() || !self.locally(key).is_empty()
+    }
+
+    /// No setting has this name, and it is given.
+    fn unknown(&self, key: &str) -> Explanation {
+        const VERDICT: &str = "no effect: there is no such setting";
+        let mut told = Explanation::new(key);
+        told.from = "anything: no setting has this name".to_owned();
+        self.ignored(&mut told, key, VERDICT);
+        if let Some(value) = self.in_dcs(key) {
+            told.line(DYNAMIC, key, value, VERDICT);
+        }
+        told
+    }
+
     fn effective(&self) -> Option<PostgresConfig> {
         Some(PostgresConfig::effective(self.node.loaded?, self.settings).0)
     }
@@ -207,6 +230,8 @@ impl Look<'_> {
             Some(value) => {
                 let given = shown(path, value);
                 told.from = DYNAMIC.to_owned();
+                let unusable = nested && self.refused(path);
+                told.value = told.value.filter(|_| !unusable);
                 let verdict = match &told.value {
                     Some(used) if nested || same(&given, used) => IN_FORCE.to_owned(),
                     Some(used) if self.refused(first) => format!("can't be used; {used} is in force"),

@@ -2,6 +2,7 @@
 
 mod read;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -207,8 +208,22 @@ pub struct Log {
     pub level: String,
     /// Python-style format, default `%(asctime)s %(levelname)s: %(message)s`.
     pub format: String,
+    /// strftime's format of `asctime`; none: `2031-05-01 10:00:00,123`.
+    pub dateformat: Option<String>,
+    /// JSON: other names of fields.
+    pub renamed: BTreeMap<String, String>,
+    /// JSON: what every line has.
+    pub static_fields: Map<String, Value>,
+    /// How many lines may wait to be written; further ones are dropped and counted.
+    pub max_queue_size: usize,
     /// Directory of `patroni.log`; none = standard error.
     pub dir: Option<PathBuf>,
+    /// Permissions of that file; none = as the umask says.
+    pub mode: Option<u32>,
+    /// How many full files are kept; 0: the file grows for ever.
+    pub file_num: usize,
+    /// Bytes after which a file is full; 0: never.
+    pub file_size: u64,
 }
 
 impl Default for Log {
@@ -217,7 +232,14 @@ impl Default for Log {
             json: false,
             level: "INFO".to_owned(),
             format: "%(asctime)s %(levelname)s: %(message)s".to_owned(),
+            dateformat: None,
+            renamed: BTreeMap::new(),
+            static_fields: Map::new(),
+            max_queue_size: 1000,
             dir: None,
+            mode: None,
+            file_num: 4,
+            file_size: 25_000_000,
         }
     }
 }

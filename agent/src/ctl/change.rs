@@ -235,6 +235,9 @@ impl Change<'_> {
         let verb = if self.is_switchover() { "Switchover" } else { "Failover" };
         let result = if unknown { "result unknown" } else { "failed" };
         echo(format!("{verb} {result}, details: {}, {}", answer.status, answer.body))?;
+        if answer.status == 412 {
+            complain("What keeps each member from it: trunklinectl why");
+        }
         if unknown && plan.at.is_none() {
             complain("It goes on; its end is waited for (Ctrl-C ends the waiting, not the change).");
             let end = progress.end(GOES_ON).await;
@@ -322,7 +325,13 @@ impl<'a> Progress<'a> {
         let phase = Phase::of(&view, self.before.as_ref());
         if self.told.as_ref() != Some(&phase) {
             let now = fine_stamp(trunkline_common::SystemClock.wall());
-            complain(&format!("{now} {}", phase.words(self.before.as_ref())));
+            let words = match (&phase, &self.before) {
+                (Phase::Asked, Some(leader)) if view.failover.is_none() => {
+                    format!("{leader} still leads; whether another member could is being looked at")
+                }
+                _ => phase.words(self.before.as_ref()),
+            };
+            complain(&format!("{now} {words}"));
             self.told = Some(phase.clone());
         }
         Some((phase, view.failover.is_some()))

@@ -10,7 +10,7 @@ use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::dcs::{Dcs, DcsError, Snapshot};
-use trunkline_common::{ClusterView, SystemClock};
+use trunkline_common::{ClusterView, Member, SystemClock};
 use trunkline_config::{ClientConfig, Env};
 
 use super::args::{Cli, DefaultGroupArgs};
@@ -18,6 +18,7 @@ use super::error::{CtlError, Result};
 use super::members::Listing;
 use super::prompt::warning;
 use super::rest::Rest;
+use super::select::Node;
 
 /// How long the DCS may take to answer (Patroni's default `retry_timeout`).
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -89,6 +90,15 @@ impl Context {
     /// The cluster's name where one is known.
     pub fn configured_scope(&self) -> Option<&str> {
         self.config.scope.as_deref()
+    }
+
+    /// The member whose file this is, if it is one's: its name, and where its REST API is.
+    pub fn own_member(&self) -> Option<Node> {
+        let text = |pointer: &str| self.config.raw.pointer(pointer).and_then(Value::as_str);
+        let address = text("/restapi/connect_address").or_else(|| text("/restapi/listen"))?;
+        let scheme = if text("/restapi/certfile").is_some() { "https" } else { "http" };
+        let member = Member { api_url: Some(format!("{scheme}://{address}/patroni")), ..Member::default() };
+        Some(Node { name: text("/name").unwrap_or("this node").to_owned(), member })
     }
 
     /// A cluster by name; without `group`, a Citus cluster as a whole.

@@ -31,15 +31,16 @@ async fn ask(context: &Context, cluster: &Cluster, wanted: Option<&str>, path: &
             None => format!("{} cluster doesn't have any members", cluster.name),
         }));
     }
-    let one = async |node: Node| {
-        let said = match context.rest.call(&node, Method::Get, path, None).await {
-            Ok(answer) if matches!(answer.status, 401 | 403) => Err(format!("refused: {}", answer.body)),
-            Ok(answer) => serde_json::from_str(&answer.body).map_err(|_| format!("answered {}", answer.status)),
-            Err(error) => Err(error.to_string()),
-        };
-        (node, said)
+    Ok(futures::future::join_all(nodes.into_iter().map(|node| one(context, node, path))).await)
+}
+
+async fn one(context: &Context, node: Node, path: &str) -> Said {
+    let said = match context.rest.call(&node, Method::Get, path, None).await {
+        Ok(answer) if matches!(answer.status, 401 | 403) => Err(format!("refused: {}", answer.body)),
+        Ok(answer) => serde_json::from_str(&answer.body).map_err(|_| format!("answered {}", answer.status)),
+        Err(error) => Err(error.to_string()),
     };
-    Ok(futures::future::join_all(nodes.into_iter().map(one)).await)
+    (node, said)
 }
 
 fn text(value: Option<&Value>) -> String {
@@ -52,9 +53,15 @@ fn text(value: Option<&Value>) -> String {
 
 /// `why`.
 pub(super) async fn why(context: &Context, args: &DecisionsArgs) -> Result<()> {
-    let cluster = context.target_in_own_group(&args.history.target)?.read().await?;
-    let said = ask(context, &cluster, args.member.as_deref(), "why").await?;
     let format: Format = args.history.format.into();
+    let cluster = match context.target_in_own_group(&args.history.target)?.read().await {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            own_word(context, format).await?;
+            return Err(error);
+        }
+    };
+    let said = ask(context, &cluster, args.member.as_deref(), "why").await?;
     if !format.is_table() {
         let rows = said.iter().map(|(node, said)| why_row(&cluster.view, node, said)).collect();
         return echo(render(&Sheet { columns: Some(why_columns()), rows, ..Sheet::default() }, format, "\t"));
@@ -70,6 +77,19 @@ pub(super) async fn why(context: &Context, args: &DecisionsArgs) -> Result<()> {
         };
         let heard: Vec<String> = members.iter().map(|(name, numbers)| format!("{name}: {}", heard(numbers))).collect();
         echo(format!("{} heard of {}", node.name, heard.join("; ")))?;
+    }
+    Ok(())
+}
+
+/// Without the DCS nobody knows the members, but the file says where the agent of this node is.
+async fn own_word(context: &Context, format: Format) -> Result<()> {
+    let Some(node) = context.own_member() else { return Ok(()) };
+    let said = one(context, node, "why").await;
+    if said.1.is_ok() {
+        complain("The DCS does not answer; this is what the agent of this node says.");
+        let rows = vec![why_row(&ClusterView::default(), &said.0, &said.1)];
+        let right = &["TL", "Priority", "Lag"];
+        echo(render(&Sheet { columns: Some(why_columns()), rows, right, ..Sheet::default() }, format, "\t"))?;
     }
     Ok(())
 }
@@ -155,7 +175,9 @@ fn standing(view: &ClusterView) -> Vec<String> {
         Initialize::Running => lines.push("A member is initialising the cluster.".to_owned()),
         _ => {}
     }
-    let timeline = view.timeline().map_or("unknown".to_owned(), |timeline| timeline.to_string());
+    // Before the first promotion there is no history.
+    let timeline = view.timeline().or_else(|| view.leader_member()?.timeline);
+    let timeline = timeline.map_or("unknown".to_owned(), |timeline| timeline.to_string());
     lines.push(format!(
         "Last known end of WAL {}, timeline {timeline}; maximum_lag_on_failover {}.",
         view.status.optime, view.settings.maximum_lag_on_failover
@@ -277,13 +299,35 @@ pub(super) async fn explain(context: &Context, args: &ExplainArgs) -> Result<()>
             _ => trunkline_common::dcs::codec::python_json(&Value::Array(documents)),
         });
     }
-    documents.iter().try_for_each(explanation)
+    alike(documents).iter().try_for_each(|(names, document)| explanation(names, document))
 }
 
-/// One member's explanation, for people.
-fn explanation(document: &Value) -> Result<()> {
+/// Members that say the same, but for the place of their data directories, are told together.
+fn alike(documents: Vec<Value>) -> Vec<(Vec<String>, Value)> {
+    let mut said: Vec<(Vec<String>, Value)> = Vec::new();
+    for mut document in documents {
+        let fields = document.as_object_mut();
+        let name = fields.and_then(|fields| fields.shift_remove("name")).map(|name| text(Some(&name)));
+        let same = |other: &Value| {
+            let place = |document: &Value| {
+                let mut document = document.clone();
+                document.pointer_mut("/postgresql/file").map(Value::take);
+                document
+            };
+            place(other) == place(&document)
+        };
+        match said.iter_mut().find(|(_, other)| same(other)) {
+            Some((names, _)) => names.extend(name),
+            None => said.push((name.into_iter().collect(), document)),
+        }
+    }
+    said
+}
+
+/// The explanation of these members, for people.
+fn explanation(names: &[String], document: &Value) -> Result<()> {
     let at = |pointer: &str| text(document.pointer(pointer));
-    let member = if document.get("name").is_some() { format!(" on {}", at("/name")) } else { String::new() };
+    let member = if names.is_empty() { String::new() } else { format!(" on {}", names.join(", ")) };
     let value =
         document.get("value").filter(|value| !value.is_null()).map_or("not set".to_owned(), |value| text(Some(value)));
     echo(format!("{}{member}: {value}, by {}", at("/key"), at("/from")))?;
@@ -337,6 +381,15 @@ mod tests {
         let mut view = ClusterView::default();
         view.status.optime = Lsn(0x30);
         why_row(&view, &node("b"), &Ok(document)).iter().map(|value| text(Some(value))).collect::<Vec<_>>().join("|")
+    }
+
+    #[test]
+    fn members_that_say_the_same_are_told_together() {
+        let said =
+            |name: &str, value: &str, file: &str| json!({"name": name, "value": value, "postgresql": {"file": file}});
+        let told = alike(vec![said("a", "1", "/a:1"), said("b", "2", "/b:1"), said("c", "1", "/c:1")]);
+        let names: Vec<String> = told.iter().map(|(names, _)| names.join(",")).collect();
+        assert_eq!(names, ["a,c", "b"]);
     }
 
     #[test]

@@ -84,6 +84,7 @@ impl Instance {
                 source: row.try_get(3)?,
                 file: file.zip(line),
                 pending: row.try_get(6)?,
+                rejected: self.rejects(name),
                 overrides: row.try_get(7)?,
             })
         };

@@ -211,14 +211,43 @@ impl Instance {
         self.inner.managed.lock().role
     }
 
-    /// Writes the files and reloads the server where they changed.
-    pub(super) fn reload_if_changed(&self) -> Result<bool, PgError> {
-        let changed = self.rewrite(|_| {})?;
-        if changed && let Some(postmaster) = self.process().find() {
+    /// Whether PostgreSQL has refused the configured value of a parameter.
+    pub(super) fn rejects(&self, name: &str) -> bool {
+        self.inner.managed.lock().rejected.contains(name)
+    }
+
+    /// Writes the files and reloads the server where they changed. What it does not accept is left out a moment later: a new
+    /// primary must not wait for that.
+    pub(super) fn reload_if_changed(&self) -> Result<(), PgError> {
+        if self.rewrite(|_| {})?
+            && let Some(postmaster) = self.process().find()
+        {
             self.reload(&postmaster);
             tracing::info!("configuration files changed, reloaded");
+            let instance = self.clone();
+            tokio::spawn(async move {
+                if instance.leave_out_of_reload().await {
+                    instance.reload(&postmaster);
+                }
+            });
         }
-        Ok(changed)
+        Ok(())
+    }
+
+    /// Before a reload; true if something was left out. Whatever comes of it: what can be used is.
+    async fn leave_out_of_reload(&self) -> bool {
+        const LIMIT: Duration = Duration::from_secs(1);
+        match tokio::time::timeout(LIMIT, self.leave_out_rejected()).await {
+            Ok(Ok(left_out)) => left_out,
+            Ok(Err(error)) => {
+                tracing::warn!("PostgreSQL may not take its configuration files: {error}");
+                false
+            }
+            Err(_) => {
+                tracing::warn!("the configuration files could not be checked within {LIMIT:?}");
+                false
+            }
+        }
     }
 
     /// Makes the server read its files.
@@ -249,10 +278,16 @@ impl Instance {
             }
         }
         let postmaster = self.process().find();
-        let changed = self.reload_if_changed()?;
-        // Asked for without a change: certificates, or files that those here include, may have one.
-        if let Some(postmaster) = postmaster.as_ref().filter(|_| !changed && before == config) {
-            self.reload(postmaster);
+        let mut changed = self.rewrite(|_| {})?;
+        if let Some(postmaster) = &postmaster {
+            changed |= self.leave_out_of_reload().await;
+            // Asked for without a change: certificates, or files that those here include, may have one.
+            if changed || before == config {
+                self.reload(postmaster);
+            }
+            if changed {
+                tracing::info!("configuration files changed, reloaded");
+            }
         }
         if postmaster.is_some()
             && self.pid_file().is_some_and(|f| matches!(f.status, PidFileStatus::Ready | PidFileStatus::Standby))

@@ -183,6 +183,8 @@ pub struct Setting {
     pub file: Option<(String, i32)>,
     /// Another value in a file waits for a restart.
     pub pending: bool,
+    /// What is configured is not accepted, and left out.
+    pub rejected: bool,
     /// Who else has a value of his own, by `ALTER ROLE` or `ALTER DATABASE`: `role app: 8MB`.
     pub overrides: Vec<String>,
 }

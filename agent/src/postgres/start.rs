@@ -65,9 +65,10 @@ impl Instance {
         Err(error)
     }
 
-    /// One setting that PostgreSQL does not know or does not accept keeps it from starting at all: leaves those out; true
-    /// if there are any and the rest is good.
-    async fn leave_out_rejected(&self) -> Result<bool, PgError> {
+    /// One setting that PostgreSQL does not know or does not accept keeps it from starting at all, and one that it does not
+    /// know from taking any other from a file that is reloaded: leaves those out; true if there are any and the rest is
+    /// good.
+    pub(super) async fn leave_out_rejected(&self) -> Result<bool, PgError> {
         let mut left_out = false;
         // PostgreSQL reads a file in passes and complains about one kind of error in each.
         for _ in 0..CHECKS {
@@ -79,7 +80,7 @@ impl Instance {
             if !new {
                 return Err(PgError::Failed(complaints));
             }
-            tracing::warn!("PostgreSQL rejects {rejected:?}, starting without: {complaints}");
+            tracing::warn!("PostgreSQL rejects {rejected:?}, which are left out: {complaints}");
             left_out = true;
         }
         Ok(left_out)

@@ -138,7 +138,13 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         document["name"] = self.identity.name.as_str().into();
         if let Some(name) = explain::parameter(key) {
             let pending = picture.running().and_then(|running| running.pending_restart.get(&name));
-            document["postgresql"] = match self.postgres.setting(&name).await {
+            let setting = self.postgres.setting(&name).await;
+            match &setting {
+                Ok(Some(setting)) if setting.rejected => not_in_force(&mut document, "PostgreSQL does not accept it"),
+                Ok(None) => not_in_force(&mut document, "PostgreSQL knows no setting of this name"),
+                _ => {}
+            }
+            document["postgresql"] = match setting {
                 Ok(Some(setting)) => setting_document(&setting, pending),
                 Ok(None) => json!({"error": "PostgreSQL knows no setting of this name"}),
                 Err(error) => json!({"error": error.to_string()}),
@@ -153,6 +159,15 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     }
 }
 
+/// What wins among the layers, and comes to nothing all the same.
+fn not_in_force(document: &mut Value, why: &str) {
+    for line in document["layers"].as_array_mut().into_iter().flatten() {
+        if line["verdict"] == explain::IN_FORCE {
+            line["verdict"] = format!("no effect: {why}").into();
+        }
+    }
+}
+
 fn times(times: &Times) -> Value {
     json!({"median": times.median().map(millis), "worst": times.worst().map(millis), "samples": times.count()})
 }
@@ -163,6 +178,9 @@ fn millis(time: Duration) -> f64 {
 
 fn setting_document(setting: &Setting, pending: Option<&Value>) -> Value {
     let mut notes = Vec::new();
+    if setting.rejected {
+        notes.push("what is configured is not accepted, and left out of the files".to_owned());
+    }
     if let Some((file, _)) = setting.file.as_ref().filter(|(file, _)| file.ends_with("postgresql.auto.conf")) {
         notes.push(format!("ALTER SYSTEM wins over what is configured ({file}): ALTER SYSTEM RESET takes it back"));
     }

@@ -9,13 +9,14 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+use trunkline_config::local::Log;
 
 use crate::{Clock, SystemClock};
 
 /// How events are written.
 pub(super) struct Format {
     pub(super) style: PythonStyle,
-    pub(super) json: bool,
+    pub(super) of: Log,
 }
 
 impl<S, N> FormatEvent<S, N> for Format
@@ -26,7 +27,8 @@ where
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let function = ctx.lookup_current().map_or("", |span| span.metadata().name());
         let record = Record::new(event, function, SystemClock.wall().with_timezone(&Local));
-        let line = if self.json { self.style.json(&record) } else { self.style.text(&record) };
+        let record = record.dated(self.of.dateformat.as_deref());
+        let line = if self.of.json { self.style.json(&record, &self.of) } else { self.style.text(&record) };
         writeln!(writer, "{line}")
     }
 }
@@ -34,6 +36,7 @@ where
 /// What Python's `LogRecord` knows of an event, as far as we know it.
 pub(super) struct Record {
     at: DateTime<Local>,
+    asctime: String,
     level: &'static str,
     message: String,
     fields: Map<String, Value>,
@@ -57,6 +60,7 @@ impl Record {
         };
         Self {
             at,
+            asctime: String::new(),
             level,
             message: fields.message,
             fields: fields.others,
@@ -65,6 +69,12 @@ impl Record {
             line: meta.line().unwrap_or(0),
             function: function.to_owned(),
         }
+    }
+
+    /// With its time as that format of strftime writes it, or as Patroni does.
+    fn dated(mut self, format: Option<&str>) -> Self {
+        let _ = write!(self.asctime, "{}", self.at.format(format.unwrap_or("%Y-%m-%d %H:%M:%S,%3f")));
+        self
     }
 
     /// The message with the event's other fields behind it, on one line: what a peer or a client sends may hold line
@@ -81,7 +91,7 @@ impl Record {
     fn token(&self, name: &str) -> Option<String> {
         let last = |path: &str, separator: char| path.rsplit(separator).next().unwrap_or("").to_owned();
         Some(match name {
-            "asctime" => self.at.format("%Y-%m-%d %H:%M:%S,%3f").to_string(),
+            "asctime" => self.asctime.clone(),
             "created" => format!("{}.{:06}", self.at.timestamp(), self.at.timestamp_subsec_micros()),
             "msecs" => self.at.timestamp_subsec_millis().to_string(),
             "levelname" => self.level.to_owned(),
@@ -207,8 +217,8 @@ impl PythonStyle {
         line
     }
 
-    /// The format's tokens as members, then the event's fields.
-    fn json(&self, record: &Record) -> String {
+    /// The format's tokens as members, then the event's fields and those that every line has.
+    fn json(&self, record: &Record, log: &Log) -> String {
         let mut map = Map::new();
         for piece in &self.0 {
             let Piece::Token { name, .. } = piece else { continue };
@@ -219,10 +229,10 @@ impl PythonStyle {
                 name => record.token(name).map(Value::from),
             };
             if let Some(value) = value {
-                map.insert(name.clone(), value);
+                map.insert(log.renamed.get(name).unwrap_or(name).clone(), value);
             }
         }
-        for (name, value) in &record.fields {
+        for (name, value) in record.fields.iter().chain(&log.static_fields) {
             map.entry(name.clone()).or_insert_with(|| value.clone());
         }
         Value::Object(map).to_string()
@@ -251,6 +261,7 @@ mod tests {
         let at = DateTime::parse_from_rfc3339("2031-05-01T10:00:00.123456+00:00").unwrap();
         Record {
             at: at.with_timezone(&Local),
+            asctime: String::new(),
             level: "WARNING",
             message: message.to_owned(),
             fields: Map::from_iter([("key".to_owned(), "a\nb".into()), ("n".to_owned(), 5.into())]),
@@ -259,12 +270,14 @@ mod tests {
             line: 12,
             function: "tick".to_owned(),
         }
+        .dated(None)
     }
 
     #[test]
     fn writes_patronis_line() {
         let at = record("").token("asctime").unwrap();
         assert_eq!((at.len(), &at[19..]), (23, ",123"), "milliseconds behind a comma");
+        assert_eq!(record("").dated(Some("%Y")).token("asctime").unwrap(), format!("{at}2031"));
         for (format, line) in [
             ("%(asctime)s %(levelname)s: %(message)s", format!("{at} WARNING: hello key=a\\nb n=5")),
             ("[%(levelname)-9s|%(levelname)8s] %(lineno)5d", "[WARNING  | WARNING]    12".to_owned()),
@@ -286,10 +299,15 @@ mod tests {
 
     #[test]
     fn writes_json() {
-        let line = PythonStyle::parse("%(levelname)s %(message)s %(lineno)d").json(&record("say \"x\"\n"));
+        let log = Log {
+            renamed: [("levelname".to_owned(), "level".to_owned())].into(),
+            static_fields: Map::from_iter([("site".to_owned(), "b".into())]),
+            ..Log::default()
+        };
+        let line = PythonStyle::parse("%(levelname)s %(message)s %(lineno)d").json(&record("say \"x\"\n"), &log);
         let value: Value = serde_json::from_str(&line).unwrap();
         let expected = serde_json::json!({
-            "levelname": "WARNING", "message": "say \"x\"\n", "lineno": 12, "key": "a\nb", "n": 5
+            "level": "WARNING", "message": "say \"x\"\n", "lineno": 12, "key": "a\nb", "n": 5, "site": "b"
         });
         assert_eq!(value, expected);
         assert!(!line.contains('\n'));

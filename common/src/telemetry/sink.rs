@@ -1,21 +1,17 @@
 //! Where lines go: a bounded queue, and a thread that writes them to standard error or a file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
+use trunkline_config::local::Log;
+
 use super::TelemetryError;
-
-/// Patroni's `max_queue_size`.
-const QUEUE: usize = 1000;
-
-/// Patroni's `file_size` and `file_num`.
-const FILE_SIZE: u64 = 25_000_000;
-const OLD_FILES: usize = 4;
 
 /// The sending end; cheap to clone.
 #[derive(Clone)]
@@ -32,12 +28,12 @@ enum Message {
 
 impl Sink {
     /// Lines go to `patroni.log` in `dir`, or to standard error.
-    pub(super) fn start(dir: Option<&Path>) -> Result<Self, TelemetryError> {
-        let target = match dir {
-            Some(dir) => Target::File(LogFile::open(dir.join("patroni.log"), FILE_SIZE)?),
+    pub(super) fn start(log: &Log) -> Result<Self, TelemetryError> {
+        let target = match &log.dir {
+            Some(dir) => Target::File(LogFile::open(dir.join("patroni.log"), log)?),
             None => Target::Stderr,
         };
-        let (queue, lines) = sync_channel(QUEUE);
+        let (queue, lines) = sync_channel(log.max_queue_size);
         let dropped = Arc::new(AtomicU64::new(0));
         let seen = dropped.clone();
         let thread = std::thread::Builder::new().name("log".to_owned());
@@ -104,19 +100,23 @@ struct LogFile {
     file: File,
     size: u64,
     limit: u64,
+    old_files: usize,
+    mode: Option<u32>,
 }
 
 impl LogFile {
-    fn open(path: PathBuf, limit: u64) -> Result<Self, TelemetryError> {
-        let opened = append(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
+    fn open(path: PathBuf, log: &Log) -> Result<Self, TelemetryError> {
+        let opened = append(&path, log.mode).and_then(|file| Ok((file.metadata()?.len(), file)));
+        // As with Python's handler, either of them being 0 means that there is no end.
+        let limit = if log.file_num == 0 || log.file_size == 0 { u64::MAX } else { log.file_size };
         match opened {
-            Ok((size, file)) => Ok(Self { path, file, size, limit }),
+            Ok((size, file)) => Ok(Self { path, file, size, limit, old_files: log.file_num, mode: log.mode }),
             Err(source) => Err(TelemetryError::File { path, source }),
         }
     }
 
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
-        if self.size > 0 && self.size + line.len() as u64 > self.limit {
+        if self.size > 0 && self.size.saturating_add(line.len() as u64) > self.limit {
             self.rotate()?;
         }
         self.size += line.len() as u64;
@@ -125,28 +125,36 @@ impl LogFile {
 
     fn rotate(&mut self) -> io::Result<()> {
         let old = |number: usize| PathBuf::from(format!("{}.{number}", self.path.display()));
-        for number in (1..OLD_FILES).rev() {
+        for number in (1..self.old_files).rev() {
             let _ = std::fs::rename(old(number), old(number + 1));
         }
         std::fs::rename(&self.path, old(1))?;
-        self.file = append(&self.path)?;
+        self.file = append(&self.path, self.mode)?;
         self.size = 0;
         Ok(())
     }
 }
 
-fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+fn append(path: &Path, mode: Option<u32>) -> io::Result<File> {
+    let file = OpenOptions::new().create(true).append(true).open(path)?;
+    if let Some(mode) = mode {
+        file.set_permissions(Permissions::from_mode(mode))?;
+    }
+    Ok(file)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn to(dir: &Path) -> Log {
+        Log { dir: Some(dir.to_owned()), ..Log::default() }
+    }
+
     #[test]
     fn lines_reach_the_file_in_order() {
         let dir = tempfile::tempdir().unwrap();
-        let mut sink = Sink::start(Some(dir.path())).unwrap();
+        let mut sink = Sink::start(&to(dir.path())).unwrap();
         for number in 0..100 {
             writeln!(sink, "{number}").unwrap();
         }
@@ -174,21 +182,26 @@ mod tests {
     fn full_files_are_moved_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("patroni.log");
-        let mut file = LogFile::open(path.clone(), 10).unwrap();
+        let log = Log { file_size: 10, file_num: 2, mode: Some(0o640), ..Log::default() };
+        let mut file = LogFile::open(path.clone(), &log).unwrap();
         for number in 0..20 {
             file.write(format!("line {number:02}\n").as_bytes()).unwrap();
         }
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!((read("patroni.log").as_str(), read("patroni.log.1").as_str()), ("line 19\n", "line 18\n"));
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1 + OLD_FILES);
-        let mut again = LogFile::open(path, 10).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1 + 2);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        let mut again = LogFile::open(path.clone(), &log).unwrap();
         again.write(b"more\n").unwrap();
         assert_eq!(read("patroni.log.1"), "line 19\n", "what was there counts");
+        let mut endless = LogFile::open(path, &Log { file_num: 0, ..log }).unwrap();
+        (0..20).for_each(|_| endless.write(b"more\n").unwrap());
+        assert_eq!(read("patroni.log").lines().count(), 21);
     }
 
     #[test]
     fn says_which_file_cannot_be_written() {
-        let error = Sink::start(Some(Path::new("/nonexistent/dir"))).err().unwrap().to_string();
+        let error = Sink::start(&to(Path::new("/nonexistent/dir"))).err().unwrap().to_string();
         assert!(error.contains("/nonexistent/dir/patroni.log"), "{error}");
     }
 }

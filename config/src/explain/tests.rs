@@ -119,6 +119,22 @@ fn why_an_edit_has_no_effect() {
 }
 
 #[test]
+fn what_is_no_setting_or_can_not_be_used_is_said() {
+    let dynamic = json!({"synchronous_mod": true, "slots": {"Bad-Name": 0, "good": 0}});
+    let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), role: "primary" };
+    let told = explain("synchronous_mod", &node);
+    assert_eq!(told.layers[0].verdict, "no effect: there is no such setting");
+    assert!(told.notes[0].ends_with("synchronous_mode was meant?"), "{told:?}");
+    let told = explain("slots", &node);
+    assert!(told.notes[0].contains("Bad-Name: 0 is ignored"), "{told:?}");
+    let told = explain("slots.Bad-Name", &node);
+    assert_eq!((told.value, told.layers[0].verdict.as_str()), (None, "can't be used"));
+    assert_eq!(explain("slots.good", &node).layers[0].verdict, IN_FORCE);
+    // A parameter that nobody has set is still taken for one of PostgreSQL's.
+    assert_eq!(explain("work_mem", &node).key, "postgresql.parameters.work_mem");
+}
+
+#[test]
 fn without_the_node_the_cluster_can_still_be_explained() {
     let dynamic = json!({"postgresql": {"parameters": {"wal_level": "minimal"}}});
     let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), role: "primary" };

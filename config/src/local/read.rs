@@ -1,5 +1,7 @@
 //! `patroni.yml` from JSON to types.
 
+use std::collections::BTreeMap;
+
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 
@@ -341,12 +343,53 @@ pub(crate) fn read_log(root: &Section<'_>) -> Log {
         "loggers",
         "deduplicate_heartbeat_logs",
     ]);
-    // A list of fields is for JSON, whose fields are fixed here.
-    let format = if section.get("format").is_some_and(Value::is_array) { None } else { section.text("format") };
+    for key in ["traceback_level", "loggers"] {
+        if section.has(key) {
+            section.notice(key, "is about Python; ignored");
+        }
+    }
+    let json = section.choice("type", &[("plain", false), ("json", true)]).unwrap_or(default.json);
+    let (format, renamed) = read_log_format(&section, json);
+    let count = |key| section.integer(key, 0..=1_000_000_000_000, None).and_then(|n| usize::try_from(n).ok());
     Log {
-        json: section.choice("type", &[("plain", false), ("json", true)]).unwrap_or(default.json),
+        json,
         level: section.choice("level", LEVELS).map_or(default.level, str::to_owned),
         format: format.unwrap_or(default.format),
+        dateformat: section.text("dateformat"),
+        renamed,
+        static_fields: section.copy("static_fields"),
+        max_queue_size: count("max_queue_size").unwrap_or(default.max_queue_size).clamp(1, 1_000_000),
         dir: section.file("dir"),
+        mode: section.integer("mode", 0..=0o777, None).and_then(|mode| u32::try_from(mode).ok()),
+        file_num: count("file_num").unwrap_or(default.file_num).min(1000),
+        file_size: count("file_size").map_or(default.file_size, |size| size as u64),
     }
 }
+
+/// A text; for JSON also a list of fields, each a name or `name: other name`.
+fn read_log_format(section: &Section<'_>, json: bool) -> (Option<String>, BTreeMap<String, String>) {
+    let Some(Value::Array(items)) = section.get("format") else { return (section.text("format"), BTreeMap::new()) };
+    if !json {
+        return (section.wrong("format", "a list of fields is for type json; a text is expected"), BTreeMap::new());
+    }
+    let (mut fields, mut renamed) = (Vec::new(), BTreeMap::new());
+    for item in items {
+        match item {
+            Value::String(field) => fields.push(field.clone()),
+            Value::Object(map) => {
+                for (field, name) in map {
+                    let Value::String(name) = name else {
+                        return (section.wrong("format", FIELDS), BTreeMap::new());
+                    };
+                    fields.push(field.clone());
+                    renamed.insert(field.clone(), name.clone());
+                }
+            }
+            _ => return (section.wrong("format", FIELDS), BTreeMap::new()),
+        }
+    }
+    let format = fields.iter().map(|field| format!("%({field})s")).collect::<Vec<_>>().join(" ");
+    (Some(format).filter(|format| !format.is_empty()), renamed)
+}
+
+const FIELDS: &str = "a list of fields is expected, each a name or name: other name";

@@ -147,6 +147,22 @@ async fn settings_are_explained_with_what_postgresql_says() -> Result<()> {
 
     let text = ctl(&scene, &["config", "explain", "ttl"])?;
     ensure!(text.contains("ttl on ") && text.contains("bootstrap.dcs"), "{text}");
+
+    // One name that PostgreSQL does not know would keep it from taking anything else from its files.
+    let parameters = json!({"no_such_setting": 1, "temp_buffers": "lots", "maintenance_work_mem": "77MB"});
+    let change = json!({"synchronous_mode": false, "postgresql": {"parameters": parameters}});
+    scene.cluster.patch_config(&change).await?;
+    wait::until("what can be used to be in force", LIMIT, async || {
+        let asked = "SELECT current_setting('maintenance_work_mem') || current_setting('synchronous_standby_names')";
+        let told = scene.node(leader).query_one(asked, LIMIT).await?;
+        ensure!(told == "77MB", "{told}");
+        Ok(())
+    })
+    .await?;
+    let told = explain("temp_buffers")?;
+    ensure!(told["layers"][0]["verdict"] == "no effect: PostgreSQL does not accept it", "{told}");
+    let log = scene.cluster.nodes[leader].log()?;
+    ensure!(log.contains("PostgreSQL rejects") && log.contains("no_such_setting"), "{log}");
     scene.lab.success();
     Ok(())
 }

@@ -44,6 +44,7 @@ impl Observe for Glass {
             source: "configuration file".into(),
             file,
             pending: false,
+            rejected: true,
             overrides,
         };
         Ok((name == "work_mem").then_some(setting))
@@ -87,7 +88,7 @@ fn local(name: &str) -> Local {
         watchdog: trunkline_config::local::Watchdog::default(),
         guard: trunkline_config::local::Guard::default(),
         vip: None,
-        log: Log { json: false, level: "INFO".into(), format: String::new(), dir: None },
+        log: Log::default(),
         raw: json!({}),
     }
 }
