@@ -18,9 +18,11 @@ pub mod task;
 
 mod act;
 mod commands;
+mod finish;
 mod observe;
 mod shutdown;
 mod upkeep;
+mod wake;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -37,25 +39,22 @@ use trunkline_common::{Clock, ClusterView, Instant, LeaseId, MemberName, Revisio
 use trunkline_config::dynamic::new_cluster;
 use trunkline_config::{Local, PostgresConfig, Settings};
 
-use self::decide::{Action, DRY, Decision};
+use self::decide::{Action, Decision};
 use self::lease::{Keeper, LeaseHandle, Timing};
 use self::publish::Urls;
 use self::shutdown::keep_beating;
-use self::situation::{DivergenceState, Me, Memory, PeerAnswers, Situation};
+use self::situation::{Me, Memory, PeerAnswers, Situation};
 use self::task::{Hands, TaskEnd, TaskKind};
 use crate::guard::Guard;
 use crate::node::{Board, Command, Noted};
 use crate::peer::Peers;
-use crate::postgres::{Divergence, PgRole, PgStatus, Postgres, SlotPlan, needs_no_leader};
+use crate::postgres::{PgRole, PgStatus, Postgres, SlotPlan, needs_no_leader};
 
 /// Turns taken without waiting in between; more of them would mean that two rules contradict each other.
 const MAX_STEPS: usize = 8;
 
 /// A server that ends sooner than this after its start has failed to start.
 const SHORT_LIFE: Duration = Duration::from_secs(10);
-
-/// How soon a server that did not answer is looked at again, at the latest.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why the loop ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -369,170 +368,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         news
     }
 
-    /// What a finished task means.
-    fn finish(&mut self, end: (TaskKind, TaskEnd)) {
-        let (kind, end) = end;
-        let now = self.parts.clock.now();
-        if kind == TaskKind::Prepare {
-            return;
-        }
-        let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
-        self.memory.up_since = started.then_some(now);
-        match (kind, end) {
-            (TaskKind::CopySlots, end) => {
-                // The server runs on, or is started like any that was stopped.
-                if let TaskEnd::Failed { why, .. } = end {
-                    warn!("logical slots could not be copied: {why}");
-                }
-                return;
-            }
-            (kind, TaskEnd::Failed { why, damaged }) => {
-                warn!("{} failed: {why}", kind.label());
-                self.note_failure(now, why.clone());
-                if kind == TaskKind::Rewind {
-                    self.memory.divergence = match damaged {
-                        true => DivergenceState::RewindFailed(why),
-                        false => DivergenceState::Check,
-                    };
-                }
-                if kind == TaskKind::Demote && self.lease.session().leading {
-                    // Processes that wait for a disk can't be killed before that answers; nor can they acknowledge
-                    // anything any more. The key is for others once its lease is over.
-                    warn!("PostgreSQL could not be stopped; the leader key is left to run out");
-                    self.lease.forsake(now);
-                    self.memory.abstain_until = Some(now + self.settings().ttl * 2);
-                }
-                if kind == TaskKind::Promote && self.memory.failures >= 3 {
-                    self.memory.abstain_until = Some(now + self.settings().ttl);
-                }
-                return;
-            }
-            (TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster, _) => {
-                self.memory.demoted = true;
-                self.memory.divergence = DivergenceState::Check;
-            }
-            (_, TaskEnd::Compared(Divergence::None)) => {
-                let asked = std::mem::replace(&mut self.memory.divergence, DivergenceState::NotAsked);
-                match asked {
-                    DivergenceState::NotAsked => debug!("the local history is still a prefix of the leader's"),
-                    _ => info!("the local history is a prefix of the leader's"),
-                }
-                if asked == DivergenceState::NotAsked && matches!(self.pg, PgStatus::Running(_)) {
-                    // Asked because it does not stream, and that is not why: asking again at once would tell nothing new.
-                    self.memory.retry_at = Some(now + self.settings().loop_wait.max(DRY));
-                    self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
-                    return;
-                }
-            }
-            (_, TaskEnd::Compared(Divergence::Rewind(why))) => {
-                info!("the local history has left the leader's: {why}");
-                self.memory.divergence = DivergenceState::Rewind(why);
-            }
-            (_, TaskEnd::Compared(Divergence::Twice(why))) => {
-                info!("the local history is not the leader's, and pg_rewind is of no use: {why}");
-                self.memory.divergence = DivergenceState::RewindFailed(why);
-            }
-            (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
-                self.memory.retry_at = Some(now + Duration::from_millis(200));
-                self.memory.last_failure = Some(why);
-                return;
-            }
-            (TaskKind::Restart, _) if matches!(self.memory.divergence, DivergenceState::RewindFailed(_)) => {
-                // Somebody has looked into it, and wants it to run: once more from the first rung on.
-                self.memory.divergence = DivergenceState::Check;
-            }
-            (TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind | TaskKind::Discard, _) => {
-                self.memory.divergence = DivergenceState::NotAsked;
-                self.memory.was_primary = false;
-                self.memory.demoted = false;
-                self.memory.fresh_copy = true;
-            }
-            (_, TaskEnd::Promoted(timeline)) => {
-                info!("promoted, on timeline {timeline}");
-                self.memory.divergence = DivergenceState::NotAsked;
-                self.memory.sync_since.clear();
-                self.published.upkept = None;
-            }
-            (
-                TaskKind::Bootstrap
-                | TaskKind::CustomBootstrap
-                | TaskKind::Prepare
-                | TaskKind::Start
-                | TaskKind::Restart
-                | TaskKind::Promote
-                | TaskKind::CheckDivergence,
-                _,
-            ) => {}
-        }
-        self.memory.failures = 0;
-        self.memory.retry_at = None;
-        self.memory.last_failure = None;
-    }
-
-    /// Something failed: not again at once.
-    fn note_failure(&mut self, now: Instant, why: String) {
-        self.memory.failures = self.memory.failures.saturating_add(1);
-        let exponent = self.memory.failures.min(6) - 1;
-        let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
-        self.memory.retry_at = Some(now + pause);
-        self.memory.last_failure = Some(why);
-    }
-
-    /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
-    /// would keep every node awake.
-    async fn relevant_change(knowledge: &mut watch::Receiver<Knowledge>, seen: &Option<Arc<ClusterView>>) {
-        loop {
-            if knowledge.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-            let current = knowledge.borrow().view.clone();
-            let matters = match (&current, seen) {
-                (Some(now), Some(before)) => now.revision >= before.revision && matters(before, now),
-                (now, before) => now.is_some() != before.is_some(),
-            };
-            if matters {
-                return;
-            }
-        }
-    }
-
-    fn wake_at(&self) -> Instant {
-        let now = self.parts.clock.now();
-        let mut wake = now + self.settings().loop_wait;
-        if self.pg == PgStatus::Unresponsive {
-            wake = wake.min(now + LOOK_AGAIN);
-        }
-        if let Some(until) = self.lease.session().leader_until() {
-            let ttl = self.ttl();
-            let mut due = until - decide::step_down_margin(ttl);
-            if self.settings().failsafe_mode {
-                let refused = self.memory.failsafe_refused.as_ref().map(|(at, _)| *at + decide::FAILSAFE_PAUSE);
-                due = due.min(
-                    (until - decide::failsafe_margin(ttl, self.lease.session().trouble.is_some()))
-                        .max(refused.unwrap_or_default()),
-                );
-            }
-            wake = wake.min(due.max(now + Duration::from_millis(50)));
-        }
-        let promise = self.memory.promise.as_ref().map(|promise| promise.until);
-        let hold = self.settings().failsafe_mode.then_some(self.memory.started_at + self.settings().ttl);
-        for at in [self.memory.retry_at, self.memory.abstain_until, promise, hold]
-            .into_iter()
-            .flatten()
-            .filter(|at| *at > now)
-        {
-            wake = wake.min(at);
-        }
-        if let (Some(view), held @ Some(_)) = (&self.view, self.memory.key_held) {
-            wake = routers::awaited(view, held, now).map_or(wake, |awaited| wake.min(now + awaited.left));
-        }
-        let scheduled = self.view.as_ref().and_then(|view| view.failover.as_ref()?.scheduled_at);
-        if let Some(left) = scheduled.and_then(|at| (at.to_utc() - self.parts.clock.wall()).to_std().ok()) {
-            wake = wake.min(now + left);
-        }
-        wake
-    }
-
     /// See [`Situation::ttl`].
     fn ttl(&self) -> Duration {
         let setting = self.settings.ttl;
@@ -592,30 +427,6 @@ async fn finished(task: &mut Option<Running>) -> (TaskKind, TaskEnd) {
     let end = (&mut running.handle).await;
     *task = None;
     (kind, end.unwrap_or_else(|error| TaskEnd::Failed { why: error.to_string(), damaged: false }))
-}
-
-/// Whether two views differ in something that decisions depend on.
-fn matters(before: &ClusterView, now: &ClusterView) -> bool {
-    let leader = |view: &ClusterView| {
-        view.leader_member().map(|member| {
-            (
-                member.conn_url.clone(),
-                member.state.clone(),
-                member.role.clone(),
-                member.timeline,
-                member.checkpoint_after_promote,
-            )
-        })
-    };
-    let key = |view: &ClusterView| view.leader.as_ref().map(|leader| (leader.name.clone(), leader.created));
-    key(before) != key(now)
-        || before.failover != now.failover
-        || before.sync != now.sync
-        || before.initialize != now.initialize
-        || before.config.as_ref().map(|c| c.revision) != now.config.as_ref().map(|c| c.revision)
-        || leader(before) != leader(now)
-        || before.members.len() != now.members.len()
-        || before.routers != now.routers
 }
 
 /// The dynamic configuration where the DCS has none: as it was last known, or that of a cluster that does not exist yet.

@@ -1,0 +1,125 @@
+//! What the end of a task means for what comes next.
+
+use std::time::Duration;
+
+use tracing::{debug, info, warn};
+use trunkline_common::dcs::Dcs;
+use trunkline_common::{Clock, Instant};
+
+use super::Ha;
+use super::decide::DRY;
+use super::situation::DivergenceState;
+use super::task::{TaskEnd, TaskKind};
+use crate::peer::Peers;
+use crate::postgres::{Divergence, PgStatus, Postgres};
+
+impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
+    /// What a finished task means.
+    pub(super) fn finish(&mut self, end: (TaskKind, TaskEnd)) {
+        let (kind, end) = end;
+        let now = self.parts.clock.now();
+        if kind == TaskKind::Prepare {
+            return;
+        }
+        let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
+        self.memory.up_since = started.then_some(now);
+        match (kind, end) {
+            (TaskKind::CopySlots, end) => {
+                // The server runs on, or is started like any that was stopped.
+                if let TaskEnd::Failed { why, .. } = end {
+                    warn!("logical slots could not be copied: {why}");
+                }
+                return;
+            }
+            (kind, TaskEnd::Failed { why, damaged }) => {
+                warn!("{} failed: {why}", kind.label());
+                self.note_failure(now, why.clone());
+                if kind == TaskKind::Rewind {
+                    self.memory.divergence = match damaged {
+                        true => DivergenceState::RewindFailed(why),
+                        false => DivergenceState::Check,
+                    };
+                }
+                if kind == TaskKind::Demote && self.lease.session().leading {
+                    // Processes that wait for a disk can't be killed before that answers; nor can they acknowledge
+                    // anything any more. The key is for others once its lease is over.
+                    warn!("PostgreSQL could not be stopped; the leader key is left to run out");
+                    self.lease.forsake(now);
+                    self.memory.abstain_until = Some(now + self.settings().ttl * 2);
+                }
+                if kind == TaskKind::Promote && self.memory.failures >= 3 {
+                    self.memory.abstain_until = Some(now + self.settings().ttl);
+                }
+                return;
+            }
+            (TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster, _) => {
+                self.memory.demoted = true;
+                self.memory.divergence = DivergenceState::Check;
+            }
+            (_, TaskEnd::Compared(Divergence::None)) => {
+                let asked = std::mem::replace(&mut self.memory.divergence, DivergenceState::NotAsked);
+                match asked {
+                    DivergenceState::NotAsked => debug!("the local history is still a prefix of the leader's"),
+                    _ => info!("the local history is a prefix of the leader's"),
+                }
+                if asked == DivergenceState::NotAsked && matches!(self.pg, PgStatus::Running(_)) {
+                    // Asked because it does not stream, and that is not why: asking again at once would tell nothing new.
+                    self.memory.retry_at = Some(now + self.settings().loop_wait.max(DRY));
+                    self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
+                    return;
+                }
+            }
+            (_, TaskEnd::Compared(Divergence::Rewind(why))) => {
+                info!("the local history has left the leader's: {why}");
+                self.memory.divergence = DivergenceState::Rewind(why);
+            }
+            (_, TaskEnd::Compared(Divergence::Twice(why))) => {
+                info!("the local history is not the leader's, and pg_rewind is of no use: {why}");
+                self.memory.divergence = DivergenceState::RewindFailed(why);
+            }
+            (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
+                self.memory.retry_at = Some(now + Duration::from_millis(200));
+                self.memory.last_failure = Some(why);
+                return;
+            }
+            (TaskKind::Restart, _) if matches!(self.memory.divergence, DivergenceState::RewindFailed(_)) => {
+                // Somebody has looked into it, and wants it to run: once more from the first rung on.
+                self.memory.divergence = DivergenceState::Check;
+            }
+            (TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind | TaskKind::Discard, _) => {
+                self.memory.divergence = DivergenceState::NotAsked;
+                self.memory.was_primary = false;
+                self.memory.demoted = false;
+                self.memory.fresh_copy = true;
+            }
+            (_, TaskEnd::Promoted(timeline)) => {
+                info!("promoted, on timeline {timeline}");
+                self.memory.divergence = DivergenceState::NotAsked;
+                self.memory.sync_since.clear();
+                self.published.upkept = None;
+            }
+            (
+                TaskKind::Bootstrap
+                | TaskKind::CustomBootstrap
+                | TaskKind::Prepare
+                | TaskKind::Start
+                | TaskKind::Restart
+                | TaskKind::Promote
+                | TaskKind::CheckDivergence,
+                _,
+            ) => {}
+        }
+        self.memory.failures = 0;
+        self.memory.retry_at = None;
+        self.memory.last_failure = None;
+    }
+
+    /// Something failed: not again at once.
+    pub(super) fn note_failure(&mut self, now: Instant, why: String) {
+        self.memory.failures = self.memory.failures.saturating_add(1);
+        let exponent = self.memory.failures.min(6) - 1;
+        let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
+        self.memory.retry_at = Some(now + pause);
+        self.memory.last_failure = Some(why);
+    }
+}
