@@ -1,0 +1,293 @@
+//! Nobody leads: who races, who waits, and who makes a cluster.
+
+use super::*;
+
+#[test]
+fn a_member_judges_itself_as_if_the_leader_were_gone() {
+    let judged = |world: &World| {
+        let decision = without_leader(&world.situation());
+        format!("{}: {}", decision.action.label(), decision.reason)
+    };
+    let asked = world().answers(&[("c", peer(1000))]);
+    assert_eq!(judged(&asked), "acquire: at 0/3E8 with priority 1; nobody is a better choice (c is at 0/3E8)");
+    let behind = world().answers(&[("c", peer(1001))]);
+    assert_eq!(judged(&behind), "abstain: Wal position of c is ahead of my wal position (0/3E9 > 0/3E8)");
+    let mut never = world();
+    never.me.tags.insert("nofailover".to_owned(), true.into());
+    assert_eq!(judged(&never), "abstain: following a different leader because I am not allowed to promote");
+    let outside = world().synchronous("a", &["c"]);
+    assert!(judged(&outside).starts_with("abstain: not among the synchronous nodes (a, c)"));
+    let mut down = world();
+    down.pg = PgStatus::Starting;
+    assert_eq!(judged(&down), "wait: PostgreSQL is starting; nobody leads");
+    // Who leads, or where nobody does, decides as ever.
+    assert_eq!(without_leader(&world().leading().situation()), world().leading().decide());
+    assert_eq!(without_leader(&world().leaderless().situation()), world().leaderless().decide());
+}
+
+#[test]
+fn the_most_advanced_standby_takes_the_key_when_the_leader_is_gone() {
+    let alone = world().leaderless();
+    assert!(matches!(alone.decide().action, Action::Ask(members) if members.keys().map(|n| n.as_str()).eq(["c"])));
+    assert_eq!(alone.clone().answers(&[("c", peer(1000))]).decide().action, Action::Acquire(None));
+    assert_eq!(alone.clone().answers(&[("c", None)]).decide().action, Action::Acquire(None));
+    let behind = alone.answers(&[("c", peer(1001))]).decide();
+    assert_eq!(behind.action, Action::Abstain);
+    assert!(behind.reason.contains("Wal position of c is ahead of my wal position"), "{}", behind.reason);
+}
+
+#[test]
+fn a_standby_too_far_behind_or_not_allowed_stays_out() {
+    let mut far = world().leaderless().answers(&[("c", None)]);
+    far.view().status.optime = Lsn(10_000_000);
+    assert_eq!(far.decide().action, Action::Abstain);
+    assert!(far.decide().reason.contains("maximum_lag_on_failover"));
+    let mut barred = world().leaderless().answers(&[("c", None)]);
+    barred.me.tags = json!({ "nofailover": true }).as_object().unwrap().clone();
+    assert_eq!(barred.decide().reason, "following a different leader because I am not allowed to promote");
+}
+
+#[test]
+fn another_running_primary_stops_the_race() {
+    let mut old = peer(0).unwrap();
+    old.in_recovery = false;
+    assert_eq!(world().leaderless().answers(&[("c", Some(old))]).decide().action, Action::Abstain);
+}
+
+#[test]
+fn nobody_waits_for_a_candidate_that_may_not_race() {
+    let asked = |candidate: &str| {
+        let world = world().leaderless().synchronous("a", &["b"]).requested(Some("a"), Some(candidate));
+        world.answers(&[("c", peer(1000))]).decide()
+    };
+    let outside = asked("c");
+    assert!(matches!(outside.action, Action::Acquire(_)), "{outside:?}");
+}
+
+#[test]
+fn who_missed_a_promotion_neither_races_nor_counts() {
+    let second = |mut world: World| {
+        let line = HistoryLine {
+            timeline: TimelineId(1),
+            switchpoint: Lsn(900),
+            reason: String::new(),
+            promoted_at: None,
+            new_leader: None,
+        };
+        (world.view().history, world.view().has_history) = (vec![line], true);
+        world
+    };
+    let behind = second(world().leaderless()).decide();
+    assert_eq!(behind.action, Action::Abstain);
+    assert!(behind.reason.contains("timeline 1, the cluster is on 2"), "{}", behind.reason);
+
+    let mut ahead = second(world().leaderless());
+    let PgStatus::Running(running) = &mut ahead.pg else { panic!() };
+    (running.timeline, running.lsn) = (Some(TimelineId(2)), Lsn(1000));
+    let decision = ahead.answers(&[("c", peer(5000))]).decide();
+    assert!(matches!(decision.action, Action::Acquire(_)), "{decision:?}");
+}
+
+#[test]
+fn only_synchronous_nodes_race_in_synchronous_mode() {
+    let outside = world().leaderless().synchronous("a", &["c"]).decide();
+    assert_eq!(outside.action, Action::Abstain);
+    // With nobody else in the set alive, there is nobody to ask, and the key and the list change in one transaction.
+    let inside = world().leaderless().synchronous("a", &["b"]).decide();
+    let Action::Acquire(Some(write)) = inside.action else { panic!("{inside:?}") };
+    assert_eq!(write.seen, Revision(60));
+    assert_eq!(write.value, Some(json!({ "leader": "b", "quorum": 0, "sync_standby": null })));
+}
+
+#[test]
+fn higher_priority_wins_at_equal_positions() {
+    let mut better = peer(1000).unwrap();
+    better.failover_priority = 2;
+    let decision = world().leaderless().answers(&[("c", Some(better))]).decide();
+    assert_eq!(decision.reason, "c has equally tolerable WAL position and priority 2, while this node has priority 1");
+}
+
+#[test]
+fn the_holder_of_the_key_promotes_and_nobody_else() {
+    let mut holder = world().leading();
+    holder.pg = standby(1000);
+    holder.memory.elected = Some(Revision(50));
+    assert_eq!(holder.decide().action, Action::Promote(None));
+    holder.leader_until = Some(NOW);
+    assert_eq!(holder.decide().action, Action::Confirm);
+}
+
+#[test]
+fn a_key_that_was_not_won_just_now_is_only_used_by_the_best_node() {
+    let mut late = world().leading();
+    late.pg = standby(1000);
+    late.memory.elected = Some(Revision(49));
+    late.memory.up_since = Some(NOW);
+    assert!(matches!(late.decide().action, Action::Ask(_)), "positions are compared again");
+    assert_eq!(late.clone().answers(&[("c", peer(1000))]).decide().action, Action::Promote(None));
+    let behind = late.clone().answers(&[("c", peer(1001))]);
+    assert_eq!(behind.decide().action, Action::Release);
+    late = behind;
+    late.memory.up_since = None;
+    late.memory.started_at = NOW;
+    assert_eq!(late.decide().action, Action::Demote(DemoteMode::Sick), "an earlier agent may be promoting it");
+}
+
+#[test]
+fn a_new_leader_is_promoted_when_routers_have_let_go_of_the_former_one_or_their_leases_are_over() {
+    let mut world = world().leading();
+    world.pg = standby(1000);
+    world.memory.elected = Some(Revision(50));
+    let action = |world: &World| world.decide().action;
+    for (what, setting, epoch, held_for, expected) in [
+        ("it has not seen the new leader", 5, 40, 0, Action::Wait),
+        ("nor for nearly its lease", 5, 40, 4, Action::Wait),
+        ("its lease is over", 5, 40, 5, Action::Promote(None)),
+        ("it has let go", 5, 50, 0, Action::Promote(None)),
+        ("nobody is to wait", 0, 40, 0, Action::Promote(None)),
+    ] {
+        world.view().settings.router_lease = Duration::from_secs(setting);
+        let router = RouterRecord { name: "web1/7".into(), lease: Duration::from_secs(5), epoch: Revision(epoch) };
+        world.view().routers = [("7b".to_owned(), router)].into();
+        world.memory.key_held = Some((Revision(50), NOW - Duration::from_secs(held_for)));
+        assert_eq!(action(&world), expected, "{what}");
+    }
+    world.view().settings.router_lease = Duration::from_secs(5);
+    world.memory.key_held = None;
+    let decision = world.decide();
+    assert!(decision.action == Action::Wait && decision.reason.contains("web1/7"), "{}", decision.reason);
+    world.pg = primary(1000);
+    assert_eq!(action(&world), Action::Lead, "who leads already does not wait");
+}
+
+#[test]
+fn while_wal_arrives_the_race_is_put_off_for_a_while() {
+    let mut world = world();
+    world.view().leader = None;
+    world.view().settings.primary_race_backoff = Duration::from_secs(6);
+    let at = |seconds: u64| NOW - Duration::from_secs(seconds);
+    let races = |world: &World| !matches!(world.decide().action, Action::Abstain);
+    for (what, since, moved, expected) in [
+        ("too early to say", 0, 5, false),
+        ("it moves", 4, 0, false),
+        ("it does not", 4, 2, true),
+        ("for long enough", 6, 0, true),
+    ] {
+        world.memory.leaderless_since = Some(at(since));
+        world.memory.position_since = Some((Lsn(1000), at(moved)));
+        assert_eq!(races(&world), expected, "{what}");
+    }
+    world.memory.leaderless_since = Some(at(4));
+    assert!(!races(&world), "it moves");
+    assert!(races(&world.clone().requested(Some("a"), Some("b"))), "an operator asks for it");
+    if let PgStatus::Running(running) = &mut world.pg {
+        running.replication_state = None;
+    }
+    assert!(races(&world), "nobody sends any more");
+}
+
+#[test]
+fn a_replica_can_be_restored_without_a_leader() {
+    let mut empty = world();
+    empty.view().leader = None;
+    empty.pg = PgStatus::NoData;
+    assert_eq!(empty.decide().action, Action::Wait);
+    empty.me.restores_alone = true;
+    assert_eq!(empty.decide().action, Action::RestoreReplica);
+    empty.view().initialize = Initialize::Running;
+    assert_eq!(empty.decide().action, Action::Wait, "the cluster is only coming to be");
+}
+
+#[test]
+fn after_a_switchover_the_candidate_leads_and_others_wait_for_it() {
+    let mut candidate = world().requested(Some("a"), Some("b"));
+    candidate.view().leader = None;
+    assert!(matches!(candidate.decide().action, Action::Acquire(_)));
+    let mut other = world().requested(Some("a"), Some("c"));
+    other.view().leader = None;
+    assert_eq!(other.answers(&[("c", peer(1000)), ("a", None)]).decide().action, Action::Abstain);
+}
+
+#[test]
+fn a_candidate_that_checks_out_but_does_not_come_is_not_waited_for_for_ever() {
+    let mut yielding = world().requested(Some("b"), Some("c")).answers(&[("a", None), ("c", peer(1000))]);
+    yielding.view().leader = None;
+    yielding.memory.unfulfilled = Some((Revision(0), NOW - Duration::from_secs(5)));
+    assert_eq!(yielding.decide().action, Action::Abstain);
+    yielding.memory.unfulfilled = Some((Revision(0), NOW - Duration::from_millis(5001)));
+    assert!(matches!(yielding.decide().action, Action::Acquire(_)));
+    let anybody = yielding.requested(Some("b"), None);
+    assert!(matches!(anybody.decide().action, Action::Acquire(_)));
+    assert_eq!(anybody.answers(&[("c", peer(1001))]).decide().action, Action::Abstain, "the best one, still");
+}
+
+#[test]
+fn an_empty_node_bootstraps_or_copies() {
+    let mut empty = world().leaderless();
+    empty.pg = PgStatus::NoData;
+    empty.view().initialize = Initialize::Absent;
+    assert_eq!(empty.decide().reason, "waiting for c, which has data, to lead", "the DCS has lost its keys");
+    empty.view().members.get_mut(&"c".into()).unwrap().role = "uninitialized".to_owned();
+    assert_eq!(empty.decide().action, Action::Bootstrap);
+    empty.view().initialize = Initialize::Running;
+    assert_eq!(empty.decide().action, Action::Wait);
+    let mut replica = world();
+    replica.pg = PgStatus::NoData;
+    assert!(matches!(replica.decide().action, Action::Clone(source) if source.name == "a".into()));
+}
+
+#[test]
+fn half_a_cluster_neither_leads_nor_is_in_the_way() {
+    let at_rest = stopped(ControlState::InProduction, false);
+    let aside = || Action::Discard(Some(SYSTEM));
+    for (initialize, pg, action) in [
+        (Initialize::Absent, at_rest.clone(), aside()),
+        (Initialize::Done(SystemId(1_234_567_890)), at_rest.clone(), aside()),
+        // The right to finish it may be the earlier agent's, whose last request is still on its way.
+        (Initialize::Running, at_rest.clone(), Action::Wait),
+        (Initialize::Absent, PgStatus::Broken("no pg_control".to_owned()), Action::Discard(None)),
+        (Initialize::Absent, primary(1000), Action::Demote(DemoteMode::LostKey)),
+        (Initialize::Running, primary(1000), Action::Demote(DemoteMode::LostKey)),
+        (Initialize::Absent, PgStatus::NoData, Action::Wait),
+    ] {
+        let mut half = world().leaderless();
+        half.memory.half_made = true;
+        half.view().initialize = initialize.clone();
+        half.pg = pg.clone();
+        assert_eq!(half.decide().action, action, "{initialize:?} {pg:?}");
+        half.view().settings.pause = true;
+        assert_eq!(half.decide().action, Action::Wait, "paused, {initialize:?} {pg:?}");
+        half.view().settings.pause = false;
+        half.dcs_away = true;
+        assert!(!matches!(half.decide().action, Action::Discard(_)), "what is known may be old");
+    }
+}
+
+#[test]
+fn nobody_leads_while_a_cluster_is_being_made() {
+    let mut beside = world().leaderless().answers(&[("c", peer(1000))]);
+    assert!(matches!(beside.decide().action, Action::Acquire(_)));
+    beside.view().initialize = Initialize::Running;
+    assert_eq!(beside.decide().reason, "another member is bootstrapping the cluster");
+    assert_eq!(beside.decide().action, Action::Abstain);
+}
+
+#[test]
+fn without_a_required_watchdog_nobody_leads() {
+    let why =
+        || Memory { must_not_lead: Some("/dev/watchdog: No such file or directory".to_owned()), ..Memory::default() };
+    let mut racer = world().leaderless().answers(&[("c", peer(900))]);
+    assert!(matches!(racer.decide().action, Action::Acquire(_)), "{:?}", racer.decide());
+    racer.memory = why();
+    assert_eq!(racer.decide().action, Action::Abstain);
+    let mut leader = world().leading();
+    leader.memory = why();
+    assert_eq!(leader.decide().action, Action::Demote(DemoteMode::Sick));
+    leader.pg = stopped(ControlState::InProduction, false);
+    assert_eq!(leader.decide().action, Action::Release);
+    leader.pg = standby(1000);
+    assert_eq!(leader.decide().action, Action::Release);
+    leader.view().settings.pause = true;
+    leader.pg = primary(1000);
+    assert_eq!(leader.decide().action, Action::Lead, "paused");
+}
