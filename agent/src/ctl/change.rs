@@ -227,8 +227,14 @@ impl Change<'_> {
             }
         };
         if matches!(answer.status, 200 | 202) {
-            let cluster = target.read().await?;
+            let mut cluster = target.read().await?;
             echo(format!("{} {}", fine_stamp(context.clock.wall()), answer.body))?;
+            // The key has changed hands; a promotion may take its time all the same (pre_promote).
+            let promoting = Phase::of(&cluster.view, progress.before.as_ref());
+            if answer.status == 200 && matches!(promoting, Phase::Promoting(_)) {
+                progress.promoted(PROMOTION).await;
+                cluster = target.read().await?;
+            }
             return show_members(&cluster, false, Format::Pretty);
         }
         let unknown = answer.body.to_lowercase().contains("status unknown");
@@ -276,6 +282,9 @@ const SILENT: Duration = Duration::from_secs(1);
 /// How long a change whose end the agent has not waited for is followed.
 const GOES_ON: Duration = Duration::from_secs(600);
 
+/// How long a new leader's promotion is followed.
+const PROMOTION: Duration = Duration::from_secs(60);
+
 /// Between two looks at the DCS.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -299,6 +308,23 @@ impl<'a> Progress<'a> {
             let _ = self.look().await;
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Waits until the new leader takes writes, telling it if that is not at once.
+    async fn promoted(&mut self, limit: Duration) {
+        let promoted = async {
+            tokio::time::sleep(LOOK).await;
+            while let Ok(cluster) = self.target.read().await
+                && matches!(Phase::of(&cluster.view, self.before.as_ref()), Phase::Promoting(_))
+            {
+                let _ = self.look().await;
+                tokio::time::sleep(LOOK).await;
+            }
+            if self.told.is_some() {
+                let _ = self.look().await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, promoted).await;
     }
 
     /// Tells phases until the change is over, or has come to nothing; says how it ended.

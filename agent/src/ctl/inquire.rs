@@ -34,11 +34,17 @@ async fn ask(context: &Context, cluster: &Cluster, wanted: Option<&str>, path: &
     Ok(futures::future::join_all(nodes.into_iter().map(|node| one(context, node, path))).await)
 }
 
+/// Without what stands beside it anyway: who was asked for what.
+fn cause(error: &str) -> String {
+    let shorter = error.split_once(" for url (").and_then(|(_, rest)| rest.split_once("): "));
+    shorter.map_or_else(|| error.to_owned(), |(url, cause)| format!("{url}: {cause}"))
+}
+
 async fn one(context: &Context, node: Node, path: &str) -> Said {
     let said = match context.rest.call(&node, Method::Get, path, None).await {
         Ok(answer) if matches!(answer.status, 401 | 403) => Err(format!("refused: {}", answer.body)),
         Ok(answer) => serde_json::from_str(&answer.body).map_err(|_| format!("answered {}", answer.status)),
-        Err(error) => Err(error.to_string()),
+        Err(error) => Err(cause(&error.to_string())),
     };
     (node, said)
 }
@@ -133,12 +139,13 @@ fn why_row(view: &ClusterView, node: &Node, said: &std::result::Result<Value, St
     let leads = document.get("leads") == Some(&Value::Bool(true));
     let numbers = [
         text(own.get("lsn")),
-        if leads { String::new() } else { at("/cluster/lag") },
+        // Nothing is known of one whose server is down.
+        if leads || own.get("lsn").is_none_or(Value::is_null) { String::new() } else { at("/cluster/lag") },
         text(own.get("timeline")),
         text(own.get("priority")),
     ];
     let (may, verdict) = match document.pointer("/verdict/may_lead").and_then(Value::as_bool) {
-        _ if leads => ("leads", at("/now/reason")),
+        _ if leads => ("leads", going_on(at("/now/reason"), &at("/now/task"))),
         Some(may) => {
             let given = at("/verdict/if");
             let given = if given.is_empty() { given } else { format!("if {given}: ") };
@@ -147,6 +154,11 @@ fn why_row(view: &ClusterView, node: &Node, said: &std::result::Result<Value, St
         None => ("?", at("/now/reason")),
     };
     row(may, numbers, verdict)
+}
+
+/// With the long action that is under way, if any.
+fn going_on(reason: String, task: &str) -> String {
+    if task.is_empty() { reason } else { format!("{reason}; {task} is going on") }
 }
 
 fn heard(numbers: &Value) -> String {
@@ -189,6 +201,7 @@ fn standing(view: &ClusterView) -> Vec<String> {
         let leader = view.sync.leader.as_ref().map_or("nobody", |leader| leader.as_str());
         let standbys = view.sync.standbys.join(", ");
         lines.push(match view.sync.quorum {
+            0 if standbys.is_empty() => format!("Synchronous: only {leader} may lead."),
             0 => format!("Synchronous: only {leader} and [{standbys}] may lead."),
             votes => format!("Quorum commit: {leader} and [{standbys}] may lead, with {votes} votes."),
         });

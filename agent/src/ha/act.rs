@@ -17,7 +17,7 @@ use super::situation::DivergenceState;
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, StandbyNames, TaskKind};
 use super::{Ha, Next, sync};
 use crate::peer::Peers;
-use crate::postgres::{CustomBootstrap, PgStatus, Postgres, StartAs};
+use crate::postgres::{CustomBootstrap, PgRole, PgStatus, Postgres, StartAs};
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn act(&mut self, decision: Decision) -> Next {
@@ -123,7 +123,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     warn!("acquired the leader key with a lease that is lost already");
                     return Next::Wait;
                 }
-                info!("acquired session lock as a leader");
+                // Patroni's words: operators look for them.
+                info!(
+                    "{}",
+                    match (running.role, view.settings.standby_cluster.is_some()) {
+                        (_, true) => "promoted self to a standby leader by acquiring session lock",
+                        (PgRole::Primary, false) => "acquired session lock as a leader",
+                        (PgRole::Standby, false) => "promoted self to leader by acquiring session lock",
+                    }
+                );
                 self.memory.elected = Some(revision);
                 self.memory.leading_since = revision;
                 if !view.settings.router_lease.is_zero() {

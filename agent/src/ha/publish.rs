@@ -38,7 +38,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         PgStatus::Stopped(_) if memory.failures > 0 => "start failed",
         PgStatus::Stopped(control) => match control.state {
             ControlState::ShutDown | ControlState::ShutDownInRecovery => "stopped",
-            _ if memory.demoted => "stopped",
+            _ if memory.demoted || memory.fresh_copy => "stopped",
             _ => "crashed",
         },
     }

@@ -179,6 +179,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         let synchronous = Settings::from_value(&plan.config).0.synchronous_mode != SynchronousMode::Off;
         match self.store.finish_bootstrap(&self.name, lease.id, running.system_id, synchronous).await {
             Ok(Outcome::Done(_)) => {
+                info!("initialized a new cluster");
                 if !self.lease.lead(lease) {
                     info!("the lease was replaced during the bootstrap; the loop looks for the key");
                 }
@@ -234,8 +235,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         if stop_first && let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
             return error.into();
         }
+        let name = source.name.clone();
         match self.postgres.clone_from(source).await {
-            Ok(()) => TaskEnd::Done,
+            Ok(()) => {
+                info!("bootstrapped from '{name}'");
+                TaskEnd::Done
+            }
             Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
         }
     }

@@ -29,7 +29,10 @@ fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
             (true, Some((_, who))) => format!("; failsafe mode: {who}"),
             (true, None) => "; failsafe mode: this node is not in the failsafe key as last seen".to_owned(),
         };
-        let reason = format!("the lease could not be renewed and ends in {left:.1?}{word}");
+        let reason = format!(
+            "demoting self because DCS is not accessible and I was a leader: the lease could not be renewed and ends in \
+             {left:.1?}{word}"
+        );
         return Some(is(Action::Demote(DemoteMode::Offline), reason));
     }
     let members = s.failsafe_members(view)?;
