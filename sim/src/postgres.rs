@@ -176,6 +176,7 @@ impl Postgres for ModelPostgres {
                 oldest: 0,
                 copied_at: 0,
                 slots: BTreeMap::new(),
+                slots_since: BTreeMap::new(),
             });
             server.touch();
         });
@@ -201,6 +202,7 @@ impl Postgres for ModelPostgres {
             oldest: begun.wal.len(),
             copied_at: begun.wal.len(),
             slots: BTreeMap::new(),
+            slots_since: BTreeMap::new(),
             checkpoint: begun.wal.end(),
             checkpoint_timeline: begun.wal.timeline(),
             state: ControlState::InArchiveRecovery,
@@ -350,7 +352,9 @@ impl Postgres for ModelPostgres {
                 data.damage = None;
                 data.checkpoint = done.wal.end();
                 data.checkpoint_timeline = done.wal.timeline();
-                data.oldest = data.oldest.max(done.oldest);
+                // The source's WAL takes the place of what was here.
+                data.oldest = done.oldest;
+                data.copied_at = data.copied_at.max(done.oldest);
                 data.wal = done.wal;
                 data.state = ControlState::InArchiveRecovery;
                 data.standby = true;
@@ -476,7 +480,7 @@ impl Postgres for ModelPostgres {
             for step in steps(&present, &plan, standby.then(|| data.wal.end())) {
                 tracing::debug!("{step}");
                 match step {
-                    Step::Create(name) => drop(data.slots.insert(name, data.reserved())),
+                    Step::Create(name) => data.create_slot(name),
                     Step::Drop(name) => drop(data.slots.remove(&name)),
                     Step::Advance(name, to) => drop(data.slots.insert(name, index(to).min(data.wal.len()))),
                     Step::InUse(_) => done.again = true,

@@ -65,6 +65,8 @@ pub struct Data {
     pub copied_at: usize,
     /// Physical replication slots: the first record that each keeps.
     pub slots: BTreeMap<String, usize>,
+    /// From where on each slot could keep WAL when it was first made here: it was too late for what is older.
+    pub slots_since: BTreeMap<String, usize>,
 }
 
 /// So many records stay in any case (`wal_keep_size`): some ten seconds of writes.
@@ -79,9 +81,16 @@ impl Data {
         }
     }
 
-    /// From where on a slot that is made now keeps WAL: from the last checkpoint.
-    pub fn reserved(&self) -> usize {
-        self.oldest.max(self.wal.len().saturating_sub(WAL_KEPT / 4))
+    /// A new slot keeps WAL from the last checkpoint on.
+    pub fn create_slot(&mut self, name: String) {
+        let from = self.oldest.max(self.wal.len().saturating_sub(WAL_KEPT / 4));
+        self.slots_since.entry(name.clone()).or_insert(from);
+        self.slots.insert(name, from);
+    }
+
+    /// Whether what comes after the first `length` records could ever have been kept here for this slot.
+    pub fn could_keep(&self, slot: &str, length: usize) -> bool {
+        length >= self.copied_at.max(self.slots_since.get(slot).copied().unwrap_or_default())
     }
 }
 

@@ -36,15 +36,15 @@ pub fn wanted(
     let own = me.name.slot_name();
     let known = |slot: &str| view.status.slots.as_ref().and_then(|slots| slots.get(slot)).copied();
     let mut wanted = of_members(view, me, part, heard);
-    if me.failover_priority() <= 0 {
-        // Never promoted: nobody will look for their slots here.
-        return wanted;
-    }
     if !view.settings.member_slots_ttl.is_zero() {
         for slot in seen.keys().filter(|slot| **slot != own) {
             let kept = WantedSlot { kind: SlotKind::Physical, position: known(slot), in_use: None };
             wanted.entry(slot.clone()).or_insert(kept);
         }
+    }
+    if me.failover_priority() <= 0 {
+        // Never promoted: nobody will look for a permanent slot here.
+        return wanted;
     }
     let by_archive = view.settings.standby_cluster.is_some() || !streams_from_leader(view, &me.name, Some(me));
     for (slot, definition) in permanent(view) {
@@ -124,13 +124,17 @@ pub fn needs_feedback(view: &ClusterView, me: &Me) -> bool {
 }
 
 /// Notes which members' slots are in use now. What the leader retains is kept by whoever may be promoted, and by a leader
-/// that has just begun to look.
-pub fn note(seen: &mut Seen, view: &ClusterView, leads: bool, now: Instant) {
-    if !leads || seen.is_empty() {
+/// that has just begun to look. Who is never promoted keeps what those need that stream from it: they come back to it.
+pub fn note(seen: &mut Seen, view: &ClusterView, me: &Me, leads: bool, now: Instant) {
+    let own_only = !leads && me.failover_priority() <= 0;
+    if !own_only && (!leads || seen.is_empty()) {
         seen.extend(view.status.retain_slots.iter().flatten().map(|slot| (slot.clone(), now)));
     }
-    let members = view.members.iter().filter(|(_, member)| !member.tag_is_true("nostream"));
-    seen.extend(members.map(|(name, _)| (name.slot_name(), now)));
+    let in_use = |(name, member): &(&MemberName, &Member)| {
+        let from_here = || replicates_from(view, name, &member.tags).as_ref() == Some(&me.name);
+        !member.tag_is_true("nostream") && (!own_only || from_here())
+    };
+    seen.extend(view.members.iter().filter(in_use).map(|(name, _)| (name.slot_name(), now)));
     let keep = view.settings.member_slots_ttl.max(Duration::from_secs(1));
     seen.retain(|_, at| now.since(*at) < keep);
 }
@@ -238,7 +242,7 @@ mod tests {
     fn text(view: &ClusterView, name: &str, part: Part) -> String {
         let me = me(name, &Value::Object(view.members[&MemberName::from(name)].tags.clone()));
         let mut seen = Seen::new();
-        note(&mut seen, view, part == Part::Leader, at());
+        note(&mut seen, view, &me, part == Part::Leader, at());
         let slot = |(name, slot): (String, WantedSlot)| {
             let position = slot.position.map_or(String::new(), |lsn| format!("@{}", lsn.0));
             let used = match (&slot.kind, slot.in_use) {
@@ -296,11 +300,25 @@ mod tests {
     #[test]
     fn what_is_retained_is_remembered_by_a_leader_that_has_just_begun() {
         let view = view(&json!({ "slots": { "d": 0 } }));
-        let mut seen = Seen::new();
-        note(&mut seen, &view, true, at());
-        assert_eq!(retained(&view, &seen, &me("a", &json!({}))), ["a", "b", "c", "f", "gone"]);
-        note(&mut seen, &view, true, at() + Duration::from_secs(1801));
-        assert_eq!(retained(&view, &seen, &me("a", &json!({}))), ["a", "b", "c", "f"], "gone for good");
+        let (mut seen, me) = (Seen::new(), me("a", &json!({})));
+        note(&mut seen, &view, &me, true, at());
+        assert_eq!(retained(&view, &seen, &me), ["a", "b", "c", "f", "gone"]);
+        note(&mut seen, &view, &me, true, at() + Duration::from_secs(1801));
+        assert_eq!(retained(&view, &seen, &me), ["a", "b", "c", "f"], "gone for good");
+    }
+
+    #[test]
+    fn who_never_leads_keeps_the_slots_of_those_that_come_back_to_it() {
+        let mut view = view(&json!({}));
+        let (mut seen, me) = (Seen::new(), me("c", &json!({ "nofailover": true })));
+        note(&mut seen, &view, &me, false, at());
+        view.members.remove(&MemberName::from("d"));
+        view.members.remove(&MemberName::from("b"));
+        note(&mut seen, &view, &me, false, at() + Duration::from_secs(60));
+        let slots = wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new());
+        assert_eq!(slots.keys().collect::<Vec<_>>(), ["d"], "not of others, and not those that the leader retains");
+        note(&mut seen, &view, &me, false, at() + Duration::from_secs(1801));
+        assert!(wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new()).is_empty());
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let primary = self.pg_is_primary();
         let leads = primary || self.lease.session().leading;
-        slots::note(&mut self.slots_seen, &view, leads, self.parts.clock.now());
+        slots::note(&mut self.slots_seen, &view, &self.me, leads, self.parts.clock.now());
         let part = if leads { slots::Part::Leader } else { slots::Part::Replica };
         let wanted = slots::wanted(&view, &self.me, part, &self.slots_seen, &self.memory.heard);
         let mut plan = SlotPlan {

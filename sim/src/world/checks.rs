@@ -101,8 +101,9 @@ impl World {
                 let failed = server.postmaster.is_none() && (data.damage == Some(HALF_REWOUND) || diverged && fills);
                 let upstream =
                     data.upstream.as_ref().and_then(|upstream| servers.iter().find(|s| s.name == upstream.name));
-                let copied_at = upstream.and_then(|upstream| upstream.data.as_ref()).map_or(0, |data| data.copied_at);
-                let too_old = data.wal.len() < copied_at && !server.is_primary();
+                let source = upstream.and_then(|upstream| upstream.data.as_ref());
+                let kept = source.is_none_or(|source| source.could_keep(&server.name.slot_name(), data.wal.len()));
+                let too_old = !kept && !server.is_primary();
                 !reclones && failed || too_old || !rewinds && diverged && !server.is_primary()
             };
             for server in servers.iter().filter(|server| server.name.0 != leader) {
