@@ -115,6 +115,7 @@ mod tests {
         let client = tokio::net::TcpStream::from_std(OwnedFd::from(client).into()).unwrap();
         let permit = permit_now(&router, &listening).unwrap();
         let size = size_of_val(&session::serve(router.clone(), listening, client, Peer::Unix, permit));
-        assert!(size <= 704, "{size} bytes of a task");
+        // With what tokio keeps of a task, these are 512: it rounds up to a multiple of 128.
+        assert!(size <= 408, "{size} bytes of a task");
     }
 }

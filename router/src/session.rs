@@ -18,13 +18,12 @@ use trunkline_config::router::{Port, Target};
 use crate::accept::{self, Permit};
 use crate::crypto::Crypto;
 use crate::handover::{Adopted, Leaving};
-use crate::metrics::Meter;
 use crate::port::{Counted, Listening, Peer};
 use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
-use crate::sessions::{Cut, Session};
+use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::table::Backend;
 use crate::wire::{Leg, Wire};
@@ -75,9 +74,18 @@ pub fn serve(
         let mut begun = beginning.await;
         let ended = match &mut begun {
             Ok(begun) => begun.relay(&router).await,
-            Err(ended) => *ended,
+            Err((ended, _)) => *ended,
         };
-        debug!(port = &*listening.name, %peer, reason = ended.label(), "connection ended");
+        let peer = || match &begun {
+            Ok(begun) => begun.parties.session.client(),
+            Err((_, peer)) => Some(*peer),
+        };
+        debug!(
+            port = &*listening.name,
+            peer = peer().map(tracing::field::display),
+            reason = ended.label(),
+            "connection ended"
+        );
         router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
     }
 }
@@ -113,22 +121,20 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     let meter = router.metrics.meter(name, backend.member.as_str());
     router.metrics.adopted.inc();
     // Whatever it began with: its start is over.
-    let start = relay::Start { rests: Some(Box::new(rests)), ..relay::Start::default() };
-    Ok(Begun { client, server, session, meter, start, tls: None, permit: Some(permit), _counted: None })
+    let start = Some(Box::new(relay::Start { rests, ..relay::Start::default() }));
+    let parties = relay::Parties { client, server, session, meter };
+    Ok(Begun { parties, start, tls: None, permit: Some(permit), _counted: None })
 }
 
-/// A session that a server has taken.
+/// A session that a server has taken. As it lasts, what it needs at the start or seldom is in boxes.
 struct Begun {
-    client: Arc<TcpStream>,
-    server: Arc<TcpStream>,
-    session: Session,
-    meter: Meter,
-    start: relay::Start,
+    parties: relay::Parties,
+    start: Option<Box<relay::Start>>,
     /// Where TLS ends or begins here.
     tls: Option<Box<Encrypted>>,
     /// The right to be there, until it leaves.
     permit: Option<Permit>,
-    _counted: Option<Counted>,
+    _counted: Option<Box<Counted>>,
 }
 
 /// A session's connections, of which at least one is encrypted.
@@ -145,9 +151,8 @@ impl Begun {
         if self.tls.is_some() {
             return Box::pin(self.relay_tls()).await;
         }
-        let Self { client, server, session, meter, start, .. } = self;
-        let outcome = relay::relay(client, server, std::mem::take(start), session, &router.pipes, meter).await;
-        match outcome {
+        let start = self.start();
+        match relay::relay(&self.parties, start, &router.pipes).await {
             relay::Outcome::Ended(end) => self.ended(end),
             other => Box::pin(self.part(other, None)).await,
         }
@@ -156,13 +161,17 @@ impl Begun {
     async fn relay_tls(&mut self) -> Ended {
         let Some(tls) = self.tls.take() else { return Ended::ClientGone };
         let Encrypted { mut client, server, said } = *tls;
-        let start = std::mem::take(&mut self.start);
-        let outcome = relay::relay_tls(&mut client, server, said, start, &self.session, &self.meter).await;
+        let start = self.start();
+        let outcome = relay::relay_tls(&mut client, server, said, start, &self.parties).await;
         self.part(outcome, Some(client)).await
     }
 
+    fn start(&mut self) -> relay::Start {
+        self.start.take().map(|start| *start).unwrap_or_default()
+    }
+
     fn ended(&self, end: relay::End) -> Ended {
-        self.session.cut().map_or(Ended::Relayed(end), Ended::Cut)
+        self.parties.session.cut().map_or(Ended::Relayed(end), Ended::Cut)
     }
 
     /// The ends of a session, which may be no end. The client is spoken to by `leg`, or in plain text.
@@ -171,22 +180,22 @@ impl Begun {
             relay::Outcome::Ended(end) => return self.ended(end),
             relay::Outcome::Left(rests) => return self.leave(rests).await,
             relay::Outcome::Overdue => {
-                self.session.end(Cut::Overdue);
+                self.parties.session.end(Cut::Overdue);
                 return Ended::Cut(Cut::Overdue);
             }
             relay::Outcome::Resigned { idle } => idle,
         };
         // Before the client hears of it: nothing that it says from now on may reach the server.
-        socket::close_both_ways(&self.server);
-        let mut leg = leg.unwrap_or_else(|| Leg::Plain(Wire::new(self.client.clone(), Vec::new())));
+        socket::close_both_ways(&self.parties.server);
+        let mut leg = leg.unwrap_or_else(|| Leg::Plain(Wire::new(self.parties.client.clone(), Vec::new())));
         say_farewell(&mut leg, Refusal::Switchover).await;
         if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
     }
 
     /// To the next process. If nobody takes it any more, its sockets are closed with it.
     async fn leave(&mut self, rests: relay::Rests) -> Ended {
-        if let (Some((exit, registered)), Some(permit)) = (self.session.exit(), self.permit.take()) {
-            let (client, server) = (self.client.clone(), self.server.clone());
+        if let (Some((exit, registered)), Some(permit)) = (self.parties.session.exit(), self.permit.take()) {
+            let (client, server) = (self.parties.client.clone(), self.parties.server.clone());
             let _ = exit.send(Leaving { registered, client, server, rests, _permit: permit }).await;
         }
         Ended::Left
@@ -200,7 +209,7 @@ async fn begin(
     client: TcpStream,
     peer: Peer,
     permit: Permit,
-) -> Result<Begun, Ended> {
+) -> Result<Begun, (Ended, Peer)> {
     let (router, listening) = (&*router, &*listening);
     let (port, crypto) = (listening.settings(), listening.crypto());
     relay::pause::busy();
@@ -216,21 +225,23 @@ async fn begin(
             let plain = matches!(packet, Packet::Startup { .. });
             let budget = router.limits().switchover_budget;
             let resignation = Some(budget).filter(|budget| !budget.is_zero());
-            let start = relay::Start { unread, plain, resignation, rests: None };
+            let start = relay::Start { unread, plain, resignation, rests: relay::Rests::default() };
             let tls = (matches!(leg, Leg::Tls(_)) || tls.is_some()).then(|| {
                 let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
                 Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said })
             });
-            Ok(Begun { client, server, session, meter, start, tls, permit: Some(permit), _counted })
+            let (start, _counted) = (Some(Box::new(start)), _counted.map(Box::new));
+            let parties = relay::Parties { client, server, session, meter };
+            Ok(Begun { parties, start, tls, permit: Some(permit), _counted })
         }
-        Ok(Met::Cancel(result)) => Err(Ended::Cancel(result)),
-        Err(No::ClientGone) => Err(Ended::ClientGone),
-        Err(No::Handshake) => Err(Ended::Handshake),
+        Ok(Met::Cancel(result)) => Err((Ended::Cancel(result), peer)),
+        Err(No::ClientGone) => Err((Ended::ClientGone, peer)),
+        Err(No::Handshake) => Err((Ended::Handshake, peer)),
         Err(No::Refused(refusal)) => {
             let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
             let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
             refuse(&mut leg, refusal, denials, port.startup_timeout).await;
-            Err(Ended::Refused(refusal))
+            Err((Ended::Refused(refusal), peer))
         }
     }
 }

@@ -159,6 +159,11 @@ impl Session {
         }
     }
 
+    /// Whose it is.
+    pub fn client(&self) -> Option<Peer> {
+        self.sessions.inner.lock().live.get(&self.id).map(|live| live.peer)
+    }
+
     /// What it shall do; `waker` is woken when that changes.
     pub fn called(&self, waker: &Waker) -> Call {
         self.ticket.waker.register(waker);

@@ -8,7 +8,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::{Half, Stop, pause, poll_io};
+use super::{Half, Sockets, Stop, pause, poll_io};
 
 /// What one read may take.
 pub(super) const BUFFER: usize = 32 << 10;
@@ -20,38 +20,36 @@ thread_local! {
 
 impl Half<'_> {
     /// Ready: bytes read, 0 at the end of the source.
-    pub(super) fn poll_copy(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Stop>> {
-        ready!(self.poll_rest(cx))?;
+    pub(super) fn poll_copy(&mut self, cx: &mut Context<'_>, sockets: Sockets<'_>) -> Poll<Result<usize, Stop>> {
+        let Sockets { from, to } = sockets;
+        ready!(self.poll_rest(cx, to))?;
         SCRATCH.with_borrow_mut(|scratch| {
-            let bytes = match self.read_unread(scratch) {
+            let bytes = match self.read_unread(from, scratch) {
                 Some(bytes) => bytes,
-                None => ready!(poll_read(cx, self.from, scratch)).map_err(|_| Stop::Read)?,
+                None => ready!(poll_read(cx, from, scratch)).map_err(|_| Stop::Read)?,
             };
             pause::busy();
             self.copied(&scratch[..bytes]);
-            let sent = send_now(self.to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
+            let sent = send_now(to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
             self.rest.extend_from_slice(&scratch[sent..bytes]);
             Poll::Ready(Ok(bytes))
         })
     }
 
     /// The very first read, past tokio. Whatever it does not take is reported anew.
-    fn read_unread(&mut self, scratch: &mut [u8]) -> Option<usize> {
+    fn read_unread(&mut self, from: &TcpStream, scratch: &mut [u8]) -> Option<usize> {
         if !std::mem::take(&mut self.unread) {
             return None;
         }
         // An end and an error are not used up by this: the ordinary read finds them again.
-        rustix::net::recv(self.from, scratch, RecvFlags::empty())
-            .ok()
-            .map(|(bytes, _)| bytes)
-            .filter(|bytes| *bytes > 0)
+        rustix::net::recv(from, scratch, RecvFlags::empty()).ok().map(|(bytes, _)| bytes).filter(|bytes| *bytes > 0)
     }
 
     /// Writes what an earlier step could not; its memory is given back.
-    pub(super) fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+    pub(super) fn poll_rest(&mut self, cx: &mut Context<'_>, to: &TcpStream) -> Poll<Result<(), Stop>> {
         while !self.rest.is_empty() {
-            let write = || Ok(rustix::net::send(self.to, &self.rest, SendFlags::NOSIGNAL)?);
-            let sent = ready!(poll_io(cx, self.to, Interest::WRITABLE, write)).map_err(|_| Stop::Write)?;
+            let write = || Ok(rustix::net::send(to, &self.rest, SendFlags::NOSIGNAL)?);
+            let sent = ready!(poll_io(cx, to, Interest::WRITABLE, write)).map_err(|_| Stop::Write)?;
             self.rest.drain(..sent);
         }
         self.rest = Vec::new();
@@ -59,9 +57,9 @@ impl Half<'_> {
     }
 
     /// Reads and throws away.
-    pub(super) fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
+    pub(super) fn poll_discard(&mut self, cx: &mut Context<'_>, from: &TcpStream) -> Poll<usize> {
         SCRATCH.with_borrow_mut(|scratch| {
-            if !matches!(ready!(poll_read(cx, self.from, scratch)), Ok(1..)) {
+            if !matches!(ready!(poll_read(cx, from, scratch)), Ok(1..)) {
                 self.drained = true;
             }
             // Counted as nothing: these bytes have not been relayed.

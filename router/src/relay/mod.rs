@@ -26,6 +26,7 @@ mod tls;
 
 use std::future::poll_fn;
 use std::io;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -62,6 +63,19 @@ pub enum End {
     ServerLost,
 }
 
+/// A session's two ends, and what it is known by.
+#[derive(Debug)]
+pub struct Parties {
+    /// The connection to the client.
+    pub client: Arc<TcpStream>,
+    /// The connection to the server.
+    pub server: Arc<TcpStream>,
+    /// The registration.
+    pub session: Session,
+    /// Where its bytes are counted.
+    pub meter: Meter,
+}
+
 /// What a relay begins with.
 #[derive(Debug, Default)]
 pub struct Start {
@@ -73,7 +87,7 @@ pub struct Start {
     /// `None`: until the server ends it.
     pub resignation: Option<Duration>,
     /// Read by another process and not written yet.
-    pub rests: Option<Box<Rests>>,
+    pub rests: Rests,
 }
 
 /// Bytes between two processes.
@@ -102,35 +116,23 @@ pub enum Outcome {
 }
 
 /// Relays until both directions have ended, and says which side ended first; or until the session leaves.
-pub fn relay<'a>(
-    client: &'a TcpStream,
-    server: &'a TcpStream,
-    start: Start,
-    session: &'a Session,
-    pool: &'a Pool,
-    meter: &'a Meter,
-) -> impl Future<Output = Outcome> + Send + 'a {
-    let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session }));
-    let rests = start.rests.map(|rests| *rests).unwrap_or_default();
+pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Future<Output = Outcome> + Send + 'a {
+    let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session: &parties.session }));
+    let rests = start.rests;
     let followed = start.plain && start.resignation.is_some();
     let mut relay = Relay {
-        up: Half {
-            unread: start.unread,
-            rest: rests.up,
-            trace: followed.then(Trace::of_client),
-            ..Half::new(client, server)
-        },
-        down: Half { watch, rest: rests.down, trace: followed.then(Trace::of_server), ..Half::new(server, client) },
+        up: Half { unread: start.unread, rest: rests.up, trace: followed.then(Trace::of_client), ..Half::default() },
+        down: Half { watch, rest: rests.down, trace: followed.then(Trace::of_server), ..Half::default() },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
         course: Course::new(start.resignation),
     };
     poll_fn(move |cx| {
-        let call = session.called(cx.waker());
+        let call = parties.session.called(cx.waker());
         if let Some(outcome) = relay.follow(call) {
             return Poll::Ready(outcome);
         }
-        match relay.poll(cx, pool, meter) {
+        match relay.poll(cx, parties, pool) {
             Poll::Ready(end) => Poll::Ready(Outcome::Ended(end)),
             // This step may have ended its start, or a transaction.
             Poll::Pending => match relay.follow(call) {
@@ -166,12 +168,13 @@ impl Relay<'_> {
         course::is_open(self.up.side(), self.down.side()) && self.down.watch.is_none()
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, pool: &Pool, meter: &Meter) -> Poll<End> {
+    fn poll(&mut self, cx: &mut Context<'_>, parties: &Parties, pool: &Pool) -> Poll<End> {
+        let Parties { client, server, .. } = parties;
         for _ in 0..STEPS {
             // Both are polled even if the first can go on: each must be registered for its own wake-up.
-            let up = self.up.poll_step(cx, pool, self.down.ended());
-            let down = self.down.poll_step(cx, pool, self.up.ended());
-            self.account(&up, &down, meter);
+            let up = self.up.poll_step(cx, Sockets { from: client, to: server }, pool, self.down.ended());
+            let down = self.down.poll_step(cx, Sockets { from: server, to: client }, pool, self.up.ended());
+            self.account(&up, &down, parties);
             if let Some(end) = self.course.finished(self.up.side(), self.down.side()) {
                 return Poll::Ready(end);
             }
@@ -183,20 +186,20 @@ impl Relay<'_> {
         Poll::Pending
     }
 
-    fn account(&mut self, up: &Poll<usize>, down: &Poll<usize>, meter: &Meter) {
+    fn account(&mut self, up: &Poll<usize>, down: &Poll<usize>, parties: &Parties) {
         let moved = |step: &Poll<usize>| if let Poll::Ready(bytes) = step { *bytes as u64 } else { 0 };
         let (up, down) = (moved(up), moved(down));
         if up > 0 {
-            meter.up(up);
+            parties.meter.up(up);
             self.down.way.answered();
             self.course.heard_client(self.down.ended());
         }
         if down > 0 {
-            meter.down(down);
+            parties.meter.down(down);
             self.up.way.answered();
         }
-        note_unanswered(&mut self.unanswered_up, up, down, self.up.to);
-        note_unanswered(&mut self.unanswered_down, down, up, self.down.to);
+        note_unanswered(&mut self.unanswered_up, up, down, &parties.server);
+        note_unanswered(&mut self.unanswered_down, down, up, &parties.client);
     }
 }
 
@@ -226,10 +229,16 @@ struct Watch<'a> {
     session: &'a Session,
 }
 
+/// Where a direction comes from, and where it leads to.
+#[derive(Clone, Copy)]
+struct Sockets<'s> {
+    from: &'s TcpStream,
+    to: &'s TcpStream,
+}
+
 /// One direction.
+#[derive(Default)]
 struct Half<'a> {
-    from: &'a TcpStream,
-    to: &'a TcpStream,
     way: splice::Way,
     /// There is something to read, whatever tokio says.
     unread: bool,
@@ -244,21 +253,7 @@ struct Half<'a> {
     drained: bool,
 }
 
-impl<'a> Half<'a> {
-    fn new(from: &'a TcpStream, to: &'a TcpStream) -> Self {
-        Self {
-            from,
-            to,
-            way: splice::Way::default(),
-            unread: false,
-            watch: None,
-            trace: None,
-            rest: Vec::new(),
-            stop: None,
-            drained: false,
-        }
-    }
-
+impl Half<'_> {
     fn side(&self) -> Side<'_> {
         let written = self.rest.is_empty();
         Side { stop: self.stop, ended: self.ended(), written, trace: self.trace.as_ref() }
@@ -290,29 +285,29 @@ impl<'a> Half<'a> {
 
     /// One read and what can be written of it. Ready: bytes read, and there may be more at once. `last`: the other half has
     /// ended.
-    fn poll_step(&mut self, cx: &mut Context<'_>, pool: &Pool, last: bool) -> Poll<usize> {
+    fn poll_step(&mut self, cx: &mut Context<'_>, sockets: Sockets<'_>, pool: &Pool, last: bool) -> Poll<usize> {
         if self.ended() {
             return Poll::Pending;
         }
         if self.stop == Some(Stop::Write) {
-            return self.poll_discard(cx);
+            return self.poll_discard(cx, sockets.from);
         }
         let step = match self.way.streams() {
             true => {
                 self.trace = None;
-                self.poll_splice(cx, pool)
+                self.poll_splice(cx, sockets, pool)
             }
-            false => self.poll_copy(cx),
+            false => self.poll_copy(cx, sockets),
         };
         match step {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(0)) => {
-                self.finish(Stop::Eof, last);
+                self.finish(sockets.to, Stop::Eof, last);
                 Poll::Ready(0)
             }
             Poll::Ready(Ok(bytes)) => Poll::Ready(bytes),
             Poll::Ready(Err(stop)) => {
-                self.finish(stop, last);
+                self.finish(sockets.to, stop, last);
                 Poll::Ready(0)
             }
         }
@@ -320,13 +315,13 @@ impl<'a> Half<'a> {
 
     /// The last step. Also after a broken read the destination hears an orderly end behind its last byte: by closing, which
     /// follows, if this is the `last` half.
-    fn finish(&mut self, stop: Stop, last: bool) {
+    fn finish(&mut self, to: &TcpStream, stop: Stop, last: bool) {
         self.stop = Some(stop);
         self.rest = Vec::new();
         self.way = splice::Way::default();
         if stop != Stop::Write && !last {
             // An error means that the destination is gone, which the other half finds out by itself.
-            let _ = rustix::net::shutdown(self.to, rustix::net::Shutdown::Write);
+            let _ = rustix::net::shutdown(to, rustix::net::Shutdown::Write);
         }
     }
 }

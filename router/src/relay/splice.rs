@@ -9,9 +9,10 @@ use std::task::{Context, Poll, ready};
 use parking_lot::Mutex;
 use rustix::pipe::{PipeFlags, SpliceFlags};
 use tokio::io::Interest;
+use tokio::net::TcpStream;
 
 use super::copy::BUFFER;
-use super::{Half, Stop, pause, poll_io};
+use super::{Half, Sockets, Stop, pause, poll_io};
 
 /// A half streams after this many reads in a row that filled half of the buffer, or once it has moved so many bytes since
 /// the other one moved any (a sender that is slower than the router fills no buffer) …
@@ -140,14 +141,19 @@ impl Way {
 
 impl Half<'_> {
     /// Ready: bytes read, 0 at the end of the source.
-    pub(super) fn poll_splice(&mut self, cx: &mut Context<'_>, pool: &Pool) -> Poll<Result<usize, Stop>> {
-        ready!(self.poll_rest(cx))?;
-        ready!(self.poll_drain(cx, pool))?;
+    pub(super) fn poll_splice(
+        &mut self,
+        cx: &mut Context<'_>,
+        sockets: Sockets<'_>,
+        pool: &Pool,
+    ) -> Poll<Result<usize, Stop>> {
+        let Sockets { from, to } = sockets;
+        ready!(self.poll_rest(cx, to))?;
+        ready!(self.poll_drain(cx, to, pool))?;
         let Some(pipe) = self.way.pipe.take().or_else(|| pool.take()) else {
-            return self.poll_copy(cx);
+            return self.poll_copy(cx, sockets);
         };
         // Into an empty pipe only: EAGAIN then says that the source has nothing, never that the pipe is full.
-        let from = self.from;
         let fill = || splice(from, &pipe.write, MOVE);
         match poll_io(cx, from, Interest::READABLE, fill) {
             Poll::Pending => {
@@ -164,7 +170,7 @@ impl Half<'_> {
                 pause::streamed();
                 self.way.moved(bytes);
                 // What can't be written now is written by the next step.
-                match self.poll_drain(cx, pool) {
+                match self.poll_drain(cx, to, pool) {
                     Poll::Ready(Err(stop)) => Poll::Ready(Err(stop)),
                     _ => Poll::Ready(Ok(bytes)),
                 }
@@ -175,15 +181,14 @@ impl Half<'_> {
                     return Poll::Ready(Err(Stop::Read));
                 }
                 self.way = Way { refused: true, ..Way::default() };
-                self.poll_copy(cx)
+                self.poll_copy(cx, sockets)
             }
         }
     }
 
     /// Empties the pipe.
-    fn poll_drain(&mut self, cx: &mut Context<'_>, pool: &Pool) -> Poll<Result<(), Stop>> {
+    fn poll_drain(&mut self, cx: &mut Context<'_>, to: &TcpStream, pool: &Pool) -> Poll<Result<(), Stop>> {
         let Some(pipe) = &self.way.pipe else { return Poll::Ready(Ok(())) };
-        let to = self.to;
         while self.way.filled > 0 {
             let filled = self.way.filled;
             let empty = || splice(&pipe.read, to, filled);

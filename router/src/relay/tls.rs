@@ -10,11 +10,10 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::course::{self, Course, Side};
-use super::{End, Outcome, STEPS, Start, Stop, Watch, pause, yield_to_others};
+use super::{End, Outcome, Parties, STEPS, Start, Stop, Watch, pause, yield_to_others};
 use crate::boundary::Trace;
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
-use crate::sessions::Session;
 use crate::wire::Leg;
 
 /// What one read may take: a record of TLS.
@@ -27,14 +26,8 @@ thread_local! {
 
 /// Relays until both directions have ended, and says which side ended first. `said`: read of the server already. Such a
 /// session never leaves: what is known of its encryption is known here only.
-pub async fn relay_tls(
-    client: &mut Leg,
-    mut server: Leg,
-    said: Vec<u8>,
-    start: Start,
-    session: &Session,
-    meter: &Meter,
-) -> Outcome {
+pub async fn relay_tls(client: &mut Leg, mut server: Leg, said: Vec<u8>, start: Start, parties: &Parties) -> Outcome {
+    let Parties { session, meter, .. } = parties;
     if start.unread {
         client.look_again();
     }
