@@ -224,6 +224,17 @@ pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(P
     }
 }
 
+/// What the processes of a data directory call themselves, such as `postgres: demo: walwriter`.
+pub fn titles(data_dir: &Path) -> Vec<String> {
+    let title = |pid: &Pid| {
+        let text = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_pid())).ok()?;
+        let text = String::from_utf8_lossy(&text).replace('\0', " ");
+        // The postmaster has its whole command line there.
+        Some(format!("{} (pid {})", text.split(" -").next().unwrap_or_default().trim(), pid.as_raw_pid()))
+    };
+    processes_in(&real_path(data_dir)).iter().filter_map(title).collect()
+}
+
 /// Removes the `postmaster.pid` of a postmaster that is a zombie. PostgreSQL only asks whether there is a process of that
 /// number, and would refuse to start, and pg_rewind with it, until the parent or the init of a container cleans up. Any
 /// other doubt is PostgreSQL's to judge: the file may be that of a server in another container.

@@ -1,20 +1,25 @@
 //! Stopping: in order, or at once.
 
+use std::convert::Infallible;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
 use tokio::sync::oneshot;
-use trunkline_common::{Clock, Lsn};
+use trunkline_common::{Clock, Lsn, SystemClock};
 
 use super::instance::Instance;
 use super::ready::Changes;
-use super::{ControlState, PgError, StopMode, program, wal};
+use super::{ControlState, PgError, StopMode, process, program, wal};
 
 /// After SIGQUIT, how long an immediate stop may take before SIGKILL.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
 
 /// The bound on `before_stop`.
 const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// An ordinary stop takes less.
+const SLOW_STOP: Duration = Duration::from_secs(3);
 
 /// The bound on one run of `archive_command`.
 const ARCHIVE_LIMIT: Duration = Duration::from_secs(300);
@@ -35,6 +40,16 @@ fn archive_command(command: &str, name: &str) -> String {
         rest = &after[length..];
     }
     text + rest
+}
+
+/// A stop waits for every process of the server: says again and again for whom.
+async fn tell_what_is_left(data_dir: &Path) -> Infallible {
+    let began = SystemClock.now();
+    loop {
+        tokio::time::sleep(SLOW_STOP).await;
+        let (seconds, left) = (SystemClock.now().since(began).as_secs(), process::titles(data_dir));
+        tracing::warn!("PostgreSQL was asked to stop {seconds} s ago; there still are: {}", left.join(", "));
+    }
 }
 
 impl Instance {
@@ -67,20 +82,26 @@ impl Instance {
         let Some(postmaster) = self.process().find() else { return Ok(()) };
         let mut changes = Changes::of(&config.data_dir);
         postmaster.signal(Signal::INT);
-        let checkpointed = || {
-            let control = self.control().ok()?;
-            (control.state == ControlState::ShutDown).then_some(control.checkpoint)
-        };
-        if let Some(sender) = shut_down {
-            let left = until.since(self.inner.clock.now());
-            if let Ok(lsn) = changes.until(&postmaster, left, checkpointed).await {
-                // Nobody waits for it any more: fine.
-                let _ = sender.send(lsn);
+        let stopping = async {
+            let checkpointed = || {
+                let control = self.control().ok()?;
+                (control.state == ControlState::ShutDown).then_some(control.checkpoint)
+            };
+            if let Some(sender) = shut_down {
+                let left = until.since(self.inner.clock.now());
+                if let Ok(lsn) = changes.until(&postmaster, left, checkpointed).await {
+                    // Nobody waits for it any more: fine.
+                    let _ = sender.send(lsn);
+                }
             }
+            let left = until.since(self.inner.clock.now());
+            let gone = tokio::time::timeout(left, postmaster.gone()).await;
+            gone.map_err(|_| PgError::Timeout { what: "stopping PostgreSQL".to_owned(), limit })
+        };
+        tokio::select! {
+            stopped = stopping => stopped,
+            never = tell_what_is_left(&config.data_dir) => match never {},
         }
-        let left = until.since(self.inner.clock.now());
-        let gone = tokio::time::timeout(left, postmaster.gone()).await;
-        gone.map_err(|_| PgError::Timeout { what: "stopping PostgreSQL".to_owned(), limit })
     }
 
     pub(super) async fn run_archive_last_wal(&self) -> Result<(), PgError> {

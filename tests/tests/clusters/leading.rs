@@ -125,7 +125,7 @@ async fn tags_decide_at_once_who_confirms_who_is_read_and_who_leads() -> Result<
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_has_the_time_that_the_settings_give_it() -> Result<()> {
     let mut spec = Spec::new(3, &Program::agent()?);
-    spec.dcs = json!({ "synchronous_mode": true, "primary_start_timeout": 300, "primary_stop_timeout": 2 });
+    spec.dcs = json!({ "synchronous_mode": true, "primary_start_timeout": 300, "primary_stop_timeout": 4 });
     let mut scene = Scene::with("time", 1, spec).await?;
     let first = scene.cluster.settled(LIMIT).await?;
     let before = scene.cluster.nodes[first].postmaster()?;
@@ -158,6 +158,7 @@ async fn a_primary_has_the_time_that_the_settings_give_it() -> Result<()> {
     wait::until("the slow stop to be cut short", LIMIT, async || {
         let log = scene.cluster.nodes[second].log()?;
         ensure!(log.contains("the fast stop was not done in time, stopping at once"), "not said");
+        ensure!(log.contains("asked to stop 3 s ago") && log.contains("walsender"), "whom it waited for is not said");
         Ok(())
     })
     .await?;

@@ -93,14 +93,7 @@ async fn a_cluster_half_patroni_half_ours_fails_over_both_ways_with_quorum_slots
     let leader = scene.cluster.settled(LIMIT).await?;
     for (pause, expected) in [(json!(true), json!(true)), (json!(null), json!(null))] {
         scene.cluster.patch_config(&json!({ "pause": pause })).await?;
-        for node in &scene.cluster.nodes {
-            let heard = wait::until(format!("pause to be {expected} for {}", node.name()), LIMIT, async || {
-                let status = node.status().await?;
-                ensure!(status["pause"] == expected, "{status}");
-                Ok(())
-            });
-            heard.await?;
-        }
+        paused(&scene, expected).await?;
     }
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.finish(load).await?;
@@ -167,6 +160,56 @@ async fn patronictl_works_with_our_agents() -> Result<()> {
     patronictl(&["restart", "demo", other, "--force"])?;
     ensure!(scene.cluster.settled(LIMIT).await? == 1 - old, "leadership moved");
     scene.lab.success();
+    Ok(())
+}
+
+/// As docs/migration.md says: in a pause Patroni leaves PostgreSQL running, and our agent takes it over; no client notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_patroni_becomes_ours_without_a_restart_or_a_failed_write() -> Result<()> {
+    let program = patroni::program()?;
+    let mut scene = Scene::with("migration", 1, spec(vec![program.clone(), program])).await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let before = [scene.cluster.nodes[0].postmaster()?, scene.cluster.nodes[1].postmaster()?];
+    scene.cluster.patch_config(&json!({ "pause": true })).await?;
+    paused(&scene, json!(true)).await?;
+    for node in [1 - leader, leader] {
+        let node = &mut scene.cluster.nodes[node];
+        node.agent().context("it runs")?.terminate(LIMIT).await?;
+        node.replace_program(Program::agent()?);
+        node.start()?;
+        let taken_over = wait::until("the agent to take PostgreSQL over", LIMIT, async || {
+            let status = node.status().await?;
+            ensure!(status["state"] == "running" && status["guard"].is_object(), "{status}");
+            Ok(())
+        });
+        taken_over.await?;
+    }
+    scene.cluster.patch_config(&json!({ "pause": null })).await?;
+    paused(&scene, json!(null)).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    let now = [scene.cluster.nodes[0].postmaster()?, scene.cluster.nodes[1].postmaster()?];
+    ensure!(now == before, "PostgreSQL was restarted");
+    load.writers.progress(100, LIMIT).await?;
+    let record = load.writers.record();
+    ensure!(record.failures == 0, "{} statements failed: {:?}", record.failures, record.last_error);
+
+    scene.cluster.switchover(leader, Some(1 - leader)).await?;
+    ensure!(scene.cluster.leader_other_than(leader, LIMIT).await? == 1 - leader);
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// Every member has heard of the pause, or of its end.
+async fn paused(scene: &Scene, expected: Value) -> Result<()> {
+    for node in &scene.cluster.nodes {
+        let heard = wait::until(format!("pause to be {expected} for {}", node.name()), LIMIT, async || {
+            let status = node.status().await?;
+            ensure!(status["pause"] == expected, "{status}");
+            Ok(())
+        });
+        heard.await?;
+    }
     Ok(())
 }
 
