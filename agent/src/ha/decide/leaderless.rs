@@ -127,7 +127,7 @@ fn start_leaderless(s: &Situation, view: &ClusterView) -> Decision {
     }
     if s.memory.abstain_until.is_some_and(|until| s.now < until) {
         // Crash recovery here would only take the machine away from whoever is being promoted.
-        return is(Action::Wait, "PostgreSQL is down, and somebody else is about to lead");
+        return is(Action::Wait, "PostgreSQL is down, and the key was given back for another one to lead");
     }
     is(Action::Start(StartAs::Standby(None)), "PostgreSQL is down and nobody leads; starting it as a standby")
 }
