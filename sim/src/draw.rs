@@ -167,6 +167,9 @@ impl Draw {
         if self.synchronous && self.rng.random_ratio(1, 8) {
             self.hard_change_of_mode(at, &mut events);
         }
+        if self.synchronous && self.rng.random_ratio(1, 8) {
+            self.hard_return(at, &mut events);
+        }
         while at < until {
             at += self.rng.random_range(1..pace * 2);
             let first = self.event(at);
@@ -218,6 +221,28 @@ impl Draw {
             let what = if self.rng.random_ratio(3, 4) { self.host_outage(lasts) } else { self.outage(lasts) };
             events.push(Event { at, aim: Some(aim), what });
         }
+    }
+
+    /// A synchronous standby is back while the leader's requests are slow, so that what is written of it comes late: the leader has
+    /// crashed and come back meanwhile, nobody gets its WAL any more, and soon it is out.
+    fn hard_return(&mut self, after: u64, events: &mut Vec<Event>) {
+        let node = 0;
+        let back = after + self.rng.random_range(3_000..8_000);
+        let slow = back + self.rng.random_range(0..400);
+        let crash = slow + self.rng.random_range(100..2_000);
+        let out = crash + self.rng.random_range(300..3_000);
+        let request = self.rng.random_range(500..3_000);
+        let ms = self.rng.random_range(self.ttl..self.ttl * 3);
+        let at_leader = |at, what| Event { at, aim: Some(Aim::Leader), what };
+        events.push(Event { at: back, aim: Some(Aim::Synchronous), what: Fault::KillPostgres { node } });
+        events.push(at_leader(slow, Fault::SlowDcs { node, request, answer: 50, ms: crash - slow + 100 }));
+        events.push(at_leader(crash, Fault::KillAgent { node, ms: self.rng.random_range(1..200) }));
+        events.push(at_leader(crash, Fault::KillPostgres { node }));
+        for one in 0..self.count {
+            let pair = |other| Fault::Cut { from: End::Postgres(one), to: End::Postgres(other), both: true, ms };
+            events.extend((0..one).map(|other| Event { at: crash, aim: None, what: pair(other) }));
+        }
+        events.push(at_leader(out, self.host_outage(ms)));
     }
 
     /// A node, or its agent, is out for so long.
