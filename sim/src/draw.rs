@@ -170,6 +170,9 @@ impl Draw {
         if self.synchronous && self.rng.random_ratio(1, 8) {
             self.hard_return(at, &mut events);
         }
+        if !self.synchronous && self.count > 2 && self.rng.random_ratio(1, 8) {
+            self.hard_succession(at, &mut events);
+        }
         while at < until {
             at += self.rng.random_range(1..pace * 2);
             let first = self.event(at);
@@ -243,6 +246,24 @@ impl Draw {
             events.extend((0..one).map(|other| Event { at: crash, aim: None, what: pair(other) }));
         }
         events.push(at_leader(out, self.host_outage(ms)));
+    }
+
+    /// Two leaders go, one soon after the other, and whoever is left hears late of all that: of the time between the two when the
+    /// second one is gone as well.
+    fn hard_succession(&mut self, after: u64, events: &mut Vec<Event>) {
+        let late = self.rng.random_range(0..self.count);
+        let delay = self.rng.random_range(1_000..4_000);
+        let first = after + self.rng.random_range(1_000..4_000);
+        let second = first + self.ttl + delay - self.rng.random_range(0..900);
+        let ms = self.ttl + 10_000;
+        let aimed = |at, aim, what| Event { at, aim, what };
+        events.push(aimed(first, None, Fault::SlowWatch { node: late, delay, ms }));
+        for other in (0..self.count).filter(|other| *other != late) {
+            let cut = Fault::Cut { from: End::Postgres(late), to: End::Postgres(other), both: true, ms };
+            events.push(aimed(first, None, cut));
+        }
+        events.push(aimed(first, Some(Aim::Leader), self.host_outage(ms)));
+        events.push(aimed(second, Some(Aim::Leader), Fault::StopAgent { node: 0, ms }));
     }
 
     /// A node, or its agent, is out for so long.
