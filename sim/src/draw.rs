@@ -160,18 +160,10 @@ impl Draw {
             _ => (BOOTSTRAP, self.rng.random_range(10_000..40_000), [500, 2_000, 5_000]),
         };
         let pace = *paces.choose(&mut self.rng).unwrap_or(&2_000);
-        let mut events = Vec::new();
-        if at == 0 && self.rng.random() {
-            self.hard_bootstrap(&mut events);
-        }
-        if self.synchronous && self.rng.random_ratio(1, 8) {
-            self.hard_change_of_mode(at, &mut events);
-        }
-        if self.synchronous && self.rng.random_ratio(1, 8) {
-            self.hard_return(at, &mut events);
-        }
-        if !self.synchronous && self.count > 2 && self.rng.random_ratio(1, 8) {
-            self.hard_succession(at, &mut events);
+        let mut events = self.scenes(at);
+        if !events.is_empty() && self.rng.random_ratio(3, 4) {
+            // Among many others, faults that have to come in their order seldom do.
+            at = until;
         }
         while at < until {
             at += self.rng.random_range(1..pace * 2);
@@ -189,6 +181,24 @@ impl Draw {
             }
         }
         events.sort_by_key(|event| event.at);
+        events
+    }
+
+    /// Several faults in an order that matters, in some of the worlds.
+    fn scenes(&mut self, after: u64) -> Vec<Event> {
+        let mut events = Vec::new();
+        if after == 0 && self.rng.random() {
+            self.hard_bootstrap(&mut events);
+        }
+        if self.synchronous && self.rng.random_ratio(1, 8) {
+            self.hard_change_of_mode(after, &mut events);
+        }
+        if self.synchronous && self.rng.random_ratio(1, 8) {
+            self.hard_return(after, &mut events);
+        }
+        if !self.synchronous && self.count > 2 && self.rng.random_ratio(1, 8) {
+            self.hard_succession(after, &mut events);
+        }
         events
     }
 
