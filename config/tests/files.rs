@@ -64,7 +64,7 @@ fn a_classic_file_loads_unchanged() {
 fn a_file_grown_over_years_loads() {
     let (local, notices) = Local::load(Some(&testdata("grown.yml")), &Env::default()).expect("loads");
     let shown: Vec<_> = notices.iter().map(|notice| format!("{}: {}", notice.path, notice.message)).collect();
-    assert_eq!(shown, [".defaults: unknown key, ignored"]);
+    assert_eq!(shown, [".defaults: unknown key, ignored", "log.loggers: is about Python; ignored"]);
     assert_eq!((local.namespace.as_str(), local.name.as_str()), ("db", "orders-2"));
     // Octal, as PyYAML reads it; whoever wrote it has had this password ever since.
     assert_eq!(local.restapi.authentication, Some(("admin".to_owned(), Secret::new("42798"))));
