@@ -240,15 +240,16 @@ impl Draw {
     /// crashed and come back meanwhile, nobody gets its WAL any more, and soon it is out.
     fn hard_return(&mut self, after: u64, events: &mut Vec<Event>) {
         let node = 0;
-        let back = after + self.rng.random_range(3_000..8_000);
-        let slow = back + self.rng.random_range(0..400);
-        let crash = slow + self.rng.random_range(100..2_000);
-        let out = crash + self.rng.random_range(300..3_000);
-        let request = self.rng.random_range(500..3_000);
+        let gone = after + self.rng.random_range(3_000..8_000);
+        let away = self.rng.random_range(1_500..4_000);
+        let slow = gone + away + self.rng.random_range(0..1_000);
+        let crash = slow + self.rng.random_range(200..2_000);
+        let out = crash + self.rng.random_range(300..2_500);
+        let request = self.rng.random_range(800..4_000);
         let ms = self.rng.random_range(self.ttl..self.ttl * 3);
         let at_leader = |at, what| Event { at, aim: Some(Aim::Leader), what };
-        events.push(Event { at: back, aim: Some(Aim::Synchronous), what: Fault::KillPostgres { node } });
-        events.push(at_leader(slow, Fault::SlowDcs { node, request, answer: 50, ms: crash - slow + 100 }));
+        events.push(Event { at: gone, aim: Some(Aim::Synchronous), what: Fault::CrashHost { node, ms: away } });
+        events.push(at_leader(slow, Fault::SlowDcs { node, request, answer: 50, ms: crash - slow }));
         events.push(at_leader(crash, Fault::KillAgent { node, ms: self.rng.random_range(1..200) }));
         events.push(at_leader(crash, Fault::KillPostgres { node }));
         for one in 0..self.count {

@@ -18,11 +18,7 @@ impl Instance {
         let until = self.inner.clock.now() + deadline;
         let Some(postmaster) = self.process().find() else { return self.at_rest() };
         if postmaster.has_ended() {
-            // Its orphans are being killed; that takes a moment.
-            return match tokio::time::timeout(deadline, postmaster.gone()).await {
-                Ok(()) => self.at_rest(),
-                Err(_) => PgStatus::Stopping,
-            };
+            return self.after(&postmaster, deadline).await;
         }
         let Some(pid_file) = self.pid_file() else { return PgStatus::Starting };
         if postmaster.is_frozen() {
@@ -40,6 +36,11 @@ impl Instance {
         match tokio::time::timeout(deadline, query).await {
             Ok(Ok(running)) => {
                 let left = until.since(self.inner.clock.now());
+                // A backend outlives its postmaster for a moment, in which it may answer that nobody streams any more. Whoever
+                // believed that would take the standbys off the `sync` key that are to take over.
+                if postmaster.has_ended() {
+                    return self.after(&postmaster, left).await;
+                }
                 let replayed = tokio::time::timeout(left, self.replayed_timeline(&running, &control, &pid_file)).await;
                 let running = Running { timeline: running.timeline.max(replayed.unwrap_or_default()), ..running };
                 PgStatus::Running(self.complete(running, &postmaster, &control))
@@ -49,6 +50,14 @@ impl Instance {
                 self.inner.sessions.close().await;
                 PgStatus::Unresponsive
             }
+        }
+    }
+
+    /// After the end of a postmaster: its orphans are being killed; that takes a moment.
+    async fn after(&self, postmaster: &Postmaster, limit: Duration) -> PgStatus {
+        match tokio::time::timeout(limit, postmaster.gone()).await {
+            Ok(()) => self.at_rest(),
+            Err(_) => PgStatus::Stopping,
         }
     }
 
