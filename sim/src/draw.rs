@@ -196,7 +196,7 @@ impl Draw {
         if self.synchronous && self.rng.random_ratio(1, 8) {
             self.hard_return(after, &mut events);
         }
-        if !self.synchronous && self.count > 2 && self.rng.random_ratio(1, 8) {
+        if !self.synchronous && self.count == 3 && self.rng.random_ratio(1, 8) {
             self.hard_succession(after, &mut events);
         }
         events
@@ -237,36 +237,40 @@ impl Draw {
     }
 
     /// A synchronous standby is back while the leader's requests are slow, so that what is written of it comes late: the leader has
-    /// crashed and come back meanwhile, nobody gets its WAL any more, and soon it is out.
+    /// crashed meanwhile, its server has come back in place, its agent stands still, and nobody gets its WAL any more.
     fn hard_return(&mut self, after: u64, events: &mut Vec<Event>) {
         let node = 0;
         let gone = after + self.rng.random_range(3_000..8_000);
-        let away = self.rng.random_range(1_500..4_000);
-        let slow = gone + away + self.rng.random_range(0..1_000);
-        let crash = slow + self.rng.random_range(200..2_000);
-        let out = crash + self.rng.random_range(300..2_500);
+        let back = gone + self.rng.random_range(1_500..4_000);
+        let slow = back - self.rng.random_range(0..500);
+        let crash = back + self.rng.random_range(300..2_500);
+        let again = self.rng.random_range(1..200);
+        let still = crash + again + self.rng.random_range(5..150);
         let request = self.rng.random_range(800..4_000);
-        let ms = self.rng.random_range(self.ttl..self.ttl * 3);
-        let at_leader = |at, what| Event { at, aim: Some(Aim::Leader), what };
-        events.push(Event { at: gone, aim: Some(Aim::Synchronous), what: Fault::CrashHost { node, ms: away } });
-        events.push(at_leader(slow, Fault::SlowDcs { node, request, answer: 50, ms: crash - slow }));
-        events.push(at_leader(crash, Fault::KillAgent { node, ms: self.rng.random_range(1..200) }));
-        events.push(at_leader(crash, Fault::KillPostgres { node }));
+        let ms = self.ttl * 3;
+        let aimed = |at, aim, what| Event { at, aim: Some(aim), what };
+        // Its connection is gone at once, so that the leader takes it off the key.
+        events.push(aimed(gone, Aim::Synchronous, Fault::KillAgent { node, ms: back - gone }));
+        events.push(aimed(gone, Aim::Synchronous, Fault::KillPostgres { node }));
+        events.push(aimed(slow, Aim::Leader, Fault::SlowDcs { node, request, answer: 50, ms: crash - slow }));
+        events.push(aimed(crash, Aim::Leader, Fault::KillAgent { node, ms: again }));
+        events.push(aimed(crash, Aim::Leader, Fault::KillPostgres { node }));
         for one in 0..self.count {
             let pair = |other| Fault::Cut { from: End::Postgres(one), to: End::Postgres(other), both: true, ms };
             events.extend((0..one).map(|other| Event { at: crash, aim: None, what: pair(other) }));
         }
-        events.push(at_leader(out, self.host_outage(ms)));
+        events.push(aimed(still, Aim::Leader, Fault::FreezeAgent { node, ms }));
     }
 
     /// Two leaders go, one soon after the other, and whoever is left hears late of all that: of the time between the two when the
     /// second one is gone as well.
     fn hard_succession(&mut self, after: u64, events: &mut Vec<Event>) {
         let late = self.rng.random_range(0..self.count);
-        let delay = self.rng.random_range(1_000..4_000);
+        let delay = self.rng.random_range(6_000..9_000);
         let first = after + self.rng.random_range(1_000..4_000);
-        let second = first + self.ttl + delay - self.rng.random_range(0..900);
-        let ms = self.ttl + 10_000;
+        // A leader that stops waits five seconds for somebody who has everything.
+        let second = first + self.ttl + delay - 5_000 - self.rng.random_range(0..1_200);
+        let ms = self.ttl + 15_000;
         let aimed = |at, aim, what| Event { at, aim, what };
         events.push(aimed(first, None, Fault::SlowWatch { node: late, delay, ms }));
         for other in (0..self.count).filter(|other| *other != late) {
