@@ -40,9 +40,11 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     }
     let asked_for = view.failover.as_ref().filter(|request| request.scheduled_at.is_none());
     if settings.pause && asked_for.is_none() {
-        return match (s.is_primary(), &view.initialize) {
-            (true, _) => Verdict::Race("paused, and this node runs as primary".to_owned()),
-            (false, _) => Verdict::Yield("the cluster is paused".to_owned()),
+        return match s.is_primary() {
+            // Somebody else was promoted beside it: that one has what clients were told since.
+            true if is_left_behind(running.timeline, view) => Verdict::Yield(left_behind(running.timeline, view)),
+            true => Verdict::Race("paused, and this node runs as primary".to_owned()),
+            false => Verdict::Yield("the cluster is paused".to_owned()),
         };
     }
     if let Some(why) = &s.memory.must_not_lead {
@@ -54,8 +56,7 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     // Not by an operator's word either: its timeline's number would be taken, and two histories with one number can't be told
     // apart.
     if is_left_behind(running.timeline, view) {
-        let (own, known) = (running.timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
-        return Verdict::Yield(format!("this node is on timeline {own}, the cluster is on {known}"));
+        return Verdict::Yield(left_behind(running.timeline, view));
     }
     let manual = view.failover.as_ref().filter(|request| request.leader.is_none());
     if manual.is_some_and(|request| request.candidate.as_ref() == Some(&s.me.name)) {
@@ -311,6 +312,11 @@ fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
     let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
     // The timelines of a standby cluster are made elsewhere.
     view.settings.standby_cluster.is_none() && timeline.unwrap_or_default() < known.unwrap_or_default()
+}
+
+fn left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> String {
+    let (own, known) = (timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
+    format!("this node is on timeline {own}, the cluster is on {known}")
 }
 
 /// Whether a member that answered so may take the leader key.

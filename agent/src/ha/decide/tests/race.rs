@@ -81,6 +81,14 @@ fn who_missed_a_promotion_neither_races_nor_counts() {
     assert_eq!(behind.action, Action::Abstain);
     assert!(behind.reason.contains("timeline 1, the cluster is on 2"), "{}", behind.reason);
 
+    // In a pause a primary is left running beside the one that was promoted: its key is not its own again.
+    let mut paused = second(world().leaderless());
+    paused.view().settings.pause = true;
+    paused.pg = primary(1000);
+    let decision = paused.decide();
+    assert!(!matches!(decision.action, Action::Acquire(_)), "{decision:?}");
+    assert!(decision.reason.contains("timeline 1, the cluster is on 2"), "{}", decision.reason);
+
     let mut ahead = second(world().leaderless());
     let PgStatus::Running(running) = &mut ahead.pg else { panic!() };
     (running.timeline, running.lsn) = (Some(TimelineId(2)), Lsn(1000));
