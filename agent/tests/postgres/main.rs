@@ -2,227 +2,22 @@
 //!
 //! PostgreSQL refuses to run as root, so a test that finds itself root runs itself again as the user `postgres`.
 
+mod nodes;
+mod timelines;
+
 use std::fs;
-use std::future::Future;
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use trunkline_agent::lab::Tools;
 use trunkline_agent::postgres::{
-    CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, Running, SlotKind, SlotPlan,
-    StartAs, StopMode, Upstream, WantedSlot,
+    CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, SlotKind, SlotPlan, StartAs,
+    StopMode, Upstream, WantedSlot,
 };
-use trunkline_common::{Clock as _, Lsn, MemberName, SystemClock, TimelineId};
-use trunkline_config::postgres::Credentials;
-use trunkline_config::{PostgresConfig, Secret};
+use trunkline_common::{Clock as _, Lsn, SystemClock, TimelineId};
+use trunkline_config::PostgresConfig;
 
-const LIMIT: Duration = Duration::from_secs(60);
-const HBA: [&str; 2] = ["host all all 127.0.0.1/32 scram-sha-256", "host replication all 127.0.0.1/32 scram-sha-256"];
-
-/// Runs a test as a user that may run PostgreSQL.
-fn as_postgres<F: Future<Output = ()>>(test: &str, body: impl FnOnce() -> F) {
-    if rustix::process::geteuid().is_root() {
-        let passwd = fs::read_to_string("/etc/passwd").expect("passwd");
-        let line = passwd.lines().find(|line| line.starts_with("postgres:")).expect("a user postgres");
-        let id = |at: usize| line.split(':').nth(at).and_then(|id| id.parse().ok()).expect("uid and gid");
-        // A copy, because what lies below /root is out of that user's reach.
-        let place = tempfile::Builder::new().prefix("trunkline-test-").tempdir().expect("temp dir");
-        let program = place.path().join("postgres-tests");
-        fs::copy(std::env::current_exe().expect("own path"), &program).expect("a copy of the tests");
-        fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).expect("permissions");
-        let mut command = std::process::Command::new(&program);
-        command.args(["--exact", test, "--nocapture"]).current_dir("/tmp").env("HOME", "/tmp");
-        let status = command.uid(id(2)).gid(id(3)).status().expect("as postgres");
-        assert!(status.success(), "failed as user postgres: {status}");
-        return;
-    }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
-    runtime.block_on(body());
-}
-
-/// A node of a test: its server is killed and its files are removed at the end, however the test ends.
-struct Node {
-    pg: Instance,
-    name: &'static str,
-    dir: PathBuf,
-    port: u16,
-}
-
-/// The directory of a test's nodes.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::Builder::new().prefix("trunkline-pg-").tempdir().expect("temp dir"))
-    }
-
-    fn node(&self, name: &'static str) -> Node {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-        let dir = self.0.path().join(name);
-        let pg = Instance::new(config(&dir, port), "demo", name.into(), SystemClock).expect("instance");
-        Node { pg, name, dir, port }
-    }
-
-    /// A running primary with users.
-    async fn primary(&self, name: &'static str) -> Node {
-        let node = self.node(name);
-        let options =
-            vec!["--encoding=UTF8".into(), "--locale=C".into(), "--no-sync".into(), "--data-checksums".into()];
-        node.pg.initdb(options, HBA.map(str::to_owned).into()).await.expect("initdb");
-        node.pg.start(StartAs::Primary, LIMIT).await.expect("start");
-        node.pg.create_users(None).await.expect("users");
-        node
-    }
-
-    /// A standby streaming from `source`.
-    async fn standby(&self, name: &'static str, source: &Node) -> Node {
-        let node = self.node(name);
-        node.pg.clone_from(source.upstream()).await.expect("clone");
-        node.pg.start(StartAs::Standby(Some(source.upstream())), LIMIT).await.expect("start");
-        source.until("streams", |running| running.replication.iter().any(|s| s.application_name == name)).await;
-        node
-    }
-}
-
-impl Node {
-    fn upstream(&self) -> Upstream {
-        Upstream { name: self.name.into(), host: "127.0.0.1".into(), port: self.port, slot: None }
-    }
-
-    async fn running(&self) -> Running {
-        match self.pg.observe(Duration::from_secs(5)).await {
-            PgStatus::Running(running) => running,
-            status => panic!("{} is {status:?}", self.name),
-        }
-    }
-
-    async fn until(&self, what: &str, check: impl Fn(&Running) -> bool) -> Running {
-        let deadline = SystemClock.now() + LIMIT;
-        loop {
-            let status = self.pg.observe(Duration::from_secs(5)).await;
-            match status {
-                PgStatus::Running(running) if check(&running) => return running,
-                status if SystemClock.now() > deadline => panic!("{}: not '{what}': {status:?}", self.name),
-                _ => tokio::time::sleep(Duration::from_millis(5)).await,
-            }
-        }
-    }
-
-    async fn sql(&self, text: &str) -> Result<(), String> {
-        let conninfo =
-            format!("host=127.0.0.1 port={} user=postgres password=postgres-pass dbname=postgres", self.port);
-        let (client, connection) =
-            tokio_postgres::connect(&conninfo, tokio_postgres::NoTls).await.map_err(|error| format!("{error:?}"))?;
-        let driver = tokio::spawn(connection);
-        let result = client.batch_execute(text).await.map_err(|error| format!("{error:?}"));
-        drop(client);
-        let _ = driver.await;
-        result
-    }
-
-    fn pid(&self) -> i32 {
-        let text = fs::read_to_string(self.dir.join("postmaster.pid")).expect("postmaster.pid");
-        text.lines().next().and_then(|line| line.parse().ok()).expect("a pid")
-    }
-
-    /// Processes with the data directory as their working directory.
-    fn processes(&self) -> Vec<String> {
-        let links = fs::read_dir("/proc").expect("/proc").flatten();
-        let here = |path: &Path| fs::read_link(path.join("cwd")).is_ok_and(|cwd| cwd == self.dir);
-        links.map(|e| e.path()).filter(|path| here(path)).map(|path| path.display().to_string()).collect()
-    }
-
-    fn restart_handle(&self) -> Instance {
-        Instance::new(self.pg.config(), "demo", MemberName::from(self.name), SystemClock).expect("a second instance")
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let pid_file = fs::read_to_string(self.dir.join("postmaster.pid")).unwrap_or_default();
-        let Some(pid) = pid_file.lines().next().and_then(|line| line.parse().ok()) else { return };
-        let Some(pid) = rustix::process::Pid::from_raw(pid) else { return };
-        // Quits even where a test stopped it.
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::QUIT);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::CONT);
-        for _ in 0..500 {
-            if self.processes().is_empty() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    }
-}
-
-/// The PostgreSQL that all tests run with.
-fn tools() -> Tools {
-    Tools::find().expect("PostgreSQL and etcd")
-}
-
-fn config(data_dir: &Path, port: u16) -> PostgresConfig {
-    let user = |name: &str| Credentials {
-        username: name.to_owned(),
-        password: Some(Secret::new(format!("{name}-pass"))),
-        ..Credentials::default()
-    };
-    let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-    PostgresConfig {
-        listen_addresses: "127.0.0.1".into(),
-        port,
-        connect_address: format!("127.0.0.1:{port}"),
-        proxy_address: None,
-        data_dir: data_dir.to_owned(),
-        config_dir: data_dir.to_owned(),
-        bin_dir: Some(tools().postgres_bin),
-        bin_name: Default::default(),
-        pgpass: data_dir.with_extension("pgpass"),
-        database: "postgres".into(),
-        superuser: user("postgres"),
-        replication: user("replicator"),
-        rewind: user("rewinder"),
-        parameters: map(&[
-            ("unix_socket_directories", "/tmp"),
-            ("fsync", "off"),
-            ("shared_buffers", "16MB"),
-            ("logging_collector", "on"),
-        ]),
-        protected: map(&[
-            ("wal_level", "hot_standby"),
-            ("hot_standby", "on"),
-            ("max_connections", "50"),
-            ("max_wal_senders", "10"),
-            ("max_prepared_transactions", "0"),
-            ("max_locks_per_transaction", "64"),
-            ("max_replication_slots", "10"),
-            ("max_worker_processes", "8"),
-            ("wal_log_hints", "on"),
-            ("wal_keep_size", "128MB"),
-        ]),
-        parameters_by_role: Default::default(),
-        pg_hba: None,
-        pg_ident: None,
-        custom_conf: None,
-        recovery_conf: Default::default(),
-        use_slots: true,
-        use_pg_rewind: true,
-        remove_data_directory_on_rewind_failure: false,
-        remove_data_directory_on_diverged_timelines: false,
-        basebackup: vec!["--no-sync".into()],
-        rewind_options: vec!["--no-sync".into()],
-        create_replica_methods: vec!["basebackup".into()],
-        callbacks: Default::default(),
-        pre_promote: None,
-        before_stop: None,
-        pg_ctl_timeout: LIMIT,
-        use_unix_socket: false,
-        use_unix_socket_repl: false,
-        raw: Default::default(),
-    }
-}
+use crate::nodes::{LIMIT, Node, Place, as_postgres, tools};
 
 #[test]
 fn a_new_cluster_has_its_users_and_is_observed() {
@@ -285,7 +80,7 @@ fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
         println!("stop: {:?}", SystemClock.now().since(begun));
 
         let begun = SystemClock.now();
-        let timeline = b.pg.promote(LIMIT).await.expect("promote");
+        let timeline = b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
         let took = SystemClock.now().since(begun);
         b.sql("INSERT INTO t VALUES (2)").await.expect("writes are accepted when promote returns");
         println!("promote: {took:?}");
@@ -310,92 +105,6 @@ fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
         assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
         a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("rejoin");
         b.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
-    });
-}
-
-/// Two promotions from the same timeline have the same number: neither history files nor pg_rewind see a difference.
-#[test]
-fn a_timeline_that_was_begun_twice_is_noticed() {
-    as_postgres("a_timeline_that_was_begun_twice_is_noticed", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let (b, c, d) = (place.standby("b", &a).await, place.standby("c", &a).await, place.standby("d", &a).await);
-        for node in [&b, &c, &d] {
-            assert_eq!(node.pg.promote(LIMIT).await, Ok(TimelineId(2)));
-        }
-        c.pg.checkpoint(LIMIT).await.expect("checkpoint");
-        c.pg.fence(Duration::from_secs(5)).await.expect("fence");
-        let verdict = c.pg.diverged(b.upstream()).await;
-        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
-        // Also where it has come up as a standby of nobody, to be compared with the others.
-        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
-        c.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
-        let verdict = c.pg.diverged(b.upstream()).await;
-        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
-
-        // It may have had no checkpoint on its new timeline: then pg_rewind is asked, which recovers it and leaves it at that.
-        d.pg.fence(Duration::from_secs(5)).await.expect("fence");
-        if matches!(d.pg.diverged(b.upstream()).await, Divergence::Rewind(_)) {
-            d.pg.rewind(b.upstream()).await.expect("nothing to do");
-        }
-        let verdict = d.pg.diverged(b.upstream()).await;
-        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
-
-        // What was copied while its primary was down is the same.
-        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        let e = place.node("e");
-        let (from, to) = (b.pg.config().data_dir, e.pg.config().data_dir);
-        fs::create_dir_all(to.parent().expect("a parent")).expect("directory");
-        assert!(std::process::Command::new("cp").arg("-a").args([&from, &to]).status().expect("cp").success());
-        b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
-        b.sql("CREATE TABLE later (i int)").await.expect("writes");
-        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
-        e.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
-        b.until("e streams", |running| running.replication.iter().any(|s| s.application_name == "e")).await;
-        e.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
-        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
-    });
-}
-
-#[test]
-fn a_diverged_primary_is_rewound() {
-    as_postgres("a_diverged_primary_is_rewound", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        a.sql("CREATE TABLE t (i int)").await.expect("table");
-        let b = place.standby("b", &a).await;
-        b.pg.promote(LIMIT).await.expect("promote");
-        a.sql("INSERT INTO t SELECT generate_series(1, 1000)").await.expect("writes nobody will see");
-        b.sql("INSERT INTO t VALUES (-1)").await.expect("writes that stay");
-        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Unknown(_)), "a running primary");
-
-        // Crashed, so pg_rewind has to recover it first.
-        a.pg.fence(Duration::from_secs(5)).await.expect("fence");
-        let verdict = a.pg.diverged(b.upstream()).await;
-        assert!(matches!(verdict, Divergence::Rewind(_)), "{verdict:?}");
-        a.pg.rewind(b.upstream()).await.expect("rewind");
-        assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
-        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
-        let lsn = b.running().await.lsn;
-        a.until("has the new leader's history", |r| r.replay_lsn >= Some(lsn) && r.timeline == Some(TimelineId(2)))
-            .await;
-        a.sql("DO $$ BEGIN ASSERT (SELECT array_agg(i) FROM t) = '{-1}'; END $$")
-            .await
-            .expect("the new leader's rows only");
-
-        // A clean shutdown behind everybody's back diverges just as well.
-        a.pg.promote(LIMIT).await.expect("promote");
-        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
-
-        // As an agent leaves it that dies while pg_rewind is at work.
-        assert!(!a.pg.half_rewound());
-        fs::write(a.pg.config().data_dir.with_file_name("a.rewinding"), "").expect("mark");
-        assert!(a.pg.half_rewound());
-        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect_err("neither old nor new");
-        a.pg.clone_from(b.upstream()).await.expect("clone");
-        assert!(!a.pg.half_rewound());
-        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
     });
 }
 
@@ -499,7 +208,7 @@ fn synchronous_standby_names_are_in_force_when_set_returns() {
         // Set on a standby, it is what the promoted server begins with.
         let b = place.standby("b", &a).await;
         b.pg.set_synchronous_standby_names("ANY 1 (c)".into()).await.expect("set on a standby");
-        b.pg.promote(LIMIT).await.expect("promote");
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
         assert_eq!(b.running().await.synchronous_standby_names, "ANY 1 (c)");
         let write = b.sql("INSERT INTO t VALUES (3)");
         assert!(tokio::time::timeout(Duration::from_millis(200), write).await.is_err(), "a commit did not wait");

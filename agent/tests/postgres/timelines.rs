@@ -1,0 +1,151 @@
+//! Promotions that begin timelines, and servers whose histories have parted.
+
+use std::fs;
+use std::time::Duration;
+
+use trunkline_agent::postgres::{Divergence, Postgres as _, StartAs, StopMode};
+use trunkline_common::TimelineId;
+
+use crate::nodes::{LIMIT, Place, as_postgres};
+
+/// Two promotions from the same timeline have the same number: neither history files nor pg_rewind see a difference.
+#[test]
+fn a_timeline_that_was_begun_twice_is_noticed() {
+    as_postgres("timelines::a_timeline_that_was_begun_twice_is_noticed", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let (b, c, d) = (place.standby("b", &a).await, place.standby("c", &a).await, place.standby("d", &a).await);
+        for node in [&b, &c, &d] {
+            assert_eq!(node.pg.promote(LIMIT, Vec::new()).await, Ok(TimelineId(2)));
+        }
+        c.pg.checkpoint(LIMIT).await.expect("checkpoint");
+        c.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        let verdict = c.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+        // Also where it has come up as a standby of nobody, to be compared with the others.
+        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        c.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
+        let verdict = c.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+
+        // It may have had no checkpoint on its new timeline: then pg_rewind is asked, which recovers it and leaves it at that.
+        d.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        if matches!(d.pg.diverged(b.upstream()).await, Divergence::Rewind(_)) {
+            d.pg.rewind(b.upstream()).await.expect("nothing to do");
+        }
+        let verdict = d.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Twice(_)), "{verdict:?}");
+
+        // What was copied while its primary was down is the same.
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        let e = place.node("e");
+        let (from, to) = (b.pg.config().data_dir, e.pg.config().data_dir);
+        fs::create_dir_all(to.parent().expect("a parent")).expect("directory");
+        assert!(std::process::Command::new("cp").arg("-a").args([&from, &to]).status().expect("cp").success());
+        b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        b.sql("CREATE TABLE later (i int)").await.expect("writes");
+        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
+        e.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        b.until("e streams", |running| running.replication.iter().any(|s| s.application_name == "e")).await;
+        e.until("knows its timeline", |running| running.timeline == Some(TimelineId(2))).await;
+        assert_eq!(e.pg.diverged(b.upstream()).await, Divergence::None);
+    });
+}
+
+/// A leader that promised itself a timeline and is gone has perhaps begun it.
+#[test]
+fn a_number_that_may_be_taken_is_left_out() {
+    as_postgres("timelines::a_number_that_may_be_taken_is_left_out", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let (b, c, d) = (place.standby("b", &a).await, place.standby("c", &a).await, place.standby("d", &a).await);
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let lsn = a.running().await.lsn;
+        for node in [&b, &c, &d] {
+            node.until("has the table", |running| running.replay_lsn >= Some(lsn)).await;
+        }
+        a.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        // Both at the same position: as alike as two promotions can be.
+        assert_eq!(c.pg.promote(LIMIT, Vec::new()).await, Ok(TimelineId(2)));
+        c.sql("INSERT INTO t VALUES (2)").await.expect("insert");
+        c.sql("SELECT pg_create_physical_replication_slot('s', true)").await.expect("slot");
+        c.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        assert_eq!(b.pg.promote(LIMIT, vec![TimelineId(2), TimelineId(3)]).await, Ok(TimelineId(4)));
+        b.sql("INSERT INTO t VALUES (4)").await.expect("insert");
+        b.pg.checkpoint(LIMIT).await.expect("checkpoint");
+        let (history, _) = b.pg.history(TimelineId(4)).await.expect("history");
+        assert_eq!(history.0.iter().map(|switch| switch.timeline).collect::<Vec<_>>(), [TimelineId(1)], "and no other");
+        let of_the_archive = |number: u32| b.dir.join(format!("pg_wal/archive_status/{number:08X}.history.ready"));
+        assert!([2, 3].iter().all(|number| of_the_archive(*number).exists()), "it is looked through number by number");
+
+        // One on the old timeline goes over to the new one, past the numbers in between.
+        d.pg.follow(Some(b.upstream())).await.expect("follow");
+        let lsn = b.running().await.lsn;
+        let seen = d.until("has the insert", |running| running.replay_lsn >= Some(lsn)).await;
+        assert_eq!(seen.timeline, Some(TimelineId(4)));
+
+        // The other one is told from it, and rewound to where both are the same.
+        let verdict = c.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Rewind(_)), "{verdict:?}");
+        c.pg.rewind(b.upstream()).await.expect("rewind");
+        assert_eq!(c.pg.diverged(b.upstream()).await, Divergence::None);
+        c.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        let lsn = b.running().await.lsn;
+        c.until("has the new leader's rows", |running| running.replay_lsn >= Some(lsn)).await;
+        let rows = "DO $$ BEGIN ASSERT (SELECT array_agg(i) FROM t) = '{4}'; END $$";
+        c.sql(rows).await.expect("the new leader's rows only");
+        let slots = "DO $$ BEGIN ASSERT NOT EXISTS (SELECT FROM pg_replication_slots); END $$";
+        c.sql(slots).await.expect("pg_rewind leaves no slot");
+
+        // And it goes on from there, also from one that has only heard of the numbers.
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        assert_eq!(d.pg.promote(LIMIT, Vec::new()).await, Ok(TimelineId(5)));
+        c.pg.follow(Some(d.upstream())).await.expect("follow");
+        d.until("c streams", |running| running.replication.iter().any(|s| s.application_name == "c")).await;
+        a.pg.rewind(d.upstream()).await.expect("it crashed as a primary");
+        a.pg.start(StartAs::Standby(Some(d.upstream())), LIMIT).await.expect("start");
+        d.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
+    });
+}
+
+#[test]
+fn a_diverged_primary_is_rewound() {
+    as_postgres("timelines::a_diverged_primary_is_rewound", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let b = place.standby("b", &a).await;
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+        a.sql("INSERT INTO t SELECT generate_series(1, 1000)").await.expect("writes nobody will see");
+        b.sql("INSERT INTO t VALUES (-1)").await.expect("writes that stay");
+        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Unknown(_)), "a running primary");
+
+        // Crashed, so pg_rewind has to recover it first.
+        a.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        let verdict = a.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Rewind(_)), "{verdict:?}");
+        a.pg.rewind(b.upstream()).await.expect("rewind");
+        assert_eq!(a.pg.diverged(b.upstream()).await, Divergence::None);
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        let lsn = b.running().await.lsn;
+        a.until("has the new leader's history", |r| r.replay_lsn >= Some(lsn) && r.timeline == Some(TimelineId(2)))
+            .await;
+        a.sql("DO $$ BEGIN ASSERT (SELECT array_agg(i) FROM t) = '{-1}'; END $$")
+            .await
+            .expect("the new leader's rows only");
+
+        // A clean shutdown behind everybody's back diverges just as well.
+        a.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
+
+        // As an agent leaves it that dies while pg_rewind is at work.
+        assert!(!a.pg.half_rewound());
+        fs::write(a.pg.config().data_dir.with_file_name("a.rewinding"), "").expect("mark");
+        assert!(a.pg.half_rewound());
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect_err("neither old nor new");
+        a.pg.clone_from(b.upstream()).await.expect("clone");
+        assert!(!a.pg.half_rewound());
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+    });
+}
