@@ -41,6 +41,13 @@ pub struct ClusterView {
     pub history: Vec<HistoryLine>,
     /// Whether there is a `history` key: an empty one says "timeline 1", an absent one says nothing.
     pub has_history: bool,
+    /// Its revision; what a compare-and-set has to name.
+    pub history_revision: Revision,
+    /// The `timeline` key (ours): the highest number with which somebody may have begun a timeline, whether or not it has
+    /// lived to write the history; 0 where there is no key.
+    pub claimed: TimelineId,
+    /// Its revision; what a compare-and-set has to name.
+    pub claimed_revision: Revision,
     /// The `failsafe` key: members that must answer for a leader to survive the loss of the DCS.
     pub failsafe: Option<BTreeMap<MemberName, String>>,
     /// Its revision; what a compare-and-set has to name.

@@ -9,15 +9,15 @@ use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, LeaderKey, SyncState};
 use trunkline_common::dcs::store::{Alongside, Outcome, Seen, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError};
-use trunkline_common::{Clock, MemberName, Revision};
+use trunkline_common::{Clock, ClusterView, MemberName, Revision, TimelineId};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode, step_down_margin};
 use super::situation::DivergenceState;
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, StandbyNames, TaskKind};
-use super::{Ha, Next, sync};
+use super::{Ha, Next, sync, timelines};
 use crate::peer::Peers;
-use crate::postgres::{CustomBootstrap, PgRole, PgStatus, Postgres, StartAs};
+use crate::postgres::{CustomBootstrap, PgRole, PgStatus, Postgres, Running, StartAs};
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn act(&mut self, decision: Decision) -> Next {
@@ -115,7 +115,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         // Whoever leads first after the DCS was lost, or in it for the first time, says which cluster it is.
         let system = running.system_id;
         let initialize = (view.initialize != Initialize::Done(system)).then_some(system);
-        let also = Alongside { sync: write.clone(), initialize };
+        let claims = timelines::claim(&view, running);
+        let also = Alongside { sync: write.clone(), initialize, claims };
         let acquired = self.parts.store.acquire_leader(&self.me.name, lease.id, seen, also).await;
         match acquired {
             Ok(Outcome::Done(revision)) => {
@@ -148,6 +149,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     view.initialize = Initialize::Done(system);
                     view.initialize_revision = revision;
                 }
+                view.claimed = claims.unwrap_or(view.claimed);
                 if let Some(write) = write {
                     view.sync = written(&self.me.name, &write, revision);
                     self.memory.sync_settled = true;
@@ -287,10 +289,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
             }
         }
+        let Some(claimed) = self.claim(&view, &running).await else { return Next::Wait };
         let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
         let hands = self.hands();
-        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names));
+        let left_out = timelines::left_out(claimed, running.timeline);
+        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out));
         Next::Wait
+    }
+
+    /// The number of the timeline that is begun now. A leader that has come back as a standby, or was one in a standby
+    /// cluster, has claimed none with its key. `None`: it could not be claimed.
+    async fn claim(&mut self, view: &ClusterView, running: &Running) -> Option<TimelineId> {
+        let number = timelines::claim(view, running).filter(|_| Some(view.claimed) <= running.timeline);
+        let Some(number) = number else { return Some(view.claimed) };
+        let lease = self.lease.session().lease?.id;
+        match self.parts.store.put_claim(&self.me.name, lease, number, view.claimed_revision).await {
+            Ok(Outcome::Done(_)) => return Some(number),
+            Ok(Outcome::Conflict) => info!("the timeline key has changed; not promoting on an old one"),
+            Err(error) => warn!("the timeline key could not be written; not promoting: {error}"),
+        }
+        None
     }
 
     async fn bootstrap(&mut self) -> Next {

@@ -3,6 +3,7 @@
 //! The rules are Patroni's (ha-loop §8), so that mixed clusters elect the same node. Positions are compared as bytes of
 //! WAL received or replayed; a member that can't be asked doesn't count, whatever the DCS says of it.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use trunkline_common::cluster::Initialize;
@@ -53,15 +54,14 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
     if s.me.failover_priority() <= 0 {
         return Verdict::Yield("following a different leader because I am not allowed to promote".to_owned());
     }
-    // Not by an operator's word either: its timeline's number would be taken, and two histories with one number can't be told
-    // apart.
-    if is_left_behind(running.timeline, view) {
-        return Verdict::Yield(left_behind(running.timeline, view));
-    }
     let manual = view.failover.as_ref().filter(|request| request.leader.is_none());
     if manual.is_some_and(|request| request.candidate.as_ref() == Some(&s.me.name)) {
-        // An operator's word, also for a node outside the synchronous set: that is what `failover` is for.
+        // An operator's word, also for a node outside the synchronous set or on an older timeline: that is what `failover`
+        // is for.
         return Verdict::Race("a failover to this node was requested".to_owned());
+    }
+    if is_left_behind(running.timeline, view) {
+        return Verdict::Yield(left_behind(running.timeline, view));
     }
     let quorum = settings.synchronous_mode == SynchronousMode::Quorum;
     let synchronous = settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active();
@@ -154,6 +154,9 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
     };
     let quorum_mode = synchronous && by_votes(view);
     let (own, priority) = (s.lsn(), s.me.failover_priority());
+    // Whoever is as far as this node gets as many as it would; only the former leader needs none.
+    let (confirming, needed) = votes(s, view, peers);
+    let gets_votes = confirming >= needed;
     for name in electorate.keys().filter(|name| counts(name)) {
         let Some(peer) = answer(peers, name) else { continue };
         if !peer.in_recovery {
@@ -161,6 +164,18 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
         }
         if !can_lead(peer, view) {
             continue;
+        }
+        match timelines(peer, s) {
+            Ordering::Less => continue,
+            Ordering::Equal => {}
+            // It would not lead either.
+            Ordering::Greater if peer.lsn.lag_behind(view.status.optime) > view.settings.maximum_lag_on_failover => {
+                continue;
+            }
+            Ordering::Greater => {
+                let [theirs, ours] = [peer.timeline, s.timeline()].map(Option::unwrap_or_default);
+                return Verdict::Yield(format!("{name} is on timeline {theirs}, this node on {ours}"));
+            }
         }
         let former_leader = synchronous && view.sync.leader.as_ref() == Some(name);
         if peer.lsn > own && !former_leader {
@@ -172,7 +187,7 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
         if peer.lsn == own
             && peer.failover_priority > priority
             && !former_leader
-            && (!quorum_mode || view.sync.lists(name))
+            && (!quorum_mode || view.sync.lists(name) && gets_votes)
         {
             return Verdict::Yield(format!(
                 "{name} has equally tolerable WAL position and priority {}, while this node has priority {priority}",
@@ -206,16 +221,24 @@ fn with_votes(s: &Situation, view: &ClusterView, verdict: Verdict) -> Verdict {
 
 /// The vote of quorum commit: a node that is not certain to have every commit needs others that are not ahead of it.
 fn quorum(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> Verdict {
-    let own = s.lsn();
-    let voters = peers.iter().filter(|(name, _)| view.sync.includes(name));
-    let confirming =
-        voters.filter(|(_, status)| status.as_ref().is_some_and(|peer| peer.lsn.is_valid() && peer.lsn <= own)).count();
-    let needed = view.sync.quorum as usize + usize::from(!view.sync.includes(&s.me.name));
+    let (own, (confirming, needed)) = (s.lsn(), votes(s, view, peers));
     if confirming >= needed || view.sync.leader.as_ref() == Some(&s.me.name) {
         Verdict::Race(format!("at {own}; {confirming} of {needed} votes needed"))
     } else {
         Verdict::Yield(format!("at {own}; only {confirming} of {needed} votes needed"))
     }
+}
+
+/// How many confirm that they are not ahead of this node, and how many it takes.
+fn votes(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> (usize, usize) {
+    let not_ahead = |peer: &PeerStatus| match timelines(peer, s) {
+        Ordering::Less => true,
+        Ordering::Equal => peer.lsn <= s.lsn(),
+        Ordering::Greater => false,
+    };
+    let voters = peers.iter().filter(|(name, _)| view.sync.includes(name)).filter_map(|(_, status)| status.as_ref());
+    let confirming = voters.filter(|peer| peer.lsn.is_valid() && not_ahead(peer)).count();
+    (confirming, view.sync.quorum as usize + usize::from(!view.sync.includes(&s.me.name)))
 }
 
 /// Whether somebody could take over from a leader that runs or ran here (ha-loop §8.4).
@@ -306,8 +329,7 @@ fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatu
 }
 
 /// Whether a node on `timeline` has missed a promotion that the cluster knows of. Also without `check_timeline`, where
-/// Patroni promotes such a node: PostgreSQL would give its new timeline a number that is taken, and nobody could tell the
-/// two histories apart any more.
+/// Patroni promotes such a node: what was written since would be lost without anybody's word.
 fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
     let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
     // The timelines of a standby cluster are made elsewhere.
@@ -317,6 +339,13 @@ fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
 fn left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> String {
     let (own, known) = (timeline.unwrap_or_default(), view.timeline().unwrap_or_default());
     format!("this node is on timeline {own}, the cluster is on {known}")
+}
+
+/// Whose WAL counts whatever the positions say: who is on a later timeline has followed a promotion that the other has
+/// missed, also where nobody has lived to write it into the `history` key, and what the other has written since belongs to
+/// nobody.
+fn timelines(peer: &PeerStatus, s: &Situation) -> Ordering {
+    peer.timeline.zip(s.timeline()).map_or(Ordering::Equal, |(theirs, ours)| theirs.cmp(&ours))
 }
 
 /// Whether a member that answered so may take the leader key.

@@ -79,7 +79,8 @@ impl Session {
     /// Nothing is left that could write.
     fn clear(&mut self) {
         self.leading = false;
-        self.serving = self.serving.map(|_| false);
+        // An agent that has just started and leaves at once also leaves the leader's address.
+        self.serving = Some(false);
         self.bootstrapping = false;
         self.failsafe = None;
         self.deadline = None;

@@ -15,6 +15,7 @@ pub mod situation;
 pub mod slots;
 pub mod sync;
 pub mod task;
+pub mod timelines;
 
 mod act;
 mod commands;

@@ -10,8 +10,9 @@ use trunkline_config::tags;
 use super::situation::{Me, Memory};
 use super::slots;
 use super::task::TaskKind;
+use super::timelines;
 use crate::node::PATRONI_VERSION;
-use crate::postgres::{ControlState, PgRole, PgStatus, WantedSlot};
+use crate::postgres::{ControlState, PgRole, PgStatus, WalSender, WantedSlot};
 
 /// Patroni's state text (dcs-layout §4.1).
 pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, paused: bool) -> &'static str {
@@ -22,10 +23,9 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",
         Some(TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster) => return "stopping",
-        Some(
-            TaskKind::Prepare | TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Rewind | TaskKind::Discard,
-        )
-        | None => {}
+        // Stopped for it, for as long as it takes: nobody may wait for WAL from here.
+        Some(TaskKind::Rewind) => return "stopped",
+        Some(TaskKind::Prepare | TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Discard) | None => {}
     }
     match pg {
         PgStatus::Running(_) => "running",
@@ -130,6 +130,14 @@ pub fn history(
         }
     };
     let mut lines: Vec<HistoryLine> = local.0.iter().enumerate().map(line).collect();
+    // Numbers that were left out: whoever reads this, Patroni too, takes the timeline after the last line for the cluster's.
+    if let Some(last) = lines.last().cloned() {
+        let reason = "number left out".to_owned();
+        let numbers = (last.timeline.0 + 1..timeline.0).rev().take(timelines::LEFT_OUT_MAX).collect::<Vec<_>>();
+        let left_out =
+            |number: u32| HistoryLine { timeline: TimelineId(number), reason: reason.clone(), ..last.clone() };
+        lines.extend(numbers.into_iter().rev().map(left_out));
+    }
     let keep = view.settings.max_timelines_history;
     if keep > 0 && lines.len() > keep {
         lines.drain(..lines.len() - keep);
@@ -137,7 +145,8 @@ pub fn history(
     Some(lines)
 }
 
-/// The `status` key of a running primary: its position, and that of the slots that it keeps (`kept`).
+/// The `status` key of a running primary: its position, and that of the slots that it keeps (`kept`). `seen`: those of
+/// members.
 pub fn status(
     view: &ClusterView,
     me: &Me,
@@ -153,9 +162,20 @@ pub fn status(
     let for_members = !view.settings.member_slots_ttl.is_zero();
     let permanent: BTreeSet<&String> = slots::permanent(view).map(|(slot, _)| slot).collect();
     let own = me.name.slot_name();
-    let reported = |slot: &String| kept.contains_key(slot) && (for_members || permanent.contains(slot));
-    let mut positions: BTreeMap<String, Lsn> =
-        running.slots.iter().filter(|(slot, _)| reported(slot)).map(|(slot, lsn)| (slot.clone(), *lsn)).collect();
+    let streamed = |slot: &str| {
+        let by = |sender: &&WalSender| MemberName::from(sender.application_name.as_str()).slot_name() == slot;
+        running.replication.iter().filter(by).filter_map(|sender| sender.flush_lsn).max()
+    };
+    let position = |(slot, wanted): (&String, &WantedSlot)| {
+        let at = running.slots.get(slot).copied();
+        let position = match seen.contains_key(slot) {
+            true => slots::published(view, slot, at, wanted.position.max(streamed(slot))),
+            false => at,
+        };
+        Some((slot.clone(), position?))
+    };
+    let reported = kept.iter().filter(|(slot, _)| for_members || permanent.contains(slot));
+    let mut positions: BTreeMap<String, Lsn> = reported.filter_map(position).collect();
     if for_members || permanent.contains(&own) {
         positions.insert(own, optime);
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use trunkline_common::cluster::LeaderKey;
-use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId};
+use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 use trunkline_config::tags;
 
 use crate::peer::PeerStatus;
@@ -273,6 +273,11 @@ impl Situation<'_> {
     /// Own WAL position; 0 where it is not known.
     pub fn lsn(&self) -> Lsn {
         self.running().map_or(Lsn::INVALID, |running| running.lsn)
+    }
+
+    /// The timeline of a running server, where it is known.
+    pub fn timeline(&self) -> Option<TimelineId> {
+        self.running()?.timeline
     }
 
     /// Identity of the local data.

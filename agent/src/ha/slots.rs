@@ -34,7 +34,7 @@ pub fn wanted(
     heard: &BTreeMap<MemberName, Lsn>,
 ) -> BTreeMap<String, WantedSlot> {
     let own = me.name.slot_name();
-    let known = |slot: &str| view.status.slots.as_ref().and_then(|slots| slots.get(slot)).copied();
+    let known = |slot: &str| known(view, slot);
     let mut wanted = of_members(view, me, part, heard);
     if !view.settings.member_slots_ttl.is_zero() {
         for slot in seen.keys().filter(|slot| **slot != own) {
@@ -94,11 +94,28 @@ fn of_members(
             return None;
         }
         let slot = name.slot_name();
-        let known = view.status.slots.as_ref().and_then(|slots| slots.get(&slot)).copied();
+        let known = known(view, &slot);
         let told = from.and_then(|_| heard.get(name).copied().max(member.xlog_location));
         Some((slot, WantedSlot { kind: SlotKind::Physical, position: known.max(told), in_use: Some(in_use) }))
     };
     view.members.iter().filter_map(slot).collect()
+}
+
+/// What the leader has published of a slot.
+fn known(view: &ClusterView, slot: &str) -> Option<Lsn> {
+    view.status.slots.as_ref().and_then(|slots| slots.get(slot)).copied()
+}
+
+/// What a leader publishes of a member's slot that is at `at` here, if it is there yet: other nodes remove WAL by it. A slot
+/// that was made here while its member was away begins where this node was then, perhaps past what the member still needs, so
+/// no more is published than what it is known to have: `told`, or what was published before.
+pub fn published(view: &ClusterView, slot: &str, at: Option<Lsn>, told: Option<Lsn>) -> Option<Lsn> {
+    let known = known(view, slot);
+    match (known.max(told), at) {
+        (Some(has), Some(at)) => Some(has.min(at)),
+        (None, at) => at,
+        (Some(_), None) => known,
+    }
 }
 
 /// Slots whose primary needs to keep old catalog rows for them are no use on a standby that does not say so
@@ -123,12 +140,15 @@ pub fn needs_feedback(view: &ClusterView, me: &Me) -> bool {
         && (holds_logical(&me.name, Some(me)) || below().any(|(name, _)| holds_logical(name, None)))
 }
 
-/// Notes which members' slots are in use now. What the leader retains is kept by whoever may be promoted, and by a leader
-/// that has just begun to look. Who is never promoted keeps what those need that stream from it: they come back to it.
+/// Notes which members' slots are in use now. What the leader retains is kept by whoever may be promoted, and by a node that
+/// has just begun to look. Who is never promoted keeps what those need that stream from it: they come back to it.
 pub fn note(seen: &mut Seen, view: &ClusterView, me: &Me, leads: bool, now: Instant) {
     let own_only = !leads && me.failover_priority() <= 0;
-    if !own_only && (!leads || seen.is_empty()) {
-        seen.extend(view.status.retain_slots.iter().flatten().map(|slot| (slot.clone(), now)));
+    if seen.is_empty() || !leads && !own_only {
+        // Of those that are here it is known where they stream from.
+        let here = |slot: &String| own_only && view.members.keys().any(|name| name.slot_name() == *slot);
+        let retained = view.status.retain_slots.iter().flatten().filter(|slot| !here(slot));
+        seen.extend(retained.map(|slot| (slot.clone(), now)));
     }
     let in_use = |(name, member): &(&MemberName, &Member)| {
         let from_here = || replicates_from(view, name, &member.tags).as_ref() == Some(&me.name);
@@ -262,7 +282,7 @@ mod tests {
         for (node, part, slots) in [
             ("a", Part::Leader, "b@10+ c+ d@50 f@50 gone?"),
             ("b", Part::Replica, "a c d@50 f@50 gone?"),
-            ("c", Part::Replica, "d@50+"),
+            ("c", Part::Replica, "d@50+ gone?"),
             ("d", Part::Replica, "a b@10 c f@50 gone?"),
             ("e", Part::Replica, "a b@10 c d@50 f@50+ gone?"),
         ] {
@@ -298,6 +318,23 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_published_than_a_member_is_known_to_have() {
+        let view = view(&json!({}));
+        for (slot, at, told, expected) in [
+            ("b", Some(50), None, Some(10)), // away, and made here too late for it
+            ("b", None, Some(40), Some(10)), // not made yet
+            ("b", Some(50), Some(40), Some(40)),
+            ("b", Some(5), Some(40), Some(5)),
+            ("b", Some(50), Some(7), Some(10)), // came back with less, but others may have removed that already
+            ("new", Some(50), None, Some(50)),
+            ("new", None, Some(40), None),
+        ] {
+            let position = published(&view, slot, at.map(Lsn), told.map(Lsn));
+            assert_eq!(position, expected.map(Lsn), "{slot} {at:?} {told:?}");
+        }
+    }
+
+    #[test]
     fn what_is_retained_is_remembered_by_a_leader_that_has_just_begun() {
         let view = view(&json!({ "slots": { "d": 0 } }));
         let (mut seen, me) = (Seen::new(), me("a", &json!({})));
@@ -316,7 +353,8 @@ mod tests {
         view.members.remove(&MemberName::from("b"));
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(60));
         let slots = wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new());
-        assert_eq!(slots.keys().collect::<Vec<_>>(), ["d"], "not of others, and not those that the leader retains");
+        let gone = "whoever was away when this agent began may have streamed from here";
+        assert_eq!(slots.keys().collect::<Vec<_>>(), ["d", "gone"], "not of others; {gone}");
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(1801));
         assert!(wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new()).is_empty());
     }

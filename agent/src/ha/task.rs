@@ -188,7 +188,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 }
             }
             Ok(Outcome::Conflict) => return Err("the right to bootstrap was lost meanwhile".to_owned()),
-            Err(error) => warn!("it is not known whether the bootstrap was recorded: {error}"),
+            Err(error) => {
+                warn!("it is not known whether the bootstrap was recorded: {error}");
+                // Renewed, it would keep the right to a bootstrap that nobody goes on with. The leader key, if there is
+                // one, bears our name, and moves to the next lease.
+                self.lease.abandon(lease.id);
+            }
         }
         self.postgres.callback("on_start", "primary");
         Ok(())
@@ -332,7 +337,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
 
     /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
     /// passed since it was decided.
-    pub async fn promote(self, names: String, current_names: String) -> TaskEnd {
+    pub async fn promote(self, names: String, current_names: String, left_out: Vec<TimelineId>) -> TaskEnd {
         if names != current_names
             && let Err(error) = self.postgres.set_synchronous_standby_names(names).await
         {
@@ -342,7 +347,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         if until.is_none_or(|until| until <= self.clock.now()) {
             return TaskEnd::Failed { why: "the leader key was lost before the promotion".to_owned(), damaged: false };
         }
-        match self.postgres.promote(START_LIMIT).await {
+        match self.postgres.promote(START_LIMIT, left_out).await {
             Ok(timeline) => {
                 self.postgres.callback("on_role_change", "primary");
                 TaskEnd::Promoted(timeline)

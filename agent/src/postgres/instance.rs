@@ -393,9 +393,9 @@ impl Postgres for Instance {
         self.kill_in_thread(super::process::fence_grace(limit), limit).await
     }
 
-    async fn promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
+    async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let began = self.inner.clock.now();
-        let promoted = self.run_promote(limit).await;
+        let promoted = self.run_promote(limit, left_out).await;
         if promoted.is_ok() {
             self.inner.took.lock().promotion = Some(self.inner.clock.now().since(began));
         }

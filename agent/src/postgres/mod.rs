@@ -444,8 +444,13 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Bounded by `limit`; does not touch the network.
     fn fence(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
 
-    /// Promotes a standby and returns as soon as it takes writes, with its new timeline.
-    fn promote(&self, limit: Duration) -> impl Future<Output = Result<TimelineId, PgError>> + Send;
+    /// Promotes a standby and returns as soon as it takes writes, with its new timeline: the first number that is free. Those
+    /// of `left_out` are not.
+    fn promote(
+        &self,
+        limit: Duration,
+        left_out: Vec<TimelineId>,
+    ) -> impl Future<Output = Result<TimelineId, PgError>> + Send;
 
     /// Makes a running standby follow `upstream` (reload; a restart where the version needs one).
     fn follow(&self, upstream: Option<Upstream>) -> impl Future<Output = Result<(), PgError>> + Send;

@@ -1,5 +1,9 @@
 //! Changing the role of a running server: promotion, and following another upstream.
 
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
@@ -14,7 +18,7 @@ use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream
 const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
 
 impl Instance {
-    pub(super) async fn run_promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
+    pub(super) async fn run_promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let until = self.inner.clock.now() + limit;
         let config = self.config_now();
         if let Some(command) = &config.pre_promote {
@@ -26,6 +30,10 @@ impl Instance {
         let Some(postmaster) = self.process().find() else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
         };
+        for timeline in left_out {
+            tracing::warn!("leaving out timeline {timeline}: another node may have begun one of that number");
+            leave_out(&config.data_dir, timeline)?;
+        }
         let mut changes = Changes::of(&config.data_dir);
         // What pg_ctl promote does; the name of the file is the same in every version.
         let signal = config.data_dir.join("promote");
@@ -104,4 +112,34 @@ impl Instance {
         }
         Ok(())
     }
+}
+
+/// Makes PostgreSQL take `timeline` for one that there is: at a promotion it takes the first number that has no history file,
+/// in the archive or here. This one names no parent, so nobody ever switches to it. Standbys and the archive get it as they
+/// get any other, because both look for the newest timeline number by number.
+///
+/// # Errors
+/// The file could not be written. Where there is one, that number is not free anyway.
+fn leave_out(data_dir: &Path, timeline: TimelineId) -> Result<(), PgError> {
+    let wal = data_dir.join("pg_wal");
+    let path = wal.join(format!("{:08X}.history", timeline.0));
+    if path.exists() {
+        return Ok(());
+    }
+    let write = || {
+        let temporary = wal.join(format!("{:08X}.history.tmp", timeline.0));
+        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        writeln!(file, "# number left out: another node may have begun a timeline with it")?;
+        file.sync_all()?;
+        // Not over one that has just been received.
+        let linked = fs::hard_link(&temporary, &path);
+        fs::remove_file(&temporary)?;
+        match linked {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => fs::File::open(&wal)?.sync_all()?,
+        }
+        let ready = wal.join("archive_status").join(format!("{:08X}.history.ready", timeline.0));
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(ready).map(drop)
+    };
+    write().map_err(|error: io::Error| files::unwritable(&path, &error))
 }

@@ -46,6 +46,11 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
                 let read = |value: &[u8]| history(value).map(|lines| (true, lines));
                 let kept = || (before.has_history, before.history.clone());
                 (view.has_history, view.history) = reader.read(entry, read, kept);
+                view.history_revision = entry.modified;
+            }
+            "timeline" => {
+                view.claimed = reader.read(entry, claimed, || before.claimed);
+                view.claimed_revision = entry.modified;
             }
             "status" => {
                 view.status = reader.read(entry, status, || before.status.clone());
@@ -427,6 +432,11 @@ fn history(value: &[u8]) -> Result<Vec<HistoryLine>, Malformed> {
         })
     };
     lines.iter().map(|l| line(l).ok_or_else(|| format!("'{}' is not a line of history", python_json(l)))).collect()
+}
+
+fn claimed(value: &[u8]) -> Result<TimelineId, Malformed> {
+    let number = std::str::from_utf8(value).ok().and_then(|text| text.trim().parse().ok());
+    number.map(TimelineId).ok_or_else(|| "it is not the number of a timeline".into())
 }
 
 fn failsafe(value: &[u8]) -> Result<BTreeMap<MemberName, String>, Malformed> {

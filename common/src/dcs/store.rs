@@ -13,7 +13,7 @@ use super::codec;
 use super::paths::Paths;
 use super::{Compare, Dcs, DcsError, KeyValue, Lease, Op, Txn, TxnResult};
 use crate::cluster::RouterRecord;
-use crate::{ClusterView, LeaseId, MemberName, Revision, SystemId};
+use crate::{ClusterView, LeaseId, MemberName, Revision, SystemId, TimelineId};
 
 /// The keys of one cluster.
 #[derive(Debug, Clone)]
@@ -68,6 +68,8 @@ pub struct Seen {
     pub config: Revision,
     /// The revision of `failover`: nobody leads by a request that was withdrawn.
     pub failover: Revision,
+    /// The revision of `timeline`: two that lead one after the other claim different numbers.
+    pub claimed: Revision,
 }
 
 impl Seen {
@@ -80,6 +82,7 @@ impl Seen {
             status: view.status_revision,
             config: view.config.as_ref().map_or(Revision(0), |config| config.revision),
             failover: view.failover_revision,
+            claimed: view.claimed_revision,
         }
     }
 
@@ -91,6 +94,7 @@ impl Seen {
             ("status", self.status),
             ("config", self.config),
             ("failover", self.failover),
+            ("timeline", self.claimed),
         ];
         keys.map(|(key, revision)| Compare::Modified(paths.key(key), revision)).into_iter()
     }
@@ -103,6 +107,8 @@ pub struct Alongside {
     pub sync: Option<SyncWrite>,
     /// Which cluster this is, where `initialize` does not say so yet.
     pub initialize: Option<SystemId>,
+    /// The number of the timeline that is begun next: nobody else begins one with it, whatever becomes of this leader.
+    pub claims: Option<TimelineId>,
 }
 
 impl<D: Dcs> ClusterStore<D> {
@@ -149,6 +155,7 @@ impl<D: Dcs> ClusterStore<D> {
         let identity =
             |system: SystemId| Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0));
         then.extend(also.initialize.map(identity));
+        then.extend(also.claims.map(|number| self.claim_op(number)));
         let when = std::iter::once(Compare::Absent(leader.clone())).chain(seen.unchanged(&self.paths)).collect();
         let result = self.dcs.txn(Txn { when, then, otherwise: vec![Op::Get(leader)] }).await?;
         let ours = |kv: &KeyValue| kv.value == name.as_str().as_bytes() && kv.lease == lease;
@@ -288,11 +295,32 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.sync_op(write.value)], otherwise: vec![] }).await?))
     }
 
-    /// Replaces `history`, only while the leader key is ours: an unanswered write may be carried out much later, and must
-    /// not take the cluster's timeline back under another leader.
-    pub async fn put_history(&self, name: &MemberName, value: &Value) -> Result<Outcome, DcsError> {
-        let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
-        let then = vec![Op::Put(self.paths.key("history"), codec::compact(value), LeaseId(0))];
+    /// Claims the number of the timeline that is begun next ([`Alongside::claims`]), for a leader that is promoted again: if
+    /// the key still is what was `seen` (0 = absent) and only while the leader key is ours and attached to `lease`.
+    pub async fn put_claim(
+        &self,
+        name: &MemberName,
+        lease: LeaseId,
+        number: TimelineId,
+        seen: Revision,
+    ) -> Result<Outcome, DcsError> {
+        let leader = self.paths.key("leader");
+        let when = vec![
+            Compare::Value(leader.clone(), name.as_str().into()),
+            Compare::Lease(leader, lease),
+            Compare::Modified(self.paths.key("timeline"), seen),
+        ];
+        Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
+    }
+
+    /// Replaces `history`, if it still is what was `seen` (0 = absent) and only while the leader key is ours: an unanswered
+    /// write may be carried out much later, and must not take the cluster's timeline back, under another leader or our own
+    /// next leadership.
+    pub async fn put_history(&self, name: &MemberName, value: &Value, seen: Revision) -> Result<Outcome, DcsError> {
+        let key = self.paths.key("history");
+        let leads = Compare::Value(self.paths.key("leader"), name.as_str().into());
+        let when = vec![leads, Compare::Modified(key.clone(), seen)];
+        let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
@@ -359,6 +387,10 @@ impl<D: Dcs> ClusterStore<D> {
             Some(value) => Op::Put(key, codec::compact(&value), LeaseId(0)),
             None => Op::Delete(key),
         }
+    }
+
+    fn claim_op(&self, number: TimelineId) -> Op {
+        Op::Put(self.paths.key("timeline"), number.to_string().into_bytes(), LeaseId(0))
     }
 
     fn status_op(&self, status: &Value) -> Op {
@@ -473,6 +505,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn every_leader_claims_a_number_of_its_own() {
+        let store = store();
+        let (a, b) = (lease(&store).await, lease(&store).await);
+        let claims = |number| Alongside { claims: Some(TimelineId(number)), ..Alongside::default() };
+        let nothing = Seen::default();
+        assert!(store.acquire_leader(&name("a"), a, nothing, claims(2)).await.unwrap().is_done());
+        let view = store.read().await.unwrap();
+        assert_eq!(view.claimed, TimelineId(2));
+        let (seen, again) = (view.claimed_revision, TimelineId(3));
+        assert_eq!(store.put_claim(&name("b"), b, again, seen).await, Ok(Outcome::Conflict), "not the leader");
+        assert_eq!(store.put_claim(&name("a"), b, again, seen).await, Ok(Outcome::Conflict), "by another lease");
+        assert!(store.put_claim(&name("a"), a, again, seen).await.unwrap().is_done());
+        assert_eq!(store.put_claim(&name("a"), a, again, seen).await, Ok(Outcome::Conflict), "claimed meanwhile");
+        store.release_leader(&name("a"), a, None).await.unwrap();
+        assert_eq!(store.acquire_leader(&name("b"), b, nothing, claims(2)).await, Ok(Outcome::Conflict), "taken");
+        let now = Seen::of(&store.read().await.unwrap());
+        assert!(store.acquire_leader(&name("b"), b, now, claims(4)).await.unwrap().is_done());
+        assert_eq!(store.read().await.unwrap().claimed, TimelineId(4), "it stays when a leader goes");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn only_the_holder_releases_and_reports() {
         let store = store();
         let (a, other) = (lease(&store).await, lease(&store).await);
@@ -481,8 +534,12 @@ mod tests {
         assert!(store.put_initialize(&name("a"), SystemId(1_000_000_001)).await.unwrap().is_done());
         let status = json!({"optime": 7});
         assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
-        assert_eq!(store.put_history(&name("b"), &json!([])).await, Ok(Outcome::Conflict));
-        assert!(store.put_history(&name("a"), &json!([[1, 2, "why"]])).await.unwrap().is_done());
+        let (none, line) = (Revision(0), json!([[1, 2, "why"]]));
+        assert_eq!(store.put_history(&name("b"), &json!([]), none).await, Ok(Outcome::Conflict));
+        assert!(store.put_history(&name("a"), &line, none).await.unwrap().is_done());
+        assert_eq!(store.put_history(&name("a"), &json!([]), none).await, Ok(Outcome::Conflict), "written meanwhile");
+        let seen = store.read().await.unwrap().history_revision;
+        assert!(store.put_history(&name("a"), &line, seen).await.unwrap().is_done());
         assert_eq!(store.release_leader(&name("b"), a, Some(status.clone())).await, Ok(Outcome::Conflict));
         assert_eq!(store.release_leader(&name("a"), other, Some(status.clone())).await, Ok(Outcome::Conflict));
         assert_eq!(store.read().await.unwrap().status.optime.0, 0);

@@ -193,6 +193,48 @@ async fn a_node_of_an_older_timeline_waits_for_one_that_has_the_newest() -> Resu
     Ok(())
 }
 
+/// A leader is gone that may have begun a timeline, and nobody can tell: the next one begins another number.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_leaders_never_begin_timelines_of_one_number() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "primary_start_timeout": 0 });
+    let mut scene = Scene::with("number", 1, spec).await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    let short_lived = 1 - old;
+    let marker = scene.cluster.nodes[short_lived].dir().join("elected");
+    let wait_for_ever = format!("sh -c 'touch {} && sleep 600'", marker.display());
+    configure(&mut scene.cluster.nodes[short_lived], |config| {
+        config["postgresql"]["pre_promote"] = json!(wait_for_ever)
+    })?;
+    ensure!(
+        rest::post(scene.cluster.nodes[short_lived].rest_port(), "/reload", &json!({}), LIMIT).await?.status == 202
+    );
+    scene.cluster.nodes[old].kill();
+    wait::until("the other one to be elected", LIMIT, async || {
+        ensure!(marker.exists(), "not yet");
+        Ok(())
+    })
+    .await?;
+    scene.cluster.nodes[short_lived].kill();
+
+    scene.cluster.nodes[old].start()?;
+    scene.read_write().execute("CREATE TABLE t (i int)", LIMIT).await?;
+    ensure!(scene.cluster.nodes[old].status().await?["timeline"] == 3, "2 may have been begun");
+    configure(&mut scene.cluster.nodes[short_lived], |config| config["postgresql"]["pre_promote"] = Value::Null)?;
+    scene.cluster.nodes[short_lived].start()?;
+    ensure!(scene.cluster.settled(LIMIT).await? == old, "leadership moved");
+    // Also what Patroni and its tools take for the cluster's timeline: one past the last line.
+    let history = rest::get(scene.cluster.nodes[old].rest_port(), "/history").await?.body;
+    let lines: Vec<_> = history.as_array().context("lines")?.iter().map(|line| (&line[0], &line[2])).collect();
+    ensure!(lines.len() == 2 && *lines[1].0 == 2 && *lines[1].1 == "number left out", "{history}");
+
+    scene.cluster.switchover(old, Some(short_lived)).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == short_lived, "not switched over");
+    ensure!(scene.cluster.nodes[short_lived].status().await?["timeline"] == 4, "not the next one");
+    scene.lab.success();
+    Ok(())
+}
+
 /// Everything that was written to a device of the testing driver.
 struct Device(Arc<Mutex<String>>);
 

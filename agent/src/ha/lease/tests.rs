@@ -23,9 +23,9 @@ impl Fence for Recorder {
     }
 }
 
-/// Keeps the deadline.
+/// Keeps the deadline, and until when the leader's address was held last.
 #[derive(Debug, Clone, Default)]
-struct Paper(Arc<Mutex<Option<Deadline>>>);
+struct Paper(Arc<Mutex<Option<Deadline>>>, Arc<Mutex<Vec<Option<Instant>>>>);
 
 impl Guard for Paper {
     fn arm(&self, deadline: Deadline) {
@@ -38,6 +38,10 @@ impl Guard for Paper {
 
     fn deadline(&self) -> Option<Deadline> {
         *self.0.lock()
+    }
+
+    fn hold_address(&self, until: Option<Instant>) {
+        self.1.lock().push(until);
     }
 }
 
@@ -406,4 +410,14 @@ async fn a_release_without_answer_cannot_remove_the_key_that_is_won_next() {
     // It was carried out, or is now.
     assert!(!bench.store.release_leader(&"a".into(), old, None).await.unwrap().is_done());
     assert!(bench.key_is_there());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_address_is_given_up_with_the_key_by_whoever_was_just_started() {
+    let bench = leading().await;
+    // Not told yet whether it serves: an earlier agent's address is left alone.
+    bench.live(TTL).await;
+    assert!(bench.guard.1.lock().is_empty());
+    bench.handle.resign();
+    assert_eq!(bench.guard.1.lock().last(), Some(&None));
 }

@@ -169,8 +169,9 @@ async fn put(store: &TestStore, key: &str, value: Value) {
         "config" => drop(store.put_config(&value, None).await.unwrap()),
         "failover" => drop(store.put_failover(&value, None).await.unwrap()),
         "history" => {
-            let leader = store.read().await.unwrap().leader.expect("only a leader writes history").name;
-            assert!(store.put_history(&leader, &value).await.unwrap().is_done());
+            let view = store.read().await.unwrap();
+            let leader = view.leader.expect("only a leader writes history").name;
+            assert!(store.put_history(&leader, &value, view.history_revision).await.unwrap().is_done());
         }
         "leader" => {
             let lease = store.grant(Duration::from_secs(60)).await.unwrap().id;

@@ -81,6 +81,10 @@ fn who_missed_a_promotion_neither_races_nor_counts() {
     assert_eq!(behind.action, Action::Abstain);
     assert!(behind.reason.contains("timeline 1, the cluster is on 2"), "{}", behind.reason);
 
+    // Its number is not taken again, so an operator may prefer that to waiting.
+    let manual = second(world().leaderless()).requested(None, Some("b")).decide();
+    assert!(matches!(manual.action, Action::Acquire(_)), "{manual:?}");
+
     // In a pause a primary is left running beside the one that was promoted: its key is not its own again.
     let mut paused = second(world().leaderless());
     paused.view().settings.pause = true;
@@ -94,6 +98,47 @@ fn who_missed_a_promotion_neither_races_nor_counts() {
     (running.timeline, running.lsn) = (Some(TimelineId(2)), Lsn(1000));
     let decision = ahead.answers(&[("c", peer(5000))]).decide();
     assert!(matches!(decision.action, Action::Acquire(_)), "{decision:?}");
+}
+
+#[test]
+fn a_later_timeline_counts_more_than_a_position() {
+    let on =
+        |timeline: u32, lsn: u64| peer(lsn).map(|peer| PeerStatus { timeline: Some(TimelineId(timeline)), ..peer });
+    // Its leader was gone before it wrote the history key.
+    let missed = world().leaderless().answers(&[("c", on(2, 900))]).decide();
+    assert_eq!((missed.action, missed.reason.as_str()), (Action::Abstain, "c is on timeline 2, this node on 1"));
+
+    let mut second = world().leaderless();
+    let PgStatus::Running(running) = &mut second.pg else { panic!() };
+    running.timeline = Some(TimelineId(2));
+    let decision = second.clone().answers(&[("c", peer(5000))]).decide();
+    assert_eq!(decision.action, Action::Acquire(None), "{decision:?}");
+
+    // A vote is the word that nobody there has more.
+    let vote = |mut world: World, answer| {
+        world.view().settings.synchronous_mode = SynchronousMode::Quorum;
+        world.view().sync.quorum = 1;
+        let decision = world.answers(&[("c", answer)]).decide();
+        matches!(decision.action, Action::Acquire(_))
+    };
+    let first = world().leaderless().synchronous("a", &["b", "c"]);
+    let second = second.synchronous("a", &["b", "c"]);
+    assert!(vote(first.clone(), on(1, 900)) && vote(second.clone(), on(1, 5000)));
+    assert!(!vote(first, on(2, 900)) && !vote(second, on(2, 5000)));
+}
+
+#[test]
+fn nobody_waits_for_a_preferred_node_that_would_not_get_the_votes() {
+    let preferred = || peer(1000).map(|peer| PeerStatus { failover_priority: 2, ..peer });
+    let former_leader = |quorum| {
+        let mut world = world().leaderless().synchronous("b", &["c", "d"]);
+        world.view().settings.synchronous_mode = SynchronousMode::Quorum;
+        world.view().sync.quorum = quorum;
+        world.answers(&[("c", preferred())]).decide()
+    };
+    // What c needs besides its own is this node's vote, or that of d as well, which does not answer.
+    assert_eq!(former_leader(1).action, Action::Abstain);
+    assert!(matches!(former_leader(2).action, Action::Acquire(_)), "{:?}", former_leader(2));
 }
 
 #[test]
