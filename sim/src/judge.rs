@@ -39,6 +39,10 @@ pub struct Judge {
     pub began_last: Option<usize>,
     /// The last reign of each host.
     reign_of: BTreeMap<usize, Reign>,
+    /// The timeline of each reign.
+    timeline_of: BTreeMap<Reign, u32>,
+    /// The record with which each timeline was begun.
+    begun: BTreeMap<u32, u64>,
     /// Acknowledged writes must survive every failover.
     pub keeps_all: bool,
     /// There are pauses in this world, and servers that nobody guards in them.
@@ -85,6 +89,13 @@ impl Judge {
         tracing::info!("JUDGE {name} (host {host}) takes writes, reign {}, WAL {}", self.reigns, wal.end());
         let reign = Reign(self.reigns);
         self.reign_of.insert(host, reign);
+        self.timeline_of.insert(reign, wal.timeline().0);
+        let first = wal.records().iter().find(|record| record.timeline == wal.timeline());
+        if let Some(first) = first.filter(|first| first.timeline.0 > 1)
+            && *self.begun.entry(first.timeline.0).or_insert(first.number) != first.number
+        {
+            self.violation(now, format!("{name} begins timeline {}, as somebody else did before", first.timeline));
+        }
         reign
     }
 
@@ -113,8 +124,10 @@ impl Judge {
 
     /// The answer to a client's write leaves a server.
     pub fn acknowledged(&mut self, now: Duration, id: u64, host: usize, reign: Reign) {
-        if let Some((newest, other)) = self.newest
-            && newest > reign
+        // A primary that a pause has left running leads again, where nobody has lived to tell of the one in between.
+        let told = |reign: &Reign| self.timeline_of.get(reign).is_none_or(|timeline| *timeline <= self.timeline);
+        if let Some((newest, other)) =
+            self.newest.filter(|(newest, _)| *newest > reign && (!self.pauses || told(newest)))
         {
             self.violation(
                 now,

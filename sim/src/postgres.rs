@@ -287,14 +287,14 @@ impl Postgres for ModelPostgres {
         Ok(())
     }
 
-    async fn promote(&self, limit: Duration) -> Result<TimelineId, PgError> {
+    async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let running =
             self.server(|server| server.running().filter(|p| p.role == PgRole::Standby).map(|p| (p.number, p.process)));
         let Some((number, process)) = running else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
         };
         let (done, promoted) = oneshot::channel();
-        server::promote(&self.stage, self.host, number, process, done);
+        server::promote(&self.stage, self.host, number, process, left_out, done);
         let timeout = PgError::Timeout { what: "promotion".to_owned(), limit };
         let ended = |_| PgError::Failed("PostgreSQL ended while it was promoted".to_owned());
         self.clock.within(limit, promoted).await.ok_or(timeout)?.map_err(ended)
@@ -352,9 +352,11 @@ impl Postgres for ModelPostgres {
                 data.damage = None;
                 data.checkpoint = done.wal.end();
                 data.checkpoint_timeline = done.wal.timeline();
-                // The source's WAL takes the place of what was here.
+                // The source's WAL takes the place of what was here, and pg_rewind leaves no slot.
                 data.oldest = done.oldest;
                 data.copied_at = data.copied_at.max(done.oldest);
+                data.slots.clear();
+                data.slots_since.clear();
                 data.wal = done.wal;
                 data.state = ControlState::InArchiveRecovery;
                 data.standby = true;

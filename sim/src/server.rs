@@ -348,10 +348,10 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
     // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
-    // deadline is moved on.
+    // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let failsafe = stage.key("failsafe").is_some() && again;
-    let holder = stage.holder().or_else(|| failsafe.then(|| name(host).0));
+    let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host));
+    let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
     let initialised = is_initialised(stage);
     // A switchover may have to do with a candidate that is behind.
     let requested = stage.key("failover").is_some_and(|request| request != json!({}));
@@ -384,7 +384,14 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
 }
 
 /// Promotion, in the server's own time. It goes on whether or not anybody waits for it.
-pub fn promote(stage: &Stage, host: usize, number: u64, process: ProcessId, done: oneshot::Sender<TimelineId>) {
+pub fn promote(
+    stage: &Stage,
+    host: usize,
+    number: u64,
+    process: ProcessId,
+    left_out: Vec<TimelineId>,
+    done: oneshot::Sender<TimelineId>,
+) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
         let slow = stage.server(host, |server| server.disk_slow);
@@ -396,7 +403,10 @@ pub fn promote(stage: &Stage, host: usize, number: u64, process: ProcessId, done
             }
             postmaster.streaming = false;
             let data = server.data.as_mut()?;
-            let timeline = TimelineId(data.wal.timeline().0 + 1);
+            let mut timeline = TimelineId(data.wal.timeline().0 + 1);
+            while left_out.contains(&timeline) {
+                timeline.0 += 1;
+            }
             data.wal.push(Record { timeline, kind: Kind::Promotion, number: stage.number() });
             data.standby = false;
             Some(timeline)

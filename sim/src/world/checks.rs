@@ -67,7 +67,9 @@ impl World {
             self.stage.server(host, |server| server.is_primary())
         };
         let unchanged = before.leader.as_ref().is_some_and(|last| last.created == leader.created);
-        if unchanged || before.initialize == Initialize::Absent || was_primary() {
+        // Whoever makes a cluster has its first key, also where it is paused meanwhile.
+        let makes_it = !matches!(before.initialize, Initialize::Done(_));
+        if unchanged || makes_it || was_primary() {
             return None;
         }
         if node(&leader.name).is_some_and(|node| node.priority <= 0) {
@@ -165,17 +167,22 @@ impl World {
         if let Some(at) = at {
             request["scheduled_at"] = Value::from(at.to_rfc3339());
         }
-        let acting = self.clone();
+        let (acting, former) = (self.clone(), leader.clone());
         self.stage.executor().spawn(self.process, async move {
             let store = acting.store();
             tracing::info!("FINALE a switchover to nobody, then {request}");
-            let _ = store.put_failover(&json!({ "leader": leader.0, "member": "n9" }), None).await;
+            let _ = store.put_failover(&json!({ "leader": former.0, "member": "n9" }), None).await;
             acting.stage.micros(1..20_000).await;
             let _ = store.put_failover(&request, None).await;
         });
         let end = self.stage.executor().now().max(due) + Duration::from_secs(20);
         while self.stage.executor().now() < end {
             self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
+            let view = self.view();
+            if synchronous && view.is_leader(&leader) && !view.sync.lists(&candidate) {
+                // Another one has taken its place meanwhile: then it is rightly refused.
+                return Ok(());
+            }
             let done =
                 self.stage.holder().as_ref() == Some(&candidate.0) && self.stage.server(host, |s| s.is_primary());
             if done && self.stage.executor().now() < due {
@@ -277,10 +284,15 @@ impl World {
             };
             servers.iter().any(confirms)
         });
-        // A client that has not heard of its last write waits that long before it tries another.
-        let end = self.stage.executor().now() + clients::PATIENCE;
-        while self.seen.lock().done == before && self.stage.executor().now() < end {
-            self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
+        // A client that has not heard of its last write waits that long before it tries another. The last fault may yet have
+        // its consequence, such as a leader that gives up.
+        let now = || self.stage.executor().now();
+        let (mut end, limit) = (now() + clients::PATIENCE, now() + self.scenario.patience());
+        while self.seen.lock().done == before && now() < end.min(limit) {
+            self.go_on(now() + Duration::from_millis(100))?;
+            if self.unwell().1.is_some() {
+                end = now() + clients::PATIENCE;
+            }
         }
         let after = self.seen.lock().done;
         self.stage.judge(|judge, now| {
