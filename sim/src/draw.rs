@@ -180,6 +180,13 @@ impl Draw {
                 events.push(self.event(at));
             }
         }
+        if self.rng.random_ratio(1, 6) {
+            let last = events.last().map_or(BOOTSTRAP, |event| event.at);
+            let at = self.rng.random_range(BOOTSTRAP..=last.max(BOOTSTRAP));
+            let (node, ms) = (self.rng.random_range(0..self.count), self.rng.random_range(1_000..30_000));
+            let aim = self.rng.random::<bool>().then_some(Aim::Synchronous);
+            events.push(Event { at, aim, what: Fault::RefusePromotion { node, ms } });
+        }
         events.sort_by_key(|event| event.at);
         events
     }

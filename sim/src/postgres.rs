@@ -288,6 +288,10 @@ impl Postgres for ModelPostgres {
     }
 
     async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
+        if self.server(|server| server.refuses_promotion) {
+            self.stage.micros(1_000..20_000).await;
+            return Err(PgError::Refused("it ended with exit status: 1".to_owned()));
+        }
         let running =
             self.server(|server| server.running().filter(|p| p.role == PgRole::Standby).map(|p| (p.number, p.process)));
         let Some((number, process)) = running else {

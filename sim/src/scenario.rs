@@ -123,6 +123,8 @@ pub enum Fault {
     DiskFull { node: usize, ms: u64 },
     /// Starts, stops, checkpoints and recovery take seconds.
     SlowDisk { node: usize, ms: u64 },
+    /// The operator's `pre_promote` says no.
+    RefusePromotion { node: usize, ms: u64 },
     /// The wall clock jumps.
     WallJump { node: usize, by: i64 },
     /// `trunklinectl switchover`.
@@ -156,6 +158,7 @@ impl Fault {
             | Self::SlowWatch { node, .. }
             | Self::DiskFull { node, .. }
             | Self::SlowDisk { node, .. }
+            | Self::RefusePromotion { node, .. }
             | Self::WallJump { node, .. }
             | Self::Restart { node }
             | Self::Reinitialize { node } => *node = target,
@@ -196,6 +199,7 @@ impl Event {
                 | Fault::SlowWatch { ms, .. }
                 | Fault::DiskFull { ms, .. }
                 | Fault::SlowDisk { ms, .. }
+                | Fault::RefusePromotion { ms, .. }
                 | Fault::Pause { ms } => *ms,
                 _ => 0,
             }

@@ -32,6 +32,8 @@ pub struct Server {
     pub changed: watch::Sender<u64>,
     /// Nothing can be written.
     pub disk_full: bool,
+    /// What `pre_promote` says.
+    pub refuses_promotion: bool,
     /// Everything that writes much takes seconds.
     pub disk_slow: bool,
 }
@@ -156,6 +158,7 @@ impl Server {
             exits: watch::Sender::new(0),
             changed: watch::Sender::new(0),
             disk_full: false,
+            refuses_promotion: false,
             disk_slow: false,
         }
     }

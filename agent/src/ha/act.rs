@@ -8,7 +8,7 @@ use serde_json::json;
 use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, LeaderKey, SyncState};
 use trunkline_common::dcs::store::{Alongside, Outcome, Seen, SyncWrite};
-use trunkline_common::dcs::{Dcs, DcsError};
+use trunkline_common::dcs::{Dcs, DcsError, codec};
 use trunkline_common::{Clock, ClusterView, MemberName, Revision, TimelineId};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
@@ -135,6 +135,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 );
                 self.memory.elected = Some(revision);
                 self.memory.leading_since = revision;
+                self.memory.sync_before = write.as_ref().map(|_| unwritten(&view.sync, revision));
                 if !view.settings.router_lease.is_zero() {
                     // Which routers there are must have been seen after that: the next view shows it, and the key.
                     self.memory.sync_settled |= write.is_some();
@@ -243,7 +244,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let named = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.lease);
         self.lease.resign();
         if let Some(lease) = held.or(named) {
-            self.hands().release(lease, None).await;
+            let sync = self.memory.sync_before.take().filter(|_| !self.pg_is_primary());
+            self.hands().release(lease, None, sync).await;
         }
         // Not into the race again at once: whoever can take over shall.
         let pause = self.parts.clock.now() + self.settings().loop_wait.min(Duration::from_secs(1));
@@ -277,6 +279,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 Ok(Outcome::Done(revision)) => {
                     let mut written_view = (*view).clone();
                     written_view.sync = written(&self.me.name, &write, revision);
+                    let before = self.memory.sync_before.take().map_or_else(
+                        || unwritten(&view.sync, revision),
+                        |before| SyncWrite { seen: revision, ..before },
+                    );
+                    self.memory.sync_before = Some(before);
                     self.view = Some(Arc::new(written_view));
                 }
                 Ok(Outcome::Conflict) => {
@@ -416,6 +423,12 @@ fn cause(action: &Action) -> Option<&'static str> {
         Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),
         _ => None,
     }
+}
+
+/// The write that takes the one of `revision` back.
+fn unwritten(before: &SyncState, revision: Revision) -> SyncWrite {
+    let encoded = codec::encode_sync(before.leader.as_ref(), before.quorum, &before.standbys);
+    SyncWrite { value: (before.revision > Revision(0)).then_some(encoded), seen: revision }
 }
 
 /// The `sync` key as we have just written it.

@@ -23,12 +23,21 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
         self.memory.up_since = started.then_some(now);
+        if kind == TaskKind::Promote && !matches!(end, TaskEnd::Refused(_)) {
+            self.memory.sync_before = None;
+        }
         match (kind, end) {
             (TaskKind::CopySlots, end) => {
                 // The server runs on, or is started like any that was stopped.
                 if let TaskEnd::Failed { why, .. } = end {
                     warn!("logical slots could not be copied: {why}");
                 }
+                return;
+            }
+            (kind, TaskEnd::Refused(why)) => {
+                warn!("{} failed: {why}", kind.label());
+                self.note_failure(now, why);
+                self.stay_out_after_some(now);
                 return;
             }
             (kind, TaskEnd::Failed { why, damaged }) => {
@@ -47,8 +56,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     self.lease.forsake(now);
                     self.memory.abstain_until = Some(now + self.settings().ttl * 2);
                 }
-                if kind == TaskKind::Promote && self.memory.failures >= 3 {
-                    self.memory.abstain_until = Some(now + self.settings().ttl);
+                if kind == TaskKind::Promote {
+                    self.stay_out_after_some(now);
                 }
                 return;
             }
@@ -112,6 +121,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.memory.failures = 0;
         self.memory.retry_at = None;
         self.memory.last_failure = None;
+    }
+
+    /// A promotion failed: after some, it is another one's turn.
+    fn stay_out_after_some(&mut self, now: Instant) {
+        if self.memory.failures >= 3 {
+            self.memory.abstain_until = Some(now + self.settings().ttl);
+        }
     }
 
     /// Something failed: not again at once.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value};
 use trunkline_common::cluster::LeaderKey;
+use trunkline_common::dcs::store::SyncWrite;
 use trunkline_common::{ClusterView, Instant, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 use trunkline_config::tags;
 
@@ -165,6 +166,9 @@ pub struct Memory {
     /// Every write of the `sync` key by this agent was answered; not so before the first one, which an earlier agent may
     /// have left unanswered.
     pub sync_settled: bool,
+    /// What makes the `sync` key say again what it said before this node took the leader key, as long as no promotion was
+    /// begun: whoever had every commit then still has.
+    pub sync_before: Option<SyncWrite>,
     /// The failover request, by its revision, that the checkpoint before the switchover was made for.
     pub prepared: Option<Revision>,
     /// When the loop began: how long it may look for the key of a primary that it found running.

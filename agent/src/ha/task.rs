@@ -83,6 +83,8 @@ pub enum TaskEnd {
     Done,
     /// The standby takes writes, on this timeline.
     Promoted(TimelineId),
+    /// The promotion is not allowed; nothing was begun.
+    Refused(String),
     /// The histories have been compared.
     Compared(Divergence),
     /// It failed; the words say why. `damaged`: the data directory may be unusable.
@@ -352,6 +354,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 self.postgres.callback("on_role_change", "primary");
                 TaskEnd::Promoted(timeline)
             }
+            Err(error @ PgError::Refused(_)) => TaskEnd::Refused(error.to_string()),
             Err(error) => error.into(),
         }
     }
@@ -422,15 +425,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         self.lease.resign();
         let status = position.map(|optime| codec::encode_status(&Status { optime, ..view.status.clone() }));
         match lease {
-            Some(lease) => self.release(lease.id, status).await,
+            Some(lease) => self.release(lease.id, status, None).await,
             None => info!("the lease of the leader key was lost already"),
         }
     }
 
-    /// Deletes the leader key, ours under `lease`.
-    pub async fn release(&self, lease: LeaseId, status: Option<Value>) {
-        match self.store.release_leader(&self.name, lease, status).await {
-            Ok(Outcome::Done(_)) => info!("released the leader key"),
+    /// Deletes the leader key, ours under `lease`; `sync` is what that key says from then on.
+    pub async fn release(&self, lease: LeaseId, status: Option<Value>, sync: Option<SyncWrite>) {
+        let said = if sync.is_some() { ", and the sync key says again what it said before" } else { "" };
+        match self.store.release_leader(&self.name, lease, status, sync).await {
+            Ok(Outcome::Done(_)) => info!("released the leader key{said}"),
             Ok(Outcome::Conflict) => info!("the leader key was not ours any more"),
             Err(error) => {
                 warn!("the leader key could not be released, it ends with its lease: {error}");

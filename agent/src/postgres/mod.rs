@@ -353,6 +353,9 @@ pub enum PgError {
         /// Its limit.
         limit: Duration,
     },
+    /// The operator's `pre_promote` did not allow the promotion: nothing was begun.
+    #[error("pre_promote: {0}")]
+    Refused(String),
     /// A program or a query failed, with its last words.
     #[error("{0}")]
     Failed(String),

@@ -25,7 +25,7 @@ impl Instance {
             let run = async { program::run(&mut program::shell_words(command)?).await };
             let timeout = PgError::Timeout { what: "pre_promote".to_owned(), limit };
             let done = tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout));
-            done.map_err(|error| PgError::Failed(format!("pre_promote: {error}")))?;
+            done.map_err(|error| PgError::Refused(error.to_string()))?;
         }
         let Some(postmaster) = self.process().find() else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));

@@ -201,7 +201,7 @@ mod tests {
             let seen = known.wait_for(|known| leader(known) == Some(name)).await.unwrap();
             assert_eq!((seen.trouble.clone(), seen.confirmed_at), (None, Some(start)));
         }
-        world.store.release_leader(&"c".into(), LeaseId(0), None).await.unwrap();
+        world.store.release_leader(&"c".into(), LeaseId(0), None, None).await.unwrap();
         known.wait_for(|known| leader(known).is_none()).await.unwrap();
         assert_eq!(world.clock.now(), start, "no time passes between a write and the view of it");
     }

@@ -187,7 +187,8 @@ impl<D: Dcs> ClusterStore<D> {
         self.put(Op::Put(self.paths.key("leader"), name.as_str().into(), lease)).await
     }
 
-    /// Deletes the leader key if it is ours and attached to `lease`, writing the last position in the same step.
+    /// Deletes the leader key if it is ours and attached to `lease`, writing the last position in the same step, and `sync`
+    /// if it still is what was seen.
     ///
     /// After an error it may still be carried out, much later: whoever gets one must not lead under this lease again.
     pub async fn release_leader(
@@ -195,11 +196,16 @@ impl<D: Dcs> ClusterStore<D> {
         name: &MemberName,
         lease: LeaseId,
         status: Option<Value>,
+        sync: Option<SyncWrite>,
     ) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
         let mut then: Vec<Op> = status.map(|status| self.status_op(&status)).into_iter().collect();
         then.push(Op::Delete(leader.clone()));
-        let when = vec![Compare::Value(leader.clone(), name.as_str().into()), Compare::Lease(leader, lease)];
+        let mut when = vec![Compare::Value(leader.clone(), name.as_str().into()), Compare::Lease(leader, lease)];
+        if let Some(write) = sync {
+            when.push(Compare::Modified(self.paths.key("sync"), write.seen));
+            then.push(self.sync_op(write.value));
+        }
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
@@ -505,6 +511,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_sync_said_is_given_back_with_the_key() {
+        let store = store();
+        let a = lease(&store).await;
+        let list = |leader: &str| json!({ "leader": leader, "sync_standby": null });
+        let write = |leader, seen| SyncWrite { value: Some(list(leader)), seen };
+        let before = store.put_sync(write("b", Revision(0))).await.unwrap();
+        let Outcome::Done(before) = before else { panic!() };
+        let seen = Seen { sync: before, ..Seen::default() };
+        let also = Alongside { sync: Some(write("a", before)), ..Alongside::default() };
+        let Outcome::Done(taken) = store.acquire_leader(&name("a"), a, seen, also).await.unwrap() else { panic!() };
+        let back = |seen| Some(write("b", seen));
+        let refused = store.release_leader(&name("a"), a, None, back(before)).await;
+        assert_eq!(refused, Ok(Outcome::Conflict), "written since");
+        assert!(store.release_leader(&name("a"), a, None, back(taken)).await.unwrap().is_done());
+        let view = store.read().await.unwrap();
+        assert_eq!((view.leader, view.sync.leader), (None, Some(name("b"))));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn every_leader_claims_a_number_of_its_own() {
         let store = store();
         let (a, b) = (lease(&store).await, lease(&store).await);
@@ -518,7 +543,7 @@ mod tests {
         assert_eq!(store.put_claim(&name("a"), b, again, seen).await, Ok(Outcome::Conflict), "by another lease");
         assert!(store.put_claim(&name("a"), a, again, seen).await.unwrap().is_done());
         assert_eq!(store.put_claim(&name("a"), a, again, seen).await, Ok(Outcome::Conflict), "claimed meanwhile");
-        store.release_leader(&name("a"), a, None).await.unwrap();
+        store.release_leader(&name("a"), a, None, None).await.unwrap();
         assert_eq!(store.acquire_leader(&name("b"), b, nothing, claims(2)).await, Ok(Outcome::Conflict), "taken");
         let now = Seen::of(&store.read().await.unwrap());
         assert!(store.acquire_leader(&name("b"), b, now, claims(4)).await.unwrap().is_done());
@@ -540,10 +565,10 @@ mod tests {
         assert_eq!(store.put_history(&name("a"), &json!([]), none).await, Ok(Outcome::Conflict), "written meanwhile");
         let seen = store.read().await.unwrap().history_revision;
         assert!(store.put_history(&name("a"), &line, seen).await.unwrap().is_done());
-        assert_eq!(store.release_leader(&name("b"), a, Some(status.clone())).await, Ok(Outcome::Conflict));
-        assert_eq!(store.release_leader(&name("a"), other, Some(status.clone())).await, Ok(Outcome::Conflict));
+        assert_eq!(store.release_leader(&name("b"), a, Some(status.clone()), None).await, Ok(Outcome::Conflict));
+        assert_eq!(store.release_leader(&name("a"), other, Some(status.clone()), None).await, Ok(Outcome::Conflict));
         assert_eq!(store.read().await.unwrap().status.optime.0, 0);
-        assert!(store.release_leader(&name("a"), a, Some(status)).await.unwrap().is_done());
+        assert!(store.release_leader(&name("a"), a, Some(status), None).await.unwrap().is_done());
         let view = store.read().await.unwrap();
         assert_eq!((view.leader.as_ref(), view.status.optime.0), (None, 7));
         let acquired = store.acquire_leader(&name("b"), other, Seen::default(), Alongside::default()).await;
@@ -564,7 +589,7 @@ mod tests {
         assert_eq!(store.put_failsafe(&name("a"), a, &members, Revision(0)).await, Ok(Outcome::Conflict), "changed");
         let view = store.read().await.unwrap();
         assert_eq!(view.failsafe, Some(members));
-        store.release_leader(&name("a"), a, None).await.unwrap();
+        store.release_leader(&name("a"), a, None, None).await.unwrap();
         assert_eq!(
             store.acquire_leader(&name("b"), b, Seen::default(), Alongside::default()).await,
             Ok(Outcome::Conflict)

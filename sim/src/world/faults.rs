@@ -229,6 +229,11 @@ impl World {
                     server.touch();
                 });
             }
+            Fault::RefusePromotion { node, ms } => {
+                self.stage.server(node, |server| server.refuses_promotion = true);
+                self.wait(ms).await;
+                self.stage.server(node, |server| server.refuses_promotion = false);
+            }
             Fault::SlowDisk { node, ms } => {
                 self.stage.server(node, |server| server.disk_slow = true);
                 self.wait(ms).await;

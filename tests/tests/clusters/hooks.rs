@@ -122,3 +122,38 @@ async fn the_operators_programs_are_run_at_their_moments_and_pre_promote_can_ref
     scene.lab.success();
     Ok(())
 }
+
+/// In synchronous mode whoever takes the leader key names itself alone in `sync`. Where it may not be promoted after all,
+/// those named before have every commit as well as ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_promotion_leaves_the_lead_to_those_that_were_synchronous_before() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true });
+    let mut scene = Scene::with("refused", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let standby = 1 - leader;
+    let node = &mut scene.cluster.nodes[standby];
+    let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+    config["postgresql"]["pre_promote"] = "false".into();
+    node.configure(&config.to_string())?;
+    ensure!(rest::post(node.rest_port(), "/reload", &json!({}), LIMIT).await?.status == 202);
+    wait::until("the standby to be synchronous", LIMIT, async || {
+        ensure!(scene.cluster.nodes[standby].health("/sync").await == Some(200), "not yet");
+        Ok(())
+    })
+    .await?;
+    scene.read_write().execute("CREATE TABLE t (i int)", LIMIT).await?;
+    let names = |node: usize| scene.cluster.nodes[node].name().to_owned();
+    let request = json!({ "leader": names(leader), "candidate": names(standby) });
+    let _ = rest::post(scene.cluster.nodes[leader].rest_port(), "/switchover", &request, LIMIT).await;
+    wait::until("the key to be given back", LIMIT, async || {
+        let log = scene.cluster.nodes[standby].log()?;
+        ensure!(log.contains("released the leader key, and the sync key says again what it said before"), "not yet");
+        Ok(())
+    })
+    .await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "somebody else leads");
+    scene.read_write().execute("INSERT INTO t VALUES (1)", LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}

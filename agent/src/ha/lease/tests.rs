@@ -394,7 +394,7 @@ async fn a_release_without_answer_cannot_remove_the_key_that_is_won_next() {
     let old = bench.handle.session().lease.unwrap().id;
     bench.handle.resign();
     bench.store.dcs().set_faults(|faults| faults.lost_answers = 1);
-    assert!(bench.store.release_leader(&"a".into(), old, None).await.is_err());
+    assert!(bench.store.release_leader(&"a".into(), old, None, None).await.is_err());
     bench.handle.abandon(old);
     bench.live(Duration::from_secs(1)).await;
     let lease = bench.handle.session().lease.unwrap();
@@ -408,7 +408,7 @@ async fn a_release_without_answer_cannot_remove_the_key_that_is_won_next() {
             .is_done()
     );
     // It was carried out, or is now.
-    assert!(!bench.store.release_leader(&"a".into(), old, None).await.unwrap().is_done());
+    assert!(!bench.store.release_leader(&"a".into(), old, None, None).await.unwrap().is_done());
     assert!(bench.key_is_there());
 }
 

@@ -110,7 +110,7 @@ async fn a_switchover_is_answered_when_the_new_leader_is_there() {
             tokio::spawn(async move {
                 if store.read().await.unwrap().failover.is_some_and(|request| request.scheduled_at.is_none()) {
                     let lease = store.read().await.unwrap().leader.unwrap().lease;
-                    store.release_leader(&"pg-a".into(), lease, None).await.unwrap();
+                    store.release_leader(&"pg-a".into(), lease, None, None).await.unwrap();
                     put(&store, "leader", "pg-b".into()).await;
                     put(&store, "failover", json!({})).await;
                 }
