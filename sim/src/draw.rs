@@ -187,6 +187,10 @@ impl Draw {
             let aim = self.rng.random::<bool>().then_some(Aim::Synchronous);
             events.push(Event { at, aim, what: Fault::RefusePromotion { node, ms } });
         }
+        if self.rng.random_ratio(1, 64) {
+            // A world of its own: anything besides would be in the way.
+            events = self.hard_start();
+        }
         events.sort_by_key(|event| event.at);
         events
     }
@@ -286,6 +290,19 @@ impl Draw {
         }
         events.push(aimed(first, Some(Aim::Leader), self.host_outage(ms)));
         events.push(aimed(second, Some(Aim::Leader), Fault::StopAgent { node: 0, ms }));
+    }
+
+    /// A leader's agent is started anew, finds that it is to hand over, and is stopped at once.
+    fn hard_start(&mut self) -> Vec<Event> {
+        let at = BOOTSTRAP + self.rng.random_range(0..4_000);
+        let ms = self.rng.random_range(50..1_000);
+        let stop = at + ms + self.rng.random_range(0..60);
+        let aimed = |at, what| Event { at, aim: Some(Aim::Leader), what };
+        vec![
+            aimed(at, Fault::KillAgent { node: 0, ms }),
+            aimed(at + 1, Fault::Switchover { candidate: None }),
+            aimed(stop, Fault::StopAgent { node: 0, ms: 5_000 }),
+        ]
     }
 
     /// A node, or its agent, is out for so long.
