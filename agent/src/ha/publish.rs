@@ -183,3 +183,18 @@ pub fn status(
     let slots = (for_members || !positions.is_empty()).then_some(positions);
     Some(Status { optime, slots, retain_slots })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_to_stream_from_a_member_that_is_rewound() {
+        // What was seen of the server before the task began.
+        for pg in [PgStatus::Starting, PgStatus::Unresponsive] {
+            let state = |task| state_text(&pg, task, &Memory::default(), false);
+            assert_ne!(state(None), "stopped");
+            assert_eq!(state(Some(&TaskKind::Rewind)), "stopped");
+        }
+    }
+}

@@ -131,15 +131,17 @@ fn leave_out(data_dir: &Path, timeline: TimelineId) -> Result<(), PgError> {
         let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         writeln!(file, "# number left out: another node may have begun a timeline with it")?;
         file.sync_all()?;
+        // First, so that no retry finds the file there and leaves the archive without it. PostgreSQL removes a mark without
+        // its file.
+        let ready = wal.join("archive_status").join(format!("{:08X}.history.ready", timeline.0));
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(ready)?;
         // Not over one that has just been received.
         let linked = fs::hard_link(&temporary, &path);
         fs::remove_file(&temporary)?;
         match linked {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => fs::File::open(&wal)?.sync_all()?,
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => fs::File::open(&wal)?.sync_all(),
         }
-        let ready = wal.join("archive_status").join(format!("{:08X}.history.ready", timeline.0));
-        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(ready).map(drop)
     };
     write().map_err(|error: io::Error| files::unwritable(&path, &error))
 }

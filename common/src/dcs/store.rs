@@ -200,8 +200,8 @@ impl<D: Dcs> ClusterStore<D> {
     ) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
         let mut then: Vec<Op> = status.map(|status| self.status_op(&status)).into_iter().collect();
-        then.push(Op::Delete(leader.clone()));
-        let mut when = vec![Compare::Value(leader.clone(), name.as_str().into()), Compare::Lease(leader, lease)];
+        then.push(Op::Delete(leader));
+        let mut when = self.held(name, lease);
         if let Some(write) = sync {
             when.push(Compare::Modified(self.paths.key("sync"), write.seen));
             then.push(self.sync_op(write.value));
@@ -310,12 +310,8 @@ impl<D: Dcs> ClusterStore<D> {
         number: TimelineId,
         seen: Revision,
     ) -> Result<Outcome, DcsError> {
-        let leader = self.paths.key("leader");
-        let when = vec![
-            Compare::Value(leader.clone(), name.as_str().into()),
-            Compare::Lease(leader, lease),
-            Compare::Modified(self.paths.key("timeline"), seen),
-        ];
+        let mut when = self.held(name, lease);
+        when.push(Compare::Modified(self.paths.key("timeline"), seen));
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
     }
 
@@ -339,13 +335,10 @@ impl<D: Dcs> ClusterStore<D> {
         members: &BTreeMap<MemberName, String>,
         seen: Revision,
     ) -> Result<Outcome, DcsError> {
-        let (leader, key) = (self.paths.key("leader"), self.paths.key("failsafe"));
+        let key = self.paths.key("failsafe");
         let map = members.iter().map(|(name, url)| (name.0.clone(), Value::from(url.clone()))).collect();
-        let when = vec![
-            Compare::Value(leader.clone(), name.as_str().into()),
-            Compare::Lease(leader, lease),
-            Compare::Modified(key.clone(), seen),
-        ];
+        let mut when = self.held(name, lease);
+        when.push(Compare::Modified(key.clone(), seen));
         let then = vec![Op::Put(key, codec::compact(&Value::Object(map)), LeaseId(0))];
         Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
@@ -393,6 +386,12 @@ impl<D: Dcs> ClusterStore<D> {
             Some(value) => Op::Put(key, codec::compact(&value), LeaseId(0)),
             None => Op::Delete(key),
         }
+    }
+
+    /// The leader key is that of `name`, attached to `lease`.
+    fn held(&self, name: &MemberName, lease: LeaseId) -> Vec<Compare> {
+        let leader = self.paths.key("leader");
+        vec![Compare::Value(leader.clone(), name.as_str().into()), Compare::Lease(leader, lease)]
     }
 
     fn claim_op(&self, number: TimelineId) -> Op {
