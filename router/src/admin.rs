@@ -35,9 +35,11 @@ pub struct Admin {
     pub knowledge: watch::Receiver<Knowledge>,
 }
 
-/// Serves until the process ends.
+/// Serves until the process ends, or the next one is in charge: that has a listener of its own at the same address.
 pub async fn serve(admin: Admin, listener: TcpListener) -> std::io::Result<()> {
-    axum::serve(listener, routes(admin)).await
+    let router = admin.router.clone();
+    let handed_over = async move { router.handed_over().await };
+    axum::serve(listener, routes(admin)).with_graceful_shutdown(handed_over).await
 }
 
 fn routes(admin: Admin) -> Routes {

@@ -7,8 +7,10 @@
 //! Nothing is guessed. Bytes that were not seen (spliced, encrypted) can't be made up for, so a session whose stream was
 //! moved past user space is never said to be idle again, and whatever is not certain counts as busy.
 
+use serde::{Deserialize, Serialize};
+
 /// The messages of one direction so far.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Trace {
     side: Side,
     head: [u8; 5],
@@ -22,7 +24,7 @@ pub struct Trace {
     last: u8,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Side {
     Client,
     Server,

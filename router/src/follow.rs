@@ -75,6 +75,7 @@ pub async fn run(
                 reading.table = registered.restrict(reading.table, proven, now);
             }
             router.publish(reading.table.clone());
+            router.sessions.set_word(heard.word());
             question = Question::of(&heard, reading, now, well, at_risk);
         }
         // Only now: whoever is told may lead at once.

@@ -2,21 +2,22 @@
 //! its sessions, so that none is dropped.
 //!
 //! The running process waits at a unix socket. The next one connects, is sent every listening socket with its name
-//! (SCM_RIGHTS, one a packet), and says so once it accepts from them. Until then nothing has changed for the running
-//! process, and if the next one fails, nothing will; from then on it drains.
+//! (SCM_RIGHTS, one a packet), and finds out where sessions may go. That can take long, where the DCS is away. Only then
+//! does it accept, and say so. Until then nothing has changed for the running process, and if the next one fails, nothing
+//! will; from then on it drains.
 //!
-//! Once the next process knows where sessions may go, it asks for them. Each one that only moves bytes (no TLS of the
+//! Then the next process asks for the sessions. Each one that only moves bytes (no TLS of the
 //! router's own, start-up over, no side closed) stops where it is and is sent with both its sockets, what it is
 //! registered as, and the bytes that have been read and not been written. Everything else is in the kernel's buffers, and
 //! stays there. What can't be sent is drained as ever.
 
-use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -27,14 +28,15 @@ use rustix::net::{
 
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
-use trunkline_common::{MemberName, Revision};
+use trunkline_common::{Instant, Revision};
 
 use crate::accept::Permit;
+use crate::boundary::Trace;
 use crate::listeners::Inherited;
 use crate::port::Peer;
-use crate::relay::Rests;
-use crate::sessions::Registered;
-use crate::table::{Backend, Epoch};
+use crate::relay::Carried;
+use crate::sessions::{Registered, Reign};
+use crate::table::Backend;
 
 /// How long one side may keep the other waiting.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -44,9 +46,9 @@ const NAME: usize = 512;
 
 /// Behind the last socket.
 const END: &[u8] = b"end";
-/// The next process accepts.
+/// The next process knows where sessions may go, and accepts.
 const TAKEN: &[u8] = b"taken";
-/// It is ready for sessions.
+/// Sessions may come.
 const READY: &[u8] = b"ready";
 
 /// What is sent at once of a session's bytes.
@@ -61,8 +63,8 @@ pub struct Leaving {
     pub client: Arc<TcpStream>,
     /// The connection to its server.
     pub server: Arc<TcpStream>,
-    /// Read and not written.
-    pub rests: Rests,
+    /// What it takes along.
+    pub carried: Carried,
     /// Its right to be here.
     pub _permit: Permit,
 }
@@ -76,8 +78,8 @@ pub struct Adopted {
     pub client: OwnedFd,
     /// The connection to its server.
     pub server: OwnedFd,
-    /// Read and not written.
-    pub rests: Rests,
+    /// What it takes along.
+    pub carried: Carried,
 }
 
 /// How a session is told.
@@ -88,9 +90,20 @@ struct Told {
     member: String,
     host: String,
     server_port: u16,
-    /// When the leader key was created that it belongs to.
+    /// For a session of a leader: when its key was created, if the DCS has shown it.
     epoch: Option<i64>,
+    /// It is a session of a leader.
+    #[serde(default)]
+    leader: bool,
+    /// Until when its own word is good that it leads, in milliseconds since the host started.
+    #[serde(default)]
+    proven: Option<u64>,
     key: Option<Vec<u8>>,
+    #[serde(default)]
+    traces: Option<(Trace, Trace)>,
+    /// Milliseconds that are left to it, if its server is about to stop.
+    #[serde(default)]
+    budget: Option<u64>,
     /// Bytes that follow, to the server and to the client.
     up: usize,
     down: usize,
@@ -98,7 +111,10 @@ struct Told {
 
 /// The running process's end.
 #[derive(Debug)]
-pub struct Giver(OwnedFd);
+pub struct Giver {
+    socket: OwnedFd,
+    visited: Arc<AtomicBool>,
+}
 
 /// The next process's end: it has the sockets, and has not said so yet.
 #[derive(Debug)]
@@ -121,28 +137,44 @@ impl Giver {
         rustix::process::umask(before);
         bound?;
         rustix::net::listen(&socket, 1)?;
-        Ok(Self(socket))
+        Ok(Self { socket, visited: Arc::default() })
     }
 
-    /// Waits for the next process and gives it what `sockets` returns. Blocks, for as long as nobody comes.
+    /// Whether the next process is here, and not ready yet.
+    pub fn visited(&self) -> Arc<AtomicBool> {
+        self.visited.clone()
+    }
+
+    /// Waits for the next process and gives it what `sockets` returns. Blocks, for as long as nobody comes, and then for as long
+    /// as the one that has come is not ready.
     ///
     /// # Errors
     /// It has not taken them: everything goes on as before.
     pub fn give(&self, sockets: impl FnOnce() -> io::Result<Inherited>) -> io::Result<Given> {
-        let peer = rustix::net::accept_with(&self.0, SocketFlags::CLOEXEC)?;
-        limit(&peer)?;
-        for (name, socket) in sockets()? {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            let fds = [socket.as_fd()];
-            control.push(SendAncillaryMessage::ScmRights(&fds));
-            rustix::net::sendmsg(&peer, &[IoSlice::new(name.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
-        }
-        rustix::net::send(&peer, END, SendFlags::NOSIGNAL)?;
-        let mut answer = [0; TAKEN.len()];
-        let (length, _) = rustix::net::recv(&peer, &mut answer[..], RecvFlags::empty())?;
-        if answer[..length] == *TAKEN { Ok(Given(peer)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        let peer = rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)?;
+        self.visited.store(true, Ordering::Release);
+        let given = give_to(peer, sockets);
+        self.visited.store(false, Ordering::Release);
+        given
     }
+}
+
+fn give_to(peer: OwnedFd, sockets: impl FnOnce() -> io::Result<Inherited>) -> io::Result<Given> {
+    limit(&peer)?;
+    for (name, socket) in sockets()? {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [socket.as_fd()];
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        rustix::net::sendmsg(&peer, &[IoSlice::new(name.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+    }
+    rustix::net::send(&peer, END, SendFlags::NOSIGNAL)?;
+    // As long as it lives: what it waits for may be what its predecessor waits for as well.
+    sockopt::set_socket_timeout(&peer, sockopt::Timeout::Recv, None)?;
+    let mut answer = [0; TAKEN.len()];
+    let (length, _) = rustix::net::recv(&peer, &mut answer[..], RecvFlags::empty())?;
+    limit(&peer)?;
+    if answer[..length] == *TAKEN { Ok(Given(peer)) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// The connection to a process that has taken the sockets.
@@ -150,7 +182,13 @@ impl Giver {
 pub struct Given(OwnedFd);
 
 impl Given {
-    /// Waits until the next process is ready for sessions.
+    /// The next process.
+    pub fn pid(&self) -> Option<u32> {
+        let credentials = sockopt::socket_peercred(&self.0).ok()?;
+        u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Waits until sessions may come, which is soon.
     ///
     /// # Errors
     /// It is not, in time.
@@ -165,7 +203,8 @@ impl Given {
     /// # Errors
     /// The next process is gone, and the session with it.
     pub fn session(&self, leaving: &Leaving) -> io::Result<()> {
-        let Leaving { registered, client, server, rests, .. } = leaving;
+        let Leaving { registered, client, server, carried, .. } = leaving;
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let told = Told {
             port: registered.port.to_string(),
             client: match registered.client {
@@ -175,10 +214,14 @@ impl Given {
             member: registered.backend.member.as_str().to_owned(),
             host: registered.backend.host.clone(),
             server_port: registered.backend.port,
-            epoch: registered.epoch.as_ref().map(|epoch| epoch.created.0),
+            epoch: registered.reign.and_then(|reign| reign.key).map(|key| key.0),
+            leader: registered.reign.is_some(),
+            proven: registered.reign.and_then(|reign| reign.proven).map(|until| millis(until.since_boot())),
             key: registered.key.as_deref().map(<[u8]>::to_vec),
-            up: rests.up.len(),
-            down: rests.down.len(),
+            traces: carried.traces.clone(),
+            budget: carried.budget.map(millis),
+            up: carried.up.len(),
+            down: carried.down.len(),
         };
         let told = serde_json::to_vec(&told)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
@@ -186,7 +229,7 @@ impl Given {
         let fds = [client.as_fd(), server.as_fd()];
         control.push(SendAncillaryMessage::ScmRights(&fds));
         rustix::net::sendmsg(&self.0, &[IoSlice::new(&told)], &mut control, SendFlags::NOSIGNAL)?;
-        for piece in rests.up.chunks(PIECE).chain(rests.down.chunks(PIECE)) {
+        for piece in carried.up.chunks(PIECE).chain(carried.down.chunks(PIECE)) {
             rustix::net::send(&self.0, piece, SendFlags::NOSIGNAL)?;
         }
         Ok(())
@@ -222,6 +265,12 @@ impl Taker {
         }
     }
 
+    /// Whether the other process has ended.
+    pub fn is_alone(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        rustix::net::recv(&self.0, &mut [0u8; 1][..], flags) != Err(rustix::io::Errno::AGAIN)
+    }
+
     /// The other process need not accept any more.
     ///
     /// # Errors
@@ -255,9 +304,11 @@ impl Taker {
             let no_session = || io::Error::new(io::ErrorKind::InvalidData, "a session was expected");
             let (client, server) = fds.next().zip(fds.next()).ok_or_else(no_session)?;
             drop(fds);
-            let told: Told = serde_json::from_slice(buffer.get(..received.bytes).unwrap_or_default())?;
-            let rests = Rests { up: self.pieces(told.up)?, down: self.pieces(told.down)? };
-            take(Adopted { registered: told.into_registered(), client, server, rests });
+            let mut told: Told = serde_json::from_slice(buffer.get(..received.bytes).unwrap_or_default())?;
+            let (up, down) = (self.pieces(told.up)?, self.pieces(told.down)?);
+            let (traces, budget) = (told.traces.take(), told.budget.map(Duration::from_millis));
+            let carried = Carried { up, down, traces, budget };
+            take(Adopted { registered: told.into_registered(), client, server, carried });
         }
     }
 
@@ -276,24 +327,16 @@ impl Taker {
 
 impl Told {
     fn into_registered(self) -> Registered {
-        let member: MemberName = self.member.as_str().into();
-        let epoch = self.epoch.map(|created| Epoch { member: member.clone(), created: Revision(created) });
-        let backend = Backend {
-            member,
-            host: self.host,
-            port: self.server_port,
-            epoch: None,
-            sync: false,
-            lag: None,
-            behind_since: None,
-            tags: BTreeMap::new(),
-            timeline: None,
-        };
+        // A process of an earlier version names the key only.
+        let reign = (self.leader || self.epoch.is_some()).then(|| Reign {
+            key: self.epoch.map(Revision),
+            proven: self.proven.map(|until| Instant::from_boot(Duration::from_millis(until))),
+        });
         Registered {
             port: self.port.into(),
             client: self.client.map_or(Peer::Unix, Peer::Tcp),
-            backend: Arc::new(backend),
-            epoch,
+            backend: Arc::new(Backend::at(self.member.as_str().into(), self.host, self.server_port)),
+            reign,
             key: self.key.map(Into::into),
         }
     }

@@ -65,8 +65,8 @@ struct Claim {
 struct Last {
     /// Its key; `created` is that of the epoch, which goes on where a leader takes its key anew without a break.
     key: LeaderKey,
-    /// When the key that is or was in the DCS was created.
-    created: Revision,
+    /// When the key that is or was in the DCS was created; `None` where it has not been seen there.
+    created: Option<Revision>,
     /// Its record, which goes away with the same lease.
     record: Option<Member>,
 }
@@ -115,6 +115,7 @@ impl Heard {
         };
         let mut table = RouteTable::from_view(&shown);
         self.remember(view, &shown, &table);
+        table.key = self.last.as_ref().filter(|_| table.reign.is_some()).and_then(|last| last.created);
         self.weigh(&complete, now, confirmed);
         if !confirmed || self.waits_until(now).is_some() || self.doubt.is_some() {
             table = table.unconfirmed(self.proven().is_some());
@@ -155,6 +156,11 @@ impl Heard {
     /// Who has proved that it leads.
     pub fn proven(&self) -> Option<&MemberName> {
         self.claim.leader.as_ref().filter(|_| self.claim.unanswered < PATIENCE)
+    }
+
+    /// Who proved last that it leads, and until when that is good for.
+    pub fn word(&self) -> Option<(MemberName, Instant)> {
+        self.word.clone().map(|(name, asked)| (name, asked + WORD))
     }
 
     /// Takes note of the answers to questions that were sent at `asked`, when `view` was routed by.
@@ -199,8 +205,8 @@ impl Heard {
             Some(key) if key.name == last.key.name => {
                 self.vacant = None;
                 let unbroken = self.word.as_ref().is_some_and(|(name, asked)| *name == key.name && now < *asked + WORD);
-                if key.created == last.created || unbroken {
-                    last.created = key.created;
+                if Some(key.created) == last.created || unbroken {
+                    last.created = Some(key.created);
                     key.created = last.key.created;
                 }
             }
@@ -232,8 +238,8 @@ impl Heard {
         let before = self.last.take().filter(|last| last.key.name == key.name);
         self.vacant = self.vacant.filter(|_| before.is_some());
         let created = match &view.leader {
-            Some(real) if real.name == key.name => real.created,
-            _ => before.as_ref().map_or(key.created, |last| last.created),
+            Some(real) if real.name == key.name => Some(real.created),
+            _ => before.as_ref().and_then(|last| last.created),
         };
         let record = shown.leader_member().cloned().or(before.and_then(|last| last.record));
         self.last = Some(Last { key: key.clone(), created, record });
@@ -371,7 +377,7 @@ mod tests {
         assert!(routed(&mut world, 1).leader.is_none(), "two of them: none");
         world.heard.hear(&seed, &[("a".into(), Ok(true)), ("b".into(), Ok(false))], at(100));
         let table = routed(&mut world, 101);
-        assert_eq!(table.certainty, Certainty::Unconfirmed { proven: true });
+        assert_eq!((table.certainty, table.key), (Certainty::Unconfirmed { proven: true }, None));
         assert!(table.leader.is_some_and(|leader| leader.member == "a".into() && leader.epoch == table.reign));
         // The DCS is there: sessions go on, and what it says may be old, so it is proved once more.
         assert_eq!(world.read(Some(("a", 7)), 200), (reign("a", 0), false, true));
@@ -452,6 +458,8 @@ mod tests {
         world.hear("a", Ok(true), None, 110);
         assert_eq!(world.read(Some(("a", 9)), 500), (reign("a", 7), true, false));
         assert_eq!(world.read(Some(("a", 9)), 50_000), (reign("a", 7), true, false), "the same key later");
+        let key = world.heard.read(&world.view(Some(("a", 9))), at(50_000), true, true).table.key;
+        assert_eq!(key, Some(Revision(9)), "the next process is told what the DCS says");
         assert_eq!(world.read(Some(("a", 11)), 50_001).0, reign("a", 11), "anew without a word");
 
         let mut world = failsafe();

@@ -9,6 +9,7 @@ use anyhow::Context;
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::uname;
+use tokio::sync::oneshot;
 use tracing::{error, info, warn};
 use trunkline_common::SystemClock;
 use trunkline_common::dcs::etcd::EtcdDcs;
@@ -80,7 +81,7 @@ fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
-    // With a hand-over the old process has the admin port until it ends.
+    // With a hand-over the old process has the admin port until this one is in charge.
     let admin = match &config.admin {
         Some(listen) => Some((listen.clone(), bind_admin(listen, arguments.upgrade)?)),
         None => None,
@@ -103,9 +104,10 @@ fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
         path: arguments.config,
         config: config.clone(),
     };
-    let background = background(config, router.clone(), prober, admin, reloader);
+    let (begin, begun) = oneshot::channel();
+    let background = background(config, router.clone(), prober, admin, begun, reloader);
     let upgrade_sock = arguments.upgrade_sock;
-    server::run(Plan { router, listeners, threads, background, upgrade_sock, taker })?;
+    server::run(Plan { router, listeners, threads, background, begin, upgrade_sock, taker })?;
     Ok(())
 }
 
@@ -130,7 +132,7 @@ fn bind_admin(listen: &str, shared: bool) -> anyhow::Result<std::net::TcpListene
         if !shared {
             socket::check_free(address)?;
         }
-        socket::listen(address)
+        socket::bind(address)
     };
     bind().with_context(|| format!("the admin port can't listen on {listen}"))
 }
@@ -148,6 +150,7 @@ fn background(
     router: Arc<Router>,
     prober: Prober,
     admin: Option<(String, std::net::TcpListener)>,
+    begun: oneshot::Receiver<()>,
     reloader: Reloader,
 ) -> Background {
     Box::pin(async move {
@@ -167,15 +170,21 @@ fn background(
         if let Some((listen, listener)) = admin {
             let admin = Admin { router: router.clone(), knowledge: knowledge.clone() };
             tokio::spawn(async move {
-                let served = match tokio::net::TcpListener::from_std(listener) {
-                    Ok(listener) => admin::serve(admin, listener).await,
-                    Err(error) => Err(error),
-                };
-                warn!(listen, ?served, "the admin port is closed");
+                // An error means that the process ends.
+                if begun.await.is_ok()
+                    && let Err(error) = serve_admin(admin, listener).await
+                {
+                    warn!(listen, %error, "the admin port is closed");
+                }
             });
         }
         tokio::spawn(survey::positions(router.clone(), prober.clone(), knowledge.clone()));
         let seed = Some(&config.members).filter(|members| !members.is_empty()).map(|members| heard::seed(members));
         follow::run(router, prober, knowledge, seed).await;
     })
+}
+
+async fn serve_admin(admin: Admin, listener: std::net::TcpListener) -> std::io::Result<()> {
+    socket::begin_to_listen(&listener)?;
+    admin::serve(admin, tokio::net::TcpListener::from_std(listener)?).await
 }

@@ -61,8 +61,8 @@ pub struct Router {
 enum Draining {
     /// Everything is done.
     No,
-    /// Accept.
-    Accepting,
+    /// Accept, as the next process does that.
+    HandedOver,
     /// That, and hold.
     Refusing,
 }
@@ -151,11 +151,12 @@ impl Router {
             return;
         }
         if before.reign != table.reign {
-            let ended = self.sessions.set_reign(table.reign.clone());
+            let ended = self.sessions.set_reign(table.reign.clone(), table.key);
             let leader = table.reign.as_ref().map(|epoch| &epoch.member);
             info!(leader = leader.map(MemberName::as_str), sessions_ended = ended, "leadership changed");
             self.metrics.leader_changes.inc();
         }
+        self.sessions.set_key(table.key);
         if let Some(asked) = self.sessions.set_resigns(table.resigns) {
             let leader = table.reign.as_ref().map(|epoch| epoch.member.as_str());
             info!(leader, sessions = asked, "the leader is about to stop");
@@ -208,12 +209,17 @@ impl Router {
 
     /// Returns once the router accepts nothing more.
     pub async fn drain_begun(&self) {
-        self.drained_to(Draining::Accepting).await;
+        self.drained_to(Draining::HandedOver).await;
     }
 
     /// Returns once the router serves nobody who has no server.
     pub async fn refusing(&self) {
         self.drained_to(Draining::Refusing).await;
+    }
+
+    /// Returns once the next process is in charge.
+    pub async fn handed_over(&self) {
+        let _ = self.draining.subscribe().wait_for(|now| *now == Draining::HandedOver).await;
     }
 
     async fn drained_to(&self, least: Draining) {
@@ -229,7 +235,7 @@ impl Router {
     /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, then ends the rest. With
     /// `keep_held` those that wait for a server go on waiting. Returns how many sessions had to be ended.
     pub async fn drain(&self, limit: Duration, keep_held: bool) -> usize {
-        let how_far = if keep_held { Draining::Accepting } else { Draining::Refusing };
+        let how_far = if keep_held { Draining::HandedOver } else { Draining::Refusing };
         self.draining.send_modify(|now| *now = how_far.max(*now));
         info!(connections = self.connections(), ?limit, "draining");
         match tokio::time::timeout(limit, self.places.empty()).await {

@@ -4,11 +4,12 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use crate::handover::{Given, Giver, Taker};
@@ -27,8 +28,12 @@ const GIVE_PAUSE: Duration = Duration::from_millis(200);
 /// Sessions on their way to the next process at once.
 const LEAVING: usize = 256;
 
-/// How often it is looked whether it is known where sessions may go.
-const TABLE_PAUSE: Duration = Duration::from_millis(10);
+/// How often the next process, while it is not ready, looks whether the one before is still there.
+const ALONE_PAUSE: Duration = Duration::from_millis(100);
+
+/// So long the next process waits for a leader where the DCS says that there is none: one that leads by failsafe mode has no key,
+/// and only the process before knows who that is.
+const LEADERLESS: Duration = Duration::from_secs(30);
 
 /// Work that goes on beside the sessions, on a thread of its own.
 pub type Background = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -43,46 +48,77 @@ pub struct Plan {
     pub threads: Vec<mpsc::Receiver<Work>>,
     /// Follows the cluster, serves the admin port, reloads.
     pub background: Background,
+    /// Told when this process is in charge.
+    pub begin: oneshot::Sender<()>,
     /// Where the next process can take the sockets.
     pub upgrade_sock: Option<PathBuf>,
     /// The process that these sockets were taken from.
     pub taker: Option<Taker>,
 }
 
-/// Runs until SIGTERM or SIGINT (drain, then end), or until the next process has taken the sockets (the same). SIGQUIT waits
-/// for it to come. A second signal ends at once. Must not be called inside a runtime.
+/// Runs until SIGTERM or SIGINT (drain, then end), or until the next process is in charge (the same). SIGQUIT waits for it to
+/// come. A second signal ends at once. Must not be called inside a runtime.
 ///
 /// # Errors
 /// There are no threads, signals or place for the hand-over to be had.
 pub fn run(plan: Plan) -> io::Result<()> {
-    let Plan { router, listeners, threads, background, upgrade_sock, taker } = plan;
-    for (number, opened) in threads.into_iter().enumerate() {
-        let runtime =
-            Builder::new_current_thread().enable_all().on_thread_park(relay::pause::before_waiting).build()?;
-        let router = router.clone();
-        let thread = std::thread::Builder::new().name(format!("relay-{number}"));
-        thread.spawn(move || runtime.block_on(serve(router, opened)))?;
-    }
+    let Plan { router, listeners, threads, background, begin, upgrade_sock, taker } = plan;
     runtime()?.block_on(async {
-        let signals = Signals::new()?;
+        let mut signals = Signals::new()?;
+        tokio::spawn(background);
+        if let Some(taker) = &taker {
+            tokio::select! {
+                () = ready(&router, taker) => {}
+                () = signals.stop.told() => return Ok(()),
+            }
+        }
+        for (number, work) in threads.into_iter().enumerate() {
+            relay_thread(number, router.clone(), work)?;
+        }
+        let next = Next::expect(router.clone(), listeners.clone(), upgrade_sock)?;
+        let _ = begin.send(());
         if let Some(taker) = taker {
             // The other process may have ended by itself meanwhile: nothing is missing then.
             if let Err(error) = taker.taken() {
                 warn!(%error, "the process whose sockets were taken does not know that it may end");
             }
-            let (router, listeners) = (router.clone(), listeners.clone());
             let thread = std::thread::Builder::new().name("adoption".into());
-            thread.spawn(move || take_sessions(&router, &listeners, &taker))?;
+            thread.spawn(move || take_sessions(&listeners, &taker))?;
         }
-        let handed_over = handed_over(router.clone(), listeners, upgrade_sock)?;
-        tokio::spawn(background);
-        signals.end(router, handed_over).await;
+        signals.end(router, next).await;
         Ok(())
     })
 }
 
+/// Returns when this process can do better than the one before: it knows of a leader, or has known for a while that there is none, or
+/// is alone.
+async fn ready(router: &Router, taker: &Taker) {
+    let mut tables = router.tables();
+    let known = async {
+        // The sender lives as long as the router, so this is never an error.
+        let _ = tables.wait_for(|table| table.reign.is_some() || table.certainty == Certainty::Confirmed).await;
+        let led = tables.wait_for(|table| table.reign.is_some());
+        let _ = tokio::time::timeout(LEADERLESS, led).await;
+    };
+    let alone = async {
+        while !taker.is_alone() {
+            tokio::time::sleep(ALONE_PAUSE).await;
+        }
+    };
+    tokio::select! {
+        () = known => {}
+        () = alone => warn!("the process whose sockets were taken has ended"),
+    }
+}
+
 fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
+}
+
+fn relay_thread(number: usize, router: Arc<Router>, work: mpsc::Receiver<Work>) -> io::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().on_thread_park(relay::pause::before_waiting).build()?;
+    let thread = std::thread::Builder::new().name(format!("relay-{number}"));
+    thread.spawn(move || runtime.block_on(serve(router, work))).map(drop)
 }
 
 /// The sessions of one thread.
@@ -99,31 +135,51 @@ async fn serve(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
     std::future::pending().await
 }
 
-/// Becomes ready once another process has taken the sockets; never, where there is no place for it. Sessions follow.
-fn handed_over(
-    router: Arc<Router>,
-    listeners: Arc<Listeners>,
-    path: Option<PathBuf>,
-) -> io::Result<mpsc::Receiver<()>> {
-    let (done, receiver) = mpsc::channel(1);
-    let Some(path) = path else { return Ok(receiver) };
-    let giver = Giver::at(&path)?;
-    let give = move || {
-        while !done.is_closed() {
-            match giver.give(|| listeners.copies()) {
-                Ok(given) => {
-                    let _ = done.blocking_send(());
-                    return give_sessions(&router, &given);
+/// The process that comes after this one.
+struct Next {
+    /// Has a message once that is in charge; never, where there is no place for it. Sessions follow.
+    in_charge: mpsc::Receiver<()>,
+    /// It is here, and not ready.
+    visits: Arc<AtomicBool>,
+}
+
+impl Next {
+    fn expect(router: Arc<Router>, listeners: Arc<Listeners>, path: Option<PathBuf>) -> io::Result<Self> {
+        let (done, in_charge) = mpsc::channel(1);
+        let Some(path) = path else { return Ok(Self { in_charge, visits: Arc::default() }) };
+        let giver = Giver::at(&path)?;
+        let visits = giver.visited();
+        let give = move || {
+            while !done.is_closed() {
+                match giver.give(|| listeners.copies()) {
+                    Ok(given) => {
+                        let _ = done.blocking_send(());
+                        return give_sessions(&router, &given);
+                    }
+                    Err(error) => {
+                        warn!(%error, "the sockets were not handed over; going on");
+                        std::thread::sleep(GIVE_PAUSE);
+                    }
                 }
-                Err(error) => {
-                    warn!(%error, "the sockets were not handed over; going on");
-                    std::thread::sleep(GIVE_PAUSE);
+            }
+        };
+        std::thread::Builder::new().name("handover".into()).spawn(give)?;
+        Ok(Self { in_charge, visits })
+    }
+
+    /// Whether it is in charge; `false`: it has not come in time.
+    async fn comes(&mut self) -> bool {
+        loop {
+            match tokio::time::timeout(TAKE_LIMIT, self.in_charge.recv()).await {
+                Ok(taken) => return taken.is_some(),
+                Err(_) if self.visits.load(Ordering::Acquire) => {}
+                Err(_) => {
+                    warn!("no process has come to take the sockets");
+                    return false;
                 }
             }
         }
-    };
-    std::thread::Builder::new().name("handover".into()).spawn(give)?;
-    Ok(receiver)
+    }
 }
 
 /// Sends every session that can be sent, until this process ends.
@@ -140,12 +196,8 @@ fn give_sessions(router: &Router, given: &Given) {
     }
 }
 
-/// Takes the sessions of the process whose sockets were taken, once it is known where sessions may go.
-fn take_sessions(router: &Router, listeners: &Listeners, taker: &Taker) {
-    let tables = router.tables();
-    while tables.borrow().certainty == Certainty::Nothing {
-        std::thread::sleep(TABLE_PAUSE);
-    }
+/// Takes the sessions of the process whose sockets were taken.
+fn take_sessions(listeners: &Listeners, taker: &Taker) {
     let mut count = 0;
     let taken = taker.sessions(|adopted| {
         count += 1;
@@ -159,36 +211,44 @@ fn take_sessions(router: &Router, listeners: &Listeners, taker: &Taker) {
 
 /// What signals mean.
 struct Signals {
+    stop: Stop,
+    quit: Signal,
+}
+
+/// SIGTERM and SIGINT.
+struct Stop {
     term: Signal,
     int: Signal,
-    quit: Signal,
+}
+
+impl Stop {
+    /// The next one.
+    async fn told(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        Ok(Self {
-            term: signal(SignalKind::terminate())?,
-            int: signal(SignalKind::interrupt())?,
-            quit: signal(SignalKind::quit())?,
-        })
+        let stop = Stop { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? };
+        Ok(Self { stop, quit: signal(SignalKind::quit())? })
     }
 
     /// Returns when the process shall end.
-    async fn end(mut self, router: Arc<Router>, mut handed_over: mpsc::Receiver<()>) {
+    async fn end(mut self, router: Arc<Router>, mut next: Next) {
         let handed_over = tokio::select! {
-            _ = self.term.recv() => false,
-            _ = self.int.recv() => false,
-            Some(()) = handed_over.recv() => true,
-            _ = self.quit.recv() => match tokio::time::timeout(TAKE_LIMIT, handed_over.recv()).await {
-                Ok(taken) => taken.is_some(),
-                Err(_) => {
-                    warn!("no process has come to take the sockets");
-                    false
-                }
+            () = self.stop.told() => false,
+            Some(()) = next.in_charge.recv() => true,
+            _ = self.quit.recv() => tokio::select! {
+                () = self.stop.told() => false,
+                comes = next.comes() => comes,
             },
         };
         if handed_over {
-            info!("the next process has the sockets");
+            info!("the next process is in charge");
         }
         let limit = router.limits().drain_timeout;
         let drained = tokio::select! {
@@ -196,7 +256,7 @@ impl Signals {
                 info!(sessions_ended = ended, "drained");
                 true
             }
-            () = self.another() => {
+            () = self.stop.told() => {
                 warn!("not waiting for sessions any more");
                 false
             }
@@ -209,12 +269,5 @@ impl Signals {
             router.sessions.end_all(Cut::Drained);
         }
         router.registration.withdraw().await;
-    }
-
-    async fn another(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.int.recv() => {}
-        }
     }
 }

@@ -25,7 +25,6 @@ use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
 use crate::sessions::Cut;
 use crate::startup::{self, Malformed, Packet, Progress};
-use crate::table::Backend;
 use crate::wire::{Leg, Wire};
 use crate::{answer, cancel, relay, socket};
 
@@ -103,14 +102,11 @@ pub async fn resume(router: Arc<Router>, adopted: Adopted) {
 }
 
 fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
-    let Adopted { registered, client, server, rests } = adopted;
+    let Adopted { registered, client, server, carried } = adopted;
     let open = |socket: OwnedFd| TcpStream::from_std(socket.into()).map(Arc::new);
     let (Ok(client), Ok(server)) = (open(client), open(server)) else { return Err(Ended::ClientGone) };
     let permit = accept::permit_for_adopted(router, &registered.port);
-    let backend = Arc::new(Backend { epoch: registered.epoch, ..(*registered.backend).clone() });
-    let (name, now) = (&registered.port, router.clock.now());
-    let begun = router.sessions.begin(name, registered.client, &backend, &server, now);
-    let Some(session) = begun.filter(|session| session.begun(&client)) else {
+    let Some(session) = router.sessions.adopt(&registered, &client, &server, router.clock.now()) else {
         // Its server is not the leader any more.
         socket::abort(&server);
         return Err(Ended::Cut(Cut::LeaderChanged));
@@ -118,10 +114,11 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     if let Some(key) = registered.key {
         session.learn(key.as_ref().into());
     }
-    let meter = router.metrics.meter(name, backend.member.as_str());
+    let meter = router.metrics.meter(&registered.port, registered.backend.member.as_str());
     router.metrics.adopted.inc();
     // Whatever it began with: its start is over.
-    let start = Some(Box::new(relay::Start { rests, ..relay::Start::default() }));
+    let start = relay::Start { resignation: resignation(router), carried, ..relay::Start::default() };
+    let start = Some(Box::new(start));
     let parties = relay::Parties { client, server, session, meter };
     Ok(Begun { parties, start, tls: None, permit: Some(permit), _counted: None })
 }
@@ -178,7 +175,7 @@ impl Begun {
     async fn part(&mut self, outcome: relay::Outcome, leg: Option<Leg>) -> Ended {
         let idle = match outcome {
             relay::Outcome::Ended(end) => return self.ended(end),
-            relay::Outcome::Left(rests) => return self.leave(rests).await,
+            relay::Outcome::Left(carried) => return self.leave(*carried).await,
             relay::Outcome::Overdue => {
                 self.parties.session.end(Cut::Overdue);
                 return Ended::Cut(Cut::Overdue);
@@ -193,10 +190,10 @@ impl Begun {
     }
 
     /// To the next process. If nobody takes it any more, its sockets are closed with it.
-    async fn leave(&mut self, rests: relay::Rests) -> Ended {
+    async fn leave(&mut self, carried: relay::Carried) -> Ended {
         if let (Some((exit, registered)), Some(permit)) = (self.parties.session.exit(), self.permit.take()) {
             let (client, server) = (self.parties.client.clone(), self.parties.server.clone());
-            let _ = exit.send(Leaving { registered, client, server, rests, _permit: permit }).await;
+            let _ = exit.send(Leaving { registered, client, server, carried, _permit: permit }).await;
         }
         Ended::Left
     }
@@ -223,9 +220,8 @@ async fn begin(
         Ok(Met::Session(found, _counted)) => {
             let Found { server, session, meter, tls, said, packet, .. } = found;
             let plain = matches!(packet, Packet::Startup { .. });
-            let budget = router.limits().switchover_budget;
-            let resignation = Some(budget).filter(|budget| !budget.is_zero());
-            let start = relay::Start { unread, plain, resignation, rests: relay::Rests::default() };
+            let resignation = resignation(router);
+            let start = relay::Start { unread, plain, resignation, carried: relay::Carried::default() };
             let tls = (matches!(leg, Leg::Tls(_)) || tls.is_some()).then(|| {
                 let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
                 Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said })
@@ -244,6 +240,11 @@ async fn begin(
             Err((Ended::Refused(refusal), peer))
         }
     }
+}
+
+/// How long a session may go on once its server has said that it is about to stop.
+fn resignation(router: &Router) -> Option<Duration> {
+    Some(router.limits().switchover_budget).filter(|budget| !budget.is_zero())
 }
 
 /// What a client has come for, and got.

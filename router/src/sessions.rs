@@ -18,7 +18,7 @@ use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use trunkline_common::{Instant, MemberName};
+use trunkline_common::{Instant, MemberName, Revision};
 
 use crate::handover::Leaving;
 use crate::port::Peer;
@@ -70,6 +70,10 @@ pub struct Call {
 #[derive(Debug, Default)]
 struct Inner {
     reign: Option<Epoch>,
+    /// The leader key that it goes with, where the DCS has shown it.
+    key: Option<Revision>,
+    /// Who proved last that it leads, and until when that is good for.
+    word: Option<(MemberName, Instant)>,
     /// The leader has said that it is about to stop.
     resigns: bool,
     next: u64,
@@ -121,10 +125,19 @@ pub struct Registered {
     pub client: Peer,
     /// The server.
     pub backend: Arc<Backend>,
-    /// The epoch it belongs to.
-    pub epoch: Option<Epoch>,
+    /// For a session of a leader: what is known of its reign. Epochs themselves mean something in one process only.
+    pub reign: Option<Reign>,
     /// What cancels it.
     pub key: Option<Arc<[u8]>>,
+}
+
+/// What one process tells the next of the reign that a session belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reign {
+    /// When the leader key was created, where the DCS has shown it.
+    pub key: Option<Revision>,
+    /// The leader has proved over its REST API that it leads, and that is good until then.
+    pub proven: Option<Instant>,
 }
 
 /// A registered session; dropping it ends the registration.
@@ -178,7 +191,12 @@ impl Session {
         let inner = self.sessions.inner.lock();
         let live = inner.live.get(&self.id).filter(|_| self.cut().is_none())?;
         let (port, client, backend) = (live.port.clone(), live.peer, live.backend.clone());
-        let registered = Registered { port, client, backend, epoch: live.epoch.clone(), key: live.key.clone() };
+        // One of another epoch has been cut.
+        let reign = live.epoch.as_ref().map(|epoch| {
+            let word = inner.word.as_ref().filter(|(name, _)| *name == epoch.member);
+            Reign { key: inner.key, proven: word.map(|(_, until)| *until) }
+        });
+        let registered = Registered { port, client, backend, reign, key: live.key.clone() };
         Some((inner.exit.clone()?, registered))
     }
 
@@ -229,30 +247,49 @@ impl Sessions {
         if backend.epoch.is_some() && (backend.epoch != inner.reign || inner.resigns) {
             return None;
         }
-        let id = inner.next;
-        inner.next += 1;
         // Chosen as a standby, promoted since: from now on a session of the leader.
         let epoch = inner.reign.clone().filter(|reign| reign.member == backend.member);
-        let ticket = Arc::new(Ticket::default());
-        let live = Box::new(Live {
-            port: port.clone(),
-            peer,
-            backend: backend.clone(),
-            epoch,
-            began: now,
-            key: None,
-            client: None,
-            server: server.clone(),
-            ticket: ticket.clone(),
-        });
+        let live = Live::new(port, peer, backend, epoch, server, now);
+        Some(self.register(&mut inner, live))
+    }
+
+    /// Registers a session of another process, with its client; `None` if it is not certain that its server is still the leader that
+    /// the other process knew it as. The leader is that if the key is the same, or if it has proved to the other process a moment ago
+    /// that it leads; and if the DCS is not heard here, so that the leader was found by its own word, as it is while one process
+    /// goes through the same. In each case it leads *now*, by what is known here, and the other process has not heard of anybody else.
+    pub fn adopt(
+        self: &Arc<Self>,
+        registered: &Registered,
+        client: &Arc<TcpStream>,
+        server: &Arc<TcpStream>,
+        now: Instant,
+    ) -> Option<Session> {
+        let mut inner = self.inner.lock();
+        let backend = &registered.backend;
+        let epoch = inner.reign.clone().filter(|reign| reign.member == backend.member);
+        if let Some(reign) = registered.reign {
+            let proven = reign.proven.is_some_and(|until| now < until);
+            let same = inner.key.is_none() || reign.key == inner.key || proven;
+            epoch.as_ref().filter(|_| same)?;
+        }
+        let mut live = Live::new(&registered.port, registered.client, backend, epoch, server, now);
+        live.ticket.resign.store(inner.resigns && live.epoch.is_some(), Ordering::Release);
+        live.client = Some(client.clone());
+        Some(self.register(&mut inner, live))
+    }
+
+    fn register(self: &Arc<Self>, inner: &mut Inner, live: Box<Live>) -> Session {
+        let (id, ticket) = (inner.next, live.ticket.clone());
+        inner.next += 1;
+        *inner.load.entry(live.backend.member.clone()).or_default() += 1;
         inner.live.insert(id, live);
-        *inner.load.entry(backend.member.clone()).or_default() += 1;
-        Some(Session { id, ticket, sessions: self.clone() })
+        Session { id, ticket, sessions: self.clone() }
     }
 
     /// From now on only sessions of `reign` may talk to a leader; ends those of any other, and says how many.
-    pub fn set_reign(&self, reign: Option<Epoch>) -> usize {
+    pub fn set_reign(&self, reign: Option<Epoch>, key: Option<Revision>) -> usize {
         let mut inner = self.inner.lock();
+        inner.key = key;
         if inner.reign == reign {
             return 0;
         }
@@ -270,6 +307,16 @@ impl Sessions {
             }
         }
         ended
+    }
+
+    /// The leader key that the reign goes with from now on, where the DCS has shown it.
+    pub fn set_key(&self, key: Option<Revision>) {
+        self.inner.lock().key = key;
+    }
+
+    /// Who has proved last that it leads, and until when that is good for.
+    pub fn set_word(&self, word: Option<(MemberName, Instant)>) {
+        self.inner.lock().word = word;
     }
 
     /// Whether the leader is about to stop: if so, its sessions are asked to end as soon as they can. Says how many are, if
@@ -393,11 +440,79 @@ impl Inner {
 }
 
 impl Live {
+    fn new(
+        port: &Arc<str>,
+        peer: Peer,
+        backend: &Arc<Backend>,
+        epoch: Option<Epoch>,
+        server: &Arc<TcpStream>,
+        began: Instant,
+    ) -> Box<Self> {
+        Box::new(Self {
+            port: port.clone(),
+            peer,
+            backend: backend.clone(),
+            epoch,
+            began,
+            key: None,
+            client: None,
+            server: server.clone(),
+            ticket: Arc::default(),
+        })
+    }
+
     fn end(&self, cut: Cut) {
         self.ticket.cut.store(cut as u8, Ordering::Release);
         socket::abort(&self.server);
         if let Some(client) = &self.client {
             socket::close_both_ways(client);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(seconds: u64) -> Instant {
+        Instant::from_boot(Duration::from_secs(seconds))
+    }
+
+    #[tokio::test]
+    async fn only_a_leader_that_is_still_the_same_keeps_the_sessions_of_another_process() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = Arc::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        let server = Arc::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        let epoch = |member: &str, created| Some(Epoch { member: member.into(), created: Revision(created) });
+        let key = |created| Some(Revision(created));
+        let told = |key, proven| Some(Reign { key, proven });
+        for (reign, own_key, told, taken, why) in [
+            (epoch("a", 7), key(7), told(key(7), None), true, "the same key"),
+            (epoch("a", 5), key(7), told(key(7), None), true, "the same key, whatever the epoch is called here"),
+            (epoch("a", 7), key(7), told(key(5), None), false, "another key of the same member"),
+            (epoch("a", 7), key(7), told(key(5), Some(at(11))), true, "it took its key anew and led all the time"),
+            (epoch("a", 7), key(7), told(key(5), Some(at(10))), false, "that it did so is too long ago"),
+            (epoch("a", 7), key(7), told(None, None), false, "nothing is known of the key"),
+            (epoch("a", 7), key(7), told(None, Some(at(11))), true, "but it has just proved itself"),
+            (epoch("a", 0), None, told(key(5), None), true, "it has proved itself here"),
+            (epoch("a", 0), None, told(None, None), true, "to both"),
+            (epoch("b", 0), None, told(key(5), Some(at(11))), false, "another one has proved itself here"),
+            (epoch("b", 7), key(7), told(key(7), Some(at(11))), false, "another one leads"),
+            (None, None, told(key(7), Some(at(11))), false, "nobody leads"),
+            (None, None, None, true, "a standby's"),
+            (epoch("a", 7), key(7), None, true, "a standby's that leads by now"),
+        ] {
+            let sessions = Arc::new(Sessions::default());
+            sessions.set_reign(reign.clone(), own_key);
+            let backend = Arc::new(Backend::at("a".into(), "10.0.0.1".into(), 5432));
+            let registered = Registered { port: "rw".into(), client: Peer::Unix, backend, reign: told, key: None };
+            let session = sessions.adopt(&registered, &client, &server, at(10));
+            assert_eq!(session.is_some(), taken, "{why}");
+            // And from then on it is one like any other.
+            let of_leader = taken && reign.is_some();
+            assert_eq!(sessions.set_reign(epoch("c", 8), key(8)), usize::from(of_leader), "{why}");
         }
     }
 }

@@ -183,14 +183,25 @@ impl Listener {
 
 /// A listening socket that others may share the address with (`SO_REUSEPORT`).
 pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = bind(address)?;
+    begin_to_listen(&socket)?;
+    Ok(socket)
+}
+
+/// The same, but nobody can connect before [`begin_to_listen`].
+pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket: OwnedFd = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_socket_reuseport(&socket, true)?;
     rustix::net::bind(&socket, &address)?;
-    rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
+}
+
+/// From now on clients can connect.
+pub fn begin_to_listen(socket: &std::net::TcpListener) -> io::Result<()> {
+    Ok(rustix::net::listen(socket, BACKLOG)?)
 }
 
 /// A listening socket in the file system, for everybody, as PostgreSQL's own. What a router that is gone has left there is

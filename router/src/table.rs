@@ -55,6 +55,21 @@ pub struct Backend {
 }
 
 impl Backend {
+    /// A server of which nothing more is known.
+    pub fn at(member: MemberName, host: String, port: u16) -> Self {
+        Self {
+            member,
+            host,
+            port,
+            epoch: None,
+            sync: false,
+            lag: None,
+            behind_since: None,
+            tags: BTreeMap::new(),
+            timeline: None,
+        }
+    }
+
     /// Whether a connection to one is a connection to the other.
     pub fn same_server(&self, other: &Backend) -> bool {
         (&self.member, &self.host, self.port, &self.epoch) == (&other.member, &other.host, other.port, &other.epoch)
@@ -96,6 +111,9 @@ pub struct RouteTable {
     pub certainty: Certainty,
     /// Whose sessions may go on; see the module's documentation.
     pub reign: Option<Epoch>,
+    /// When the leader key that the reign goes with was created, as the DCS says it: of an epoch that was begun without the DCS,
+    /// or that has outlasted its key, another one than the epoch's. `None` where the DCS has not shown it.
+    pub key: Option<Revision>,
     /// The leader has announced that it is about to stop: its sessions end as soon as they can.
     pub resigns: bool,
     /// Who has the leader key and is about to take writes.
@@ -117,6 +135,7 @@ impl RouteTable {
             revision: Revision(0),
             certainty: Certainty::Nothing,
             reign: None,
+            key: None,
             resigns: false,
             elected: None,
             leader: None,
@@ -133,6 +152,7 @@ impl RouteTable {
             revision: view.revision,
             certainty: Certainty::Confirmed,
             reign: reign.clone(),
+            key: reign.as_ref().map(|epoch| epoch.created),
             resigns: reign.is_some() && resigns(view),
             elected: None,
             leader: None,

@@ -6,12 +6,14 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use trunkline_config::router::Target;
+use trunkline_common::{Clock, SystemClock};
+use trunkline_config::router::{KnownMember, Limits, Target};
 use trunkline_router::handover::{Giver, Taker};
-use trunkline_router::{Router, session};
+use trunkline_router::{Router, heard, session};
 
 /// The first router gives what it has to whoever comes to `path`.
 fn give(router: &Arc<Router>, path: &Path) {
@@ -116,4 +118,84 @@ async fn a_session_of_another_epoch_is_not_taken_over() {
     assert_eq!(rest(&mut client).await, b"");
     assert_eq!(rest(&mut at_old).await, b"", "not another byte");
     eventually(|| before.router.connections() == 0 && after.router.connections() == 0).await;
+}
+
+/// Every session passes from one router to the other.
+fn pass(before: &World, after: &World) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("upgrade");
+    give(&before.router, &path);
+    take(&after.router, path);
+    dir
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_switchover_goes_on_in_the_next_process() {
+    let limits = Limits { switchover_budget: Duration::from_secs(3), ..limits() };
+    let (mut before, mut after) = (World::new(limits), World::new(limits));
+    let rw = before.open(port(Target::Leader)).await;
+    after.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    before.lead("a", server.at).await;
+    after.lead("a", server.at).await;
+    let (mut writer, mut writer_end) = started(rw, &server).await;
+    let (mut waits, mut waits_end) = started(rw, &server).await;
+    for (client, server) in [(&mut writer, &mut writer_end), (&mut waits, &mut waits_end)] {
+        passes(client, server, &message(b'Q', b"begin\0")).await;
+        passes(server, client, &message(b'Z', b"T")).await;
+    }
+    before.stops("a").await;
+    after.stops("a").await;
+    let announced = SystemClock.now();
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let _dir = pass(&before, &after);
+    eventually(|| after.router.sessions.len() == 2).await;
+    // One comes to its end, which the next process sees: it knows all that has passed before.
+    passes(&mut writer, &mut writer_end, &message(b'Q', b"commit\0")).await;
+    writer_end.write_all(&message(b'Z', b"I")).await.unwrap();
+    within(writer.read_exact(&mut [0; 6])).await.unwrap();
+    assert_eq!(refused(&mut writer).await, "57P01");
+    // The other one does not, and has no more time than it had.
+    assert_eq!(refused(&mut waits).await, "57P01");
+    let took = SystemClock.now().since(announced);
+    assert!(took > Duration::from_millis(2_900) && took < Duration::from_millis(4_000), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_session_that_was_taken_over_is_still_told_of_a_planned_stop() {
+    let (mut before, mut after) = (World::new(limits()), World::new(limits()));
+    let rw = before.open(port(Target::Leader)).await;
+    after.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    before.lead("a", server.at).await;
+    after.lead("a", server.at).await;
+    let (mut client, mut at_server) = started(rw, &server).await;
+    let _dir = pass(&before, &after);
+    eventually(|| after.router.sessions.len() == 1).await;
+    passes(&mut client, &mut at_server, &message(b'Q', b"select\0")).await;
+    passes(&mut at_server, &mut client, &message(b'Z', b"I")).await;
+    after.stops("a").await;
+    assert_eq!(refused(&mut client).await, "57P01");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_the_next_process_knows_by_its_own_word_keeps_its_sessions() {
+    let (api_url, server) = (api("200 OK", "primary").await, Fake::start().await);
+    let known = KnownMember { name: "a".into(), api_url, connect_address: server.at.to_string() };
+    let mut before = World::new(limits());
+    let rw = before.open(port(Target::Leader)).await;
+    before.lead("a", server.at).await;
+    let (mut client, mut at_server) = started(rw, &server).await;
+    // It has not reached the DCS.
+    let limits = Limits { stale_after: Duration::from_millis(10), ..limits() };
+    let mut after = World::seeded(limits, Some(heard::seed(&[known])));
+    after.open(port(Target::Leader)).await;
+    eventually(|| after.router.table().leader.is_some()).await;
+    let _dir = pass(&before, &after);
+    eventually(|| after.router.sessions.len() == 1 || before.router.sessions.is_empty()).await;
+    passes(&mut client, &mut at_server, b"goes on").await;
+    // And ends with its leader as any other.
+    let other = Fake::start().await;
+    after.lead("b", other.at).await;
+    assert_eq!(rest(&mut client).await, b"");
 }

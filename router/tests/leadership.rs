@@ -163,20 +163,6 @@ async fn a_silent_dcs_keeps_sessions_and_asks_the_leader_for_new_ones() {
     is_ended(&mut client, &mut held).await;
 }
 
-/// A REST API that answers every `GET /primary` with this status and role.
-async fn api(status: &'static str, role: &'static str) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}/patroni", listener.local_addr().unwrap());
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut request = [0; 1024];
-            let _ = stream.read(&mut request).await;
-            let _ = stream.write_all(format!("HTTP/1.0 {status}\r\n\r\n{{\"role\":\"{role}\"}}").as_bytes()).await;
-        }
-    });
-    url
-}
-
 #[tokio::test]
 async fn with_a_silent_dcs_another_member_can_prove_that_it_leads_now() {
     let mut world = World::new(Limits { stale_after: Duration::from_millis(200), ..limits() });

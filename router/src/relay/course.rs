@@ -40,6 +40,12 @@ impl Course {
         Self { budget: budget.unwrap_or_default(), alarm: None, end: None }
     }
 
+    /// What is left of the time that it may go on, if its server is about to stop.
+    pub fn left(&self) -> Option<Duration> {
+        let end = self.alarm.as_ref()?.deadline();
+        Some(end.saturating_duration_since(tokio::time::Instant::now()))
+    }
+
     /// The client has said something.
     pub fn heard_client(&mut self, server_ended: bool) {
         if server_ended {

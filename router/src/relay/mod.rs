@@ -86,17 +86,21 @@ pub struct Start {
     /// How long the session may go on once its server has said that it is about to stop, where its messages can be followed;
     /// `None`: until the server ends it.
     pub resignation: Option<Duration>,
-    /// Read by another process and not written yet.
-    pub rests: Rests,
+    /// What it brings along from another process.
+    pub carried: Carried,
 }
 
-/// Bytes between two processes.
+/// What a session takes along from one process to the next.
 #[derive(Debug, Default)]
-pub struct Rests {
-    /// To the server.
+pub struct Carried {
+    /// Read and not written yet, to the server.
     pub up: Vec<u8>,
-    /// To the client.
+    /// The same to the client.
     pub down: Vec<u8>,
+    /// What has passed, of the client and of the server, as long as all of it was seen.
+    pub traces: Option<(Trace, Trace)>,
+    /// What is left of the time that it may go on, if its server is about to stop.
+    pub budget: Option<Duration>,
 }
 
 /// How a relay ended.
@@ -112,20 +116,21 @@ pub enum Outcome {
     /// The server is about to stop, and the session could not be brought to an end in time.
     Overdue,
     /// The session goes on in another process, with these bytes first.
-    Left(Rests),
+    Left(Box<Carried>),
 }
 
 /// Relays until both directions have ended, and says which side ended first; or until the session leaves.
 pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Future<Output = Outcome> + Send + 'a {
     let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session: &parties.session }));
-    let rests = start.rests;
-    let followed = start.plain && start.resignation.is_some();
+    let Carried { up, down, traces, budget } = start.carried;
+    let begun = || start.plain.then(|| (Trace::of_client(), Trace::of_server()));
+    let (of_client, of_server) = traces.or_else(begun).filter(|_| start.resignation.is_some()).unzip();
     let mut relay = Relay {
-        up: Half { unread: start.unread, rest: rests.up, trace: followed.then(Trace::of_client), ..Half::default() },
-        down: Half { watch, rest: rests.down, trace: followed.then(Trace::of_server), ..Half::default() },
+        up: Half { unread: start.unread, rest: up, trace: of_client, ..Half::default() },
+        down: Half { watch, rest: down, trace: of_server, ..Half::default() },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
-        course: Course::new(start.resignation),
+        course: Course::new(budget.or(start.resignation)),
     };
     poll_fn(move |cx| {
         let call = parties.session.called(cx.waker());
@@ -157,10 +162,18 @@ impl Relay<'_> {
     /// Does as it was told from outside, if that can be done now.
     fn follow(&mut self, call: Call) -> Option<Outcome> {
         if call.leave && self.can_leave() {
-            let rest = |half: &mut Half<'_>| half.take_rest();
-            return Some(Outcome::Left(Rests { up: rest(&mut self.up), down: rest(&mut self.down) }));
+            return Some(Outcome::Left(Box::new(self.carried())));
         }
         course::resigns(call, self.up.side(), self.down.side()).then_some(Outcome::Resigned { idle: true })
+    }
+
+    fn carried(&mut self) -> Carried {
+        Carried {
+            up: self.up.take_rest(),
+            down: self.down.take_rest(),
+            traces: self.up.trace.take().zip(self.down.trace.take()),
+            budget: self.course.left(),
+        }
     }
 
     /// Whether nothing has ended, and the start is over.

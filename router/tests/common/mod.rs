@@ -265,3 +265,17 @@ pub async fn eventually(mut condition: impl FnMut() -> bool) {
     })
     .await;
 }
+
+/// A REST API that answers every `GET /primary` with this status and role.
+pub async fn api(status: &'static str, role: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/patroni", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request).await;
+            let _ = stream.write_all(format!("HTTP/1.0 {status}\r\n\r\n{{\"role\":\"{role}\"}}").as_bytes()).await;
+        }
+    });
+    url
+}

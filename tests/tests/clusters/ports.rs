@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio_postgres::{Client, Config, NoTls};
+use trunkline_common::{Clock, SystemClock};
 use trunkline_tests::process::Proc;
 use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, certificate, proxy, rest, wait};
@@ -340,14 +341,9 @@ async fn ten_upgrades_refuse_nobody_and_drop_no_session() -> Result<()> {
     let mut scene = scene("upgrade", |_| Ok(Vec::new())).await?;
     let ports = scene.router.ports();
     scene.router.process().kill();
-    let start = |number: i32| -> Result<Proc> {
-        let cwd = scene.lab.make_dir("router")?;
-        let mut command = scene.lab.command(&Program::router()?, &cwd)?;
-        command.arg("--upgrade-sock").arg(cwd.join("upgrade")).arg(scene.lab.dir().join("etc/router.yml"));
-        if number > 0 {
-            command.arg("--upgrade");
-        }
-        scene.lab.spawn(&format!("router-{number}"), command)
+    let start = |number: i32| {
+        let more: &[&str] = if number > 0 { &["--upgrade"] } else { &[] };
+        router_process(&scene, &format!("router-{number}"), "router.yml", more)
     };
     let mut running = start(0)?;
     let target = Target::new(ports.read_write, &scene.cluster.spec().password);
@@ -396,8 +392,153 @@ async fn ten_upgrades_refuse_nobody_and_drop_no_session() -> Result<()> {
     ensure!(report.contains("number of failed transactions: 0 "), "{report}");
     in_transaction.batch_execute("COMMIT").await?;
     ensure!(target.query_one("SELECT count(*) FROM kept", LIMIT).await? == number.to_string());
-    let metrics = rest::get(ports.admin, "/metrics").await?.body;
-    ensure!(metrics.as_str().is_some_and(|text| text.contains("adopted_total")), "{metrics}");
+    // The idle one, the one in a transaction, the reader's, the counter's: all came by this upgrade.
+    let adopted = metric(ports.admin, "trunkline_router_adopted_total").await?;
+    ensure!(adopted >= 4.0, "{adopted} sessions were taken over");
+    scene.lab.success();
+    Ok(())
+}
+
+/// A router with a place for a hand-over.
+fn router_process(scene: &Scene, name: &str, config: &str, more: &[&str]) -> Result<Proc> {
+    let cwd = scene.lab.make_dir("router")?;
+    let mut command = scene.lab.command(&Program::router()?, &cwd)?;
+    command.arg("--upgrade-sock").arg(cwd.join("upgrade")).args(more).arg(scene.lab.dir().join("etc").join(config));
+    scene.lab.spawn(name, command)
+}
+
+/// The value of a metric without labels.
+async fn metric(admin: u16, name: &str) -> Result<f64> {
+    let metrics = rest::get(admin, "/metrics").await?.body;
+    let text = metrics.as_str().context("no text")?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(value.with_context(|| format!("no {name} in {text}"))?.parse()?)
+}
+
+/// etcd, as the router reaches it.
+struct Detour {
+    listener: tokio::net::TcpListener,
+    etcd: String,
+}
+
+impl Detour {
+    /// Nobody gets through before [`open`](Self::open).
+    async fn to(etcd: &str) -> Result<Self> {
+        Ok(Self { listener: tokio::net::TcpListener::bind("127.0.0.1:0").await?, etcd: etcd.to_owned() })
+    }
+
+    fn address(&self) -> Result<String> {
+        Ok(self.listener.local_addr()?.to_string())
+    }
+
+    /// From now on everybody does, also those who have been waiting.
+    fn open(self) -> tokio::task::JoinHandle<Result<()>> {
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = self.listener.accept().await?;
+                let mut server = tokio::net::TcpStream::connect(&self.etcd).await?;
+                tokio::spawn(async move { tokio::io::copy_bidirectional(&mut client, &mut server).await });
+            }
+        })
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upgrade_waits_for_etcd_and_nobody_notices() -> Result<()> {
+    let (lab, encrypted) = (Lab::new("upgrade-etcd")?, std::cell::Cell::new(0));
+    let (certificate, key) = certificate::own(&lab)?;
+    let more = |lab: &Lab| {
+        encrypted.set(lab.port()?);
+        let tls = json!({"certfile": certificate, "keyfile": key});
+        let listen = format!("127.0.0.1:{}", encrypted.get());
+        Ok(vec![json!({"name": "tls", "listen": listen, "target": "leader", "tls": tls})])
+    };
+    let mut scene = scene_with(lab.clone(), Spec::new(2, &Program::agent()?), more).await?;
+    let ports = scene.router.ports();
+    scene.router.process().kill();
+    // The next ones come with a file in which etcd is elsewhere.
+    let detours = [Detour::to(&scene.etcd.endpoints()[0]).await?, Detour::to(&scene.etcd.endpoints()[0]).await?];
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(lab.dir().join("etc/router.yml"))?)?;
+    for (detour, file) in detours.iter().zip(["one.yml", "two.yml"]) {
+        config["etcd3"]["hosts"] = json!([detour.address()?]);
+        config["limits"] = json!({"drain_timeout": 15});
+        lab.write_config(file, &config.to_string())?;
+    }
+    let [first_detour, second_detour] = detours;
+    let mut running = router_process(&scene, "before", "router.yml", &[])?;
+    let target = Target::new(ports.read_write, &scene.cluster.spec().password);
+    wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+    target.execute("CREATE TABLE kept (n int)", LIMIT).await?;
+    let session = connect(&scene, ports.read_write, "").await?;
+    session.batch_execute("BEGIN; INSERT INTO kept VALUES (1)").await?;
+
+    let mut next = router_process(&scene, "next", "one.yml", &["--upgrade"])?;
+    wait::until("the next router to be there", LIMIT, async || {
+        ensure!(std::fs::read_to_string(next.log())?.contains("following the cluster"));
+        Ok(())
+    })
+    .await?;
+    // Longer than it may take to answer anything else.
+    let until = SystemClock.now() + Duration::from_secs(12);
+    while SystemClock.now() < until {
+        ensure!(target.query_one("SELECT 1", LIMIT).await? == "1");
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["draining"] == false && health["confirmed"] == true, "{health}");
+        ensure!(running.ended().is_none() && next.ended().is_none());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    session.execute("INSERT INTO kept VALUES (2)", &[]).await?;
+
+    // One that must stay behind, so that both processes are there for a while.
+    let psql = trunkline_tests::tools::find_program("psql", "postgresql-client")?;
+    let mut stays = tokio::process::Command::new(psql);
+    let connection = format!("host=127.0.0.1 port={} user=postgres sslmode=require", encrypted.get());
+    stays.env("PGPASSWORD", &scene.cluster.spec().password).kill_on_drop(true);
+    let mut stays = stays.args(["-XAtc", "SELECT pg_sleep(60)", &connection]).spawn()?;
+    wait::until("a session with TLS", LIMIT, async || {
+        let sessions = rest::get(ports.admin, "/sessions?port=tls").await?.body;
+        ensure!(sessions["sessions"].as_array().is_some_and(|list| list.len() == 1), "{sessions}");
+        Ok(())
+    })
+    .await?;
+    let forwarding = first_detour.open();
+    wait::until("the next router to be in charge", LIMIT, async || {
+        let adopted = metric(ports.admin, "trunkline_router_adopted_total").await?;
+        ensure!(adopted >= 1.0);
+        Ok(())
+    })
+    .await?;
+    for _ in 0..50 {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["draining"] == false, "the old router answered: {health}");
+    }
+    ensure!(running.ended().is_none(), "it has a session");
+    stays.kill().await?;
+    wait::until("the old router to end", LIMIT, async || running.ended().context("it is still there")).await?;
+    session.batch_execute("INSERT INTO kept VALUES (3); COMMIT").await?;
+    ensure!(target.query_one("SELECT count(*) FROM kept", LIMIT).await? == "3");
+
+    // Told to end, it does not wait for one that is not ready; who comes meanwhile waits for that.
+    let third = router_process(&scene, "third", "two.yml", &["--upgrade"])?;
+    wait::until("the third router to be there", LIMIT, async || {
+        ensure!(std::fs::read_to_string(third.log())?.contains("following the cluster"));
+        Ok(())
+    })
+    .await?;
+    drop(session);
+    next.signal(Signal::TERM);
+    wait::until("it to end", LIMIT, async || next.ended().context("it is still there")).await?;
+    let visitor = tokio::spawn(async move { target.query_one("SELECT 'served'", LIMIT).await });
+    wait::until("the visitor to be held", LIMIT, async || {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["held"] == 1, "{health}");
+        Ok(())
+    })
+    .await?;
+    forwarding.abort();
+    let forwarding = second_detour.open();
+    ensure!(visitor.await?? == "served");
+    forwarding.abort();
     scene.lab.success();
     Ok(())
 }
