@@ -215,10 +215,9 @@ impl Executor {
             };
             state.now = state.now.max(at);
             state.polls_now = 0;
-            let later = state.timers.split_off(&(at, u64::MAX));
-            let due = std::mem::replace(&mut state.timers, later);
-            drop(state);
-            due.into_values().for_each(Waker::wake);
+            while let Some(timer) = state.timers.first_entry().filter(|timer| timer.key().0 == at) {
+                timer.remove().wake();
+            }
         }
     }
 
