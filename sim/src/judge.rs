@@ -33,7 +33,7 @@ pub struct Judge {
     pub acked: BTreeMap<u64, Acked>,
     /// How many times somebody began to take writes.
     pub reigns: u64,
-    /// The newest reign under which a write was acknowledged, and on which host.
+    /// The newest reign of which clients could hear, and on which host.
     newest: Option<(Reign, usize)>,
     /// The host that began to take writes last.
     pub began_last: Option<usize>,
@@ -90,6 +90,9 @@ impl Judge {
         let reign = Reign(self.reigns);
         self.reign_of.insert(host, reign);
         self.timeline_of.insert(reign, wal.timeline().0);
+        if heard {
+            self.newest = self.newest.max(Some((reign, host)));
+        }
         let first = wal.records().iter().find(|record| record.timeline == wal.timeline());
         if let Some(first) = first.filter(|first| first.timeline.0 > 1)
             && *self.begun.entry(first.timeline.0).or_insert(first.number) != first.number

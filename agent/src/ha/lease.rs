@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::{error, info, warn};
+use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::{ClusterStore, Outcome};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
 use trunkline_common::{Clock, Instant, LeaseId, MemberName};
@@ -150,6 +151,22 @@ impl LeaseHandle {
     pub fn set_timing(&self, timing: Timing) {
         if self.timing.send_if_modified(|old| std::mem::replace(old, timing) != timing) {
             self.change(|_| false);
+        }
+    }
+
+    /// Ends a pause as soon as the DCS says that it is over. The loop may be waiting for a server that does not answer, and
+    /// until it looks again nothing would be fenced here while somebody else is elected.
+    pub async fn hear_of_ends_of_pauses(self, mut knowledge: watch::Receiver<Knowledge>) {
+        while knowledge.changed().await.is_ok() {
+            let over = knowledge
+                .borrow_and_update()
+                .view
+                .as_ref()
+                .is_some_and(|view| view.config.is_some() && !view.settings.pause);
+            let timing = *self.timing.borrow();
+            if over && timing.pause {
+                self.set_timing(Timing { pause: false, ..timing });
+            }
         }
     }
 

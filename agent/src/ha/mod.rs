@@ -177,7 +177,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let timing = timing(&settings);
         let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
         let memory = Memory { started_at: clock.now(), ..Memory::default() };
+        let mut stopped = stop_keeper.clone();
         let lease = Keeper::spawn(store, postgres, clock, name, timing, parts.guard.clone(), stop_keeper);
+        let ends_of_pauses = lease.clone().hear_of_ends_of_pauses(parts.knowledge.clone());
+        parts.clock.spawn(async move {
+            tokio::select! {
+                biased;
+                () = ends_of_pauses => {}
+                _ = stopped.wait_for(|stop| *stop) => {}
+            }
+        });
         let config = parts.postgres.config();
         Self {
             me: me(&parts.local, &config),

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use trunkline_common::cluster::ConfigRecord;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::{Alongside, Seen};
-use trunkline_common::{LeaseId, TokioClock};
+use trunkline_common::{ClusterView, LeaseId, Revision, TokioClock};
 
 use super::*;
 
@@ -420,4 +421,26 @@ async fn the_address_is_given_up_with_the_key_by_whoever_was_just_started() {
     assert!(bench.guard.1.lock().is_empty());
     bench.handle.resign();
     assert_eq!(bench.guard.1.lock().last(), Some(&None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_pause_is_heard_without_the_loop() {
+    let bench = leading().await;
+    let (knowing, knowledge) = watch::channel(Knowledge::default());
+    tokio::spawn(bench.handle.clone().hear_of_ends_of_pauses(knowledge));
+    let say = |pause| {
+        let value = serde_json::json!({ "pause": pause });
+        let mut view =
+            ClusterView { config: Some(ConfigRecord { value, revision: Revision(9) }), ..Default::default() };
+        view.settings.pause = pause;
+        knowing.send_replace(Knowledge { view: Some(Arc::new(view)), ..Knowledge::default() });
+    };
+    bench.handle.set_timing(Timing { ttl: TTL, loop_wait: Duration::from_secs(1), pause: true });
+    say(true);
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!(bench.guard.deadline(), None, "in a pause nobody is fenced");
+    say(false);
+    bench.live(Duration::from_millis(100)).await;
+    assert_eq!(bench.guard.deadline(), bench.handle.session().deadline);
+    assert!(bench.guard.deadline().is_some());
 }
