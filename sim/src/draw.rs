@@ -89,6 +89,7 @@ enum Kind {
     LoseAnswers,
     SlowDcs,
     SlowWatch,
+    LoseEvents,
     BreakWatches,
     Compact,
     DiskFull,
@@ -103,7 +104,7 @@ enum Kind {
 }
 
 /// How often each kind is drawn, of a hundred, where a world has no liking of its own.
-const SHARES: [(Kind, u32); 26] = [
+const SHARES: [(Kind, u32); 27] = [
     (Kind::KillAgent, 8),
     (Kind::StopAgent, 3),
     (Kind::KillPostgres, 7),
@@ -119,6 +120,7 @@ const SHARES: [(Kind, u32); 26] = [
     (Kind::LoseAnswers, 4),
     (Kind::SlowDcs, 4),
     (Kind::SlowWatch, 3),
+    (Kind::LoseEvents, 2),
     (Kind::BreakWatches, 2),
     (Kind::Compact, 1),
     (Kind::DiskFull, 2),
@@ -377,6 +379,7 @@ impl Draw {
                 }
             }
             Kind::SlowWatch => Fault::SlowWatch { node, delay: self.rng.random_range(10..3_000), ms },
+            Kind::LoseEvents => Fault::LoseEvents { node, count: self.rng.random_range(1..6) },
             Kind::BreakWatches => Fault::BreakWatches,
             Kind::Compact => Fault::Compact,
             Kind::DiskFull => Fault::DiskFull { node, ms },
@@ -406,12 +409,16 @@ impl Draw {
     fn ends(&mut self) -> (End, End) {
         let node = self.rng.random_range(0..self.count);
         let other = (node + self.rng.random_range(1..self.count)) % self.count;
-        match self.rng.random_range(0..10) {
+        let router = self.rng.random_range(0..self.routers);
+        match self.rng.random_range(0..13) {
             0..3 => (End::Agent(node), End::Dcs),
             3 => (End::Dcs, End::Agent(node)),
             4..6 => (End::Agent(node), End::Agent(other)),
             6..9 => (End::Postgres(node), End::Postgres(other)),
-            _ => (End::Router(self.rng.random_range(0..self.routers)), End::Postgres(node)),
+            9 => (End::Router(router), End::Postgres(node)),
+            10 => (End::Postgres(node), End::Router(router)),
+            11 => (End::Router(router), End::Dcs),
+            _ => (End::Dcs, End::Router(router)),
         }
     }
 

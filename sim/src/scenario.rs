@@ -115,6 +115,8 @@ pub enum Fault {
     SlowDcs { node: usize, request: u64, answer: u64, ms: u64 },
     /// Watch events come late.
     SlowWatch { node: usize, delay: u64, ms: u64 },
+    /// The next events never come.
+    LoseEvents { node: usize, count: u32 },
     /// Watches break.
     BreakWatches,
     /// The store forgets its history: watches that need it are cancelled.
@@ -154,6 +156,7 @@ impl Fault {
             | Self::FreezeHost { node, .. }
             | Self::Isolate { node, .. }
             | Self::LoseAnswers { node, .. }
+            | Self::LoseEvents { node, .. }
             | Self::SlowDcs { node, .. }
             | Self::SlowWatch { node, .. }
             | Self::DiskFull { node, .. }

@@ -1,7 +1,8 @@
-//! A view that is kept up to date: read everything, watch from there, read again on any doubt.
+//! A view that is kept up to date: read everything, watch from there, read again on any doubt, and now and then without one.
 //!
 //! This is on the failover path: an event becomes a published view without a wait in between.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +11,15 @@ use tokio::sync::watch;
 
 use super::codec;
 use super::store::ClusterStore;
-use super::{Change, Dcs, DcsError, Snapshot, WatchEvent};
+use super::{Change, Dcs, DcsError, KeyValue, Snapshot, WatchEvent};
 use crate::{Clock, ClusterView, Instant, Revision};
 
 /// Pauses before reading again: none the first time, then doubling between these.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(500));
+
+/// How often everything is read while a watch is open. Some versions of etcd lose events (its issue 18089), and what was missed
+/// once would stay unknown as long as that watch lives. Patroni reads everything every `loop_wait`, 10 s by default.
+const REREAD: Duration = Duration::from_secs(10);
 
 /// What is known of the cluster, and since when it is unconfirmed.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -85,8 +90,20 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
         self.publish_view(asked, Revision(0));
         let from = Revision(self.snapshot.revision.0 + 1);
         let mut watch = self.store.dcs().watch(self.store.paths().prefix(), from).await?;
+        // Beside the watch: nothing must wait for an answer that is slow.
+        let mut reread = pin!(read_later(self.store.clone(), self.clock.clone()));
         loop {
-            let event = watch.next().await.unwrap_or_else(|| Err(DcsError::WatchLost("closed".to_owned())))?;
+            let event = tokio::select! {
+                biased;
+                event = watch.next() => event.unwrap_or_else(|| Err(DcsError::WatchLost("closed".to_owned())))?,
+                snapshot = &mut reread => {
+                    reread.set(read_later(self.store.clone(), self.clock.clone()));
+                    if let Ok((asked, snapshot)) = snapshot {
+                        self.compare(asked, snapshot);
+                    }
+                    continue;
+                }
+            };
             self.failures = 0;
             let now = self.clock.now();
             match event {
@@ -100,6 +117,19 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
                     self.publish_view(now, since);
                 }
             }
+        }
+    }
+
+    /// Takes what was read beside the watch, unless that has come further meanwhile.
+    fn compare(&mut self, asked: Instant, snapshot: Snapshot) {
+        if snapshot.revision < self.snapshot.revision {
+            return;
+        }
+        let before = std::mem::replace(&mut self.snapshot, snapshot);
+        let missed = before.differs(&self.snapshot);
+        if !missed.is_empty() {
+            tracing::info!("read what the watch has not told (yet): {}", missed.join(", "));
+            self.publish_view(asked, Revision(0));
         }
     }
 
@@ -129,7 +159,31 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
     }
 }
 
+async fn read_later<D: Dcs, C: Clock>(store: ClusterStore<D>, clock: C) -> Result<(Instant, Snapshot), DcsError> {
+    clock.sleep(REREAD).await;
+    let asked = clock.now();
+    Ok((asked, store.dcs().read(store.paths().prefix()).await?))
+}
+
 impl Snapshot {
+    /// The keys that are not the same in both.
+    fn differs<'s>(&'s self, other: &'s Self) -> Vec<&'s str> {
+        let not_in = |other: &'s Self| {
+            move |kv: &&KeyValue| {
+                other
+                    .entries
+                    .binary_search_by(|have| have.key.cmp(&kv.key))
+                    .map_or(true, |at| other.entries[at] != **kv)
+            }
+        };
+        let gone_or_changed = self.entries.iter().filter(not_in(other));
+        let new = other.entries.iter().filter(not_in(self));
+        let mut keys: Vec<&str> = gone_or_changed.chain(new).map(|kv| kv.key.as_str()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
+    }
+
     /// Makes the snapshot what it is after `changes`. Events at or below its revision are already in it.
     pub fn apply(&mut self, revision: Revision, changes: Vec<Change>) {
         if revision <= self.revision {
@@ -188,6 +242,29 @@ mod tests {
 
     fn leader(known: &Knowledge) -> Option<&str> {
         known.view.as_ref()?.leader.as_ref().map(|leader| leader.name.as_str())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_a_watch_has_lost_is_read() {
+        let world = world();
+        let mut known = world.follow();
+        known.wait_for(|known| known.view.is_some()).await.unwrap();
+        world.link.set_faults(|faults| faults.lost_events = 2);
+        world.lead("a", LeaseId(0)).await;
+        world.store.put_failover(&serde_json::json!({ "candidate": "b" }), None).await.unwrap();
+        world.clock.sleep(REREAD / 2).await;
+        assert_eq!(leader(&known.borrow()), None, "nobody has told");
+        world.clock.sleep(REREAD).await;
+        assert_eq!(leader(&known.borrow_and_update()), Some("a"));
+        // A reading that shows nothing new disturbs nobody, and a store that does not answer delays no event.
+        let before = known.borrow().view.clone();
+        world.clock.sleep(REREAD * 2).await;
+        assert!(Arc::ptr_eq(&known.borrow().view.clone().unwrap(), &before.unwrap()));
+        world.link.set_faults(|faults| faults.answer_delay = Duration::from_millis(900));
+        world.clock.sleep(REREAD).await;
+        world.lead("b", LeaseId(0)).await;
+        world.clock.sleep(Duration::from_millis(1)).await;
+        assert_eq!(leader(&known.borrow()), Some("b"));
     }
 
     #[tokio::test(start_paused = true)]

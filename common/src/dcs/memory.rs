@@ -54,6 +54,8 @@ pub struct Faults {
     pub lost_answers: u32,
     /// Watches report this late.
     pub watch_delay: Duration,
+    /// So many more events never come, as with some versions of etcd (its issue 18089).
+    pub lost_events: u32,
     /// A call without an answer fails after this; so does a watch.
     pub deadline: Duration,
 }
@@ -68,6 +70,7 @@ impl Default for Faults {
             refused: false,
             lost_answers: 0,
             watch_delay: Duration::ZERO,
+            lost_events: 0,
             deadline: Duration::from_secs(1),
         }
     }
@@ -277,11 +280,19 @@ impl Link {
     }
 
     fn loses_an_answer(&self) -> bool {
-        let mut faults = self.faults.lock();
-        let loses = faults.lost_answers > 0;
-        faults.lost_answers = faults.lost_answers.saturating_sub(1);
-        loses
+        take_one(&mut self.faults.lock().lost_answers)
     }
+
+    fn loses_an_event(&self) -> bool {
+        take_one(&mut self.faults.lock().lost_events)
+    }
+}
+
+/// Whether there was one left.
+fn take_one(left: &mut u32) -> bool {
+    let there = *left > 0;
+    *left = left.saturating_sub(1);
+    there
 }
 
 impl<C: Clock> Store<C> {
@@ -495,6 +506,9 @@ impl<C: Clock> Watcher<C> {
                 }
                 self.next = revision + 1;
                 self.heard = now;
+                if self.link.loses_an_event() {
+                    continue;
+                }
                 return Ok(WatchEvent::Changes { revision: Revision(revision), changes });
             }
             let probe = self.heard + PROBE;

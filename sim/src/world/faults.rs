@@ -216,6 +216,11 @@ impl World {
                 self.hosts.lock()[node].slow_watch = Duration::ZERO;
                 self.refresh_link(node);
             }
+            Fault::LoseEvents { node, count } => {
+                if let Some(link) = &self.hosts.lock()[node].link {
+                    link.set_faults(|faults| faults.lost_events = count);
+                }
+            }
             Fault::BreakWatches => self.break_watches(),
             Fault::Compact => {
                 let revision = self.stage.store().peek("").revision;

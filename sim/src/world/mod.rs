@@ -364,9 +364,11 @@ impl World {
     fn refresh_links(&self) {
         (0..self.scenario.nodes.len()).for_each(|host| self.refresh_link(host));
         let (silent, refusing) = *self.dcs_down.lock();
-        for (_, link) in self.routers.lock().iter() {
+        for (router, (_, link)) in self.routers.lock().iter().enumerate() {
+            let open = |from, to| self.stage.network(|network| network.open(from, to));
             link.set_faults(|faults| {
-                faults.cut = silent > 0;
+                faults.cut = !open(End::Router(router), End::Dcs) || silent > 0;
+                faults.deaf = !open(End::Dcs, End::Router(router));
                 faults.refused = refusing > 0;
             });
         }
