@@ -572,6 +572,7 @@ fn status(server: &Server) -> PgStatus {
         replication: postmaster.senders.iter().map(sender).collect(),
         synchronous_standby_names: postmaster.names_shown.clone(),
         synchronous_commit: "on".to_owned(),
+        waits_for_disk: false,
         pending_restart: BTreeMap::new(),
         slots: data.slots.iter().map(|(name, from)| (name.clone(), position(*from))).collect(),
     })

@@ -177,6 +177,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             PgStatus::Unresponsive => self.memory.silent.saturating_add(1),
             _ => 0,
         };
+        self.memory.disk_silent = match (&pg, self.memory.disk_silent) {
+            (PgStatus::Running(running), before) if running.waits_for_disk => {
+                before.filter(|(lsn, _)| *lsn == running.lsn).or(Some((running.lsn, now)))
+            }
+            _ => None,
+        };
         if std::mem::discriminant(&pg) != std::mem::discriminant(&self.pg) {
             match &pg {
                 PgStatus::Unresponsive => info!("PostgreSQL does not answer"),

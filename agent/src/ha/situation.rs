@@ -149,6 +149,9 @@ pub struct Memory {
     pub unfulfilled: Option<(Revision, Instant)>,
     /// How many times in a row it was looked at and did not answer at all.
     pub silent: u32,
+    /// The primary's flushed position, and since when it has been the same while every look showed somebody who waited for the
+    /// disk to take WAL.
+    pub disk_silent: Option<(Lsn, Instant)>,
     /// When it was started last; `None` once something else was done to it.
     pub up_since: Option<Instant>,
     /// Attempts to start, clone or rewind that failed since the last success.

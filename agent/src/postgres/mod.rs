@@ -157,6 +157,8 @@ pub struct Running {
     pub synchronous_standby_names: String,
     /// `synchronous_commit` as new sessions have it: what commits wait for.
     pub synchronous_commit: String,
+    /// Primary: one of its processes is waiting for the disk to take WAL right now.
+    pub waits_for_disk: bool,
     /// Settings that wait for a restart: name → `{old_value, new_value}`; empty = none.
     pub pending_restart: BTreeMap<String, Value>,
     /// Replication slots: name → `restart_lsn` (physical) or `confirmed_flush_lsn` (logical).

@@ -51,7 +51,9 @@ SELECT r.recovery,
                sync_priority, write_lsn, flush_lsn, replay_lsn FROM pg_stat_replication ORDER BY pid) s)::text,
        (SELECT json_object_agg(slot_name, coalesce(confirmed_flush_lsn, restart_lsn)) FROM pg_replication_slots
          WHERE NOT temporary AND coalesce(confirmed_flush_lsn, restart_lsn) IS NOT NULL)::text,
-       current_setting('synchronous_commit')
+       current_setting('synchronous_commit'),
+       NOT r.recovery AND EXISTS (SELECT FROM pg_stat_get_activity(NULL) WHERE wait_event_type = 'IO'
+         AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite'))
   FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
 
 /// A connection and the task that drives it; both end together.
@@ -323,6 +325,7 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         replication: text(17).map_or(Some(Vec::new()), |json| wal_senders(&json))?,
         synchronous_standby_names: text(16)?,
         synchronous_commit: text(19)?,
+        waits_for_disk: row.try_get(20).ok()?,
         pending_restart: Default::default(),
         slots: text(18).map_or_else(Default::default, |json| slots(&json)),
     })

@@ -1,11 +1,14 @@
 //! The leader is lost, in each of the ways a leader can be lost.
 
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{LIMIT, Program, Scene, Spec, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, wait};
 
 /// With the agent alive nothing has to expire: less than what is left of a lease, on a machine that runs other tests as well.
 const AT_ONCE: Duration = Duration::from_millis(3500);
@@ -99,6 +102,115 @@ async fn a_stopped_postmaster_is_taken_for_hung_and_replaced_and_rejoins() -> Re
     // Somebody else leads, unless nobody answers in time on this machine; then it is started again.
     scene.cluster.settled(LIMIT).await?;
     load.writers.progress(100, LIMIT).await?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// A session that is there answers for a minute, and nobody new gets past the postmaster's delay: only a new one can tell.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_lets_nobody_in_is_taken_for_hung_and_replaced() -> Result<()> {
+    let mut scene = Scene::start("nobody", 3).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+
+    let hung = scene.cluster.nodes[old].postmaster()?;
+    let fault = SystemClock.now();
+    let client = scene.node(old).connect(LIMIT).await?;
+    client.batch_execute("ALTER SYSTEM SET pre_auth_delay = 60").await?;
+    client.batch_execute("SELECT pg_reload_conf()").await?;
+    let killed = wait::until("the hung postmaster to be killed", LIMIT, async || {
+        ensure!(scene.cluster.nodes[old].postmaster().ok() != Some(hung), "it is still there");
+        Ok(())
+    });
+    killed.await?;
+    let found = SystemClock.now().since(fault);
+    ensure!(found > Duration::from_secs(9) && found < HUNG, "found after {found:?}");
+    let auto = scene.cluster.nodes[old].data_dir().join("postgresql.auto.conf");
+    std::fs::write(auto, "")?;
+    scene.cluster.settled(LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// A disk of its own for a node, which can be made to take no more writes. Needs root, and a mount namespace to be in.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(lab: &Lab, data_dir: &Path) -> Result<Self> {
+        let disk = lab.make_dir("disk")?;
+        let image = disk.with_extension("img");
+        File::create(&image)?.set_len(1 << 30)?;
+        run("mkfs.ext4", &["-q", "-F", "-m", "0"], &image)?;
+        let status = Command::new("mount").args(["-o", "loop"]).args([&image, &disk]).status()?;
+        ensure!(status.success(), "mount of a loop device: {status}");
+        std::os::unix::fs::symlink(lab.make_dir("disk/data")?, data_dir)?;
+        Ok(Self(disk))
+    }
+
+    fn freeze(&self) -> Result<()> {
+        run("fsfreeze", &["--freeze"], &self.0)
+    }
+
+    fn thaw(&self) -> Result<()> {
+        run("fsfreeze", &["--unfreeze"], &self.0)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // What waits for it can't be killed.
+        let _ = self.thaw();
+    }
+}
+
+fn run(program: &str, arguments: &[&str], path: &Path) -> Result<()> {
+    let output = Command::new(program).args(arguments).arg(path).output().with_context(|| program.to_owned())?;
+    ensure!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// The server answers everybody, and no commit comes to its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_disk_takes_no_wal_is_replaced_and_rejoins() -> Result<()> {
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        eprintln!("not root, or no loop devices: nothing tested");
+        return Ok(());
+    }
+    if std::env::var_os("TRUNKLINE_TEST_INSIDE").is_none() {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "--"]).arg(std::env::current_exe()?);
+        command.args(["failover::a_leader_whose_disk_takes_no_wal_is_replaced_and_rejoins", "--exact", "--nocapture"]);
+        let status = command.env("TRUNKLINE_TEST_INSIDE", "1").status().context("unshare of util-linux")?;
+        ensure!(status.success(), "see above");
+        return Ok(());
+    }
+    let lab = Lab::new("stalled")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), Spec::new(3, &Program::agent()?))?;
+    let disk = Disk::mount(&lab, &cluster.nodes[0].data_dir())?;
+    for node in &mut cluster.nodes {
+        node.start()?;
+    }
+    let first = cluster.settled(LIMIT).await?;
+    if first != 0 {
+        cluster.switchover(first, Some(0)).await?;
+        cluster.settled(LIMIT).await?;
+    }
+    let router = cluster.router().await?;
+    let mut scene = Scene { lab, etcd, cluster, router };
+    let load = scene.load().await?;
+    load.writers.progress(100, LIMIT).await?;
+
+    let fault = SystemClock.now();
+    disk.freeze()?;
+    let replaced = scene.cluster.leader_other_than(0, LIMIT).await;
+    let found = SystemClock.now().since(fault);
+    load.writers.progress(100, LIMIT).await?;
+    disk.thaw()?;
+    replaced?;
+    // A killed server that can't end has its key until the lease is over.
+    ensure!(found > Duration::from_secs(9) && found < HUNG + AFTER_LEASE, "replaced after {found:?}");
     scene.finish(load).await?;
     Ok(())
 }

@@ -96,6 +96,15 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
             promote(s, view)
         }
         PgStatus::Running(_) if !s.holds_key => is(Action::Lead, GOING_ON),
+        PgStatus::Running(_) if disk_is_silent(s, view) => {
+            let (lsn, since) = s.memory.disk_silent.unwrap_or((s.lsn(), s.now));
+            let what = format!("the disk has taken no WAL for {:.0?} (position {lsn})", s.now.since(since));
+            match give_way(s, view, &what) {
+                // Who reads is served as before, and the disk may come back.
+                Decision { action: Action::Wait, reason } => is(Action::Lead, reason),
+                decision => decision,
+            }
+        }
         PgStatus::Running(_) => match &view.failover {
             Some(request) => requested_handover(s, view, request),
             None => is(Action::Lead, format!("no action. I am ({}), the leader with the lock", s.me.name)),
@@ -174,6 +183,14 @@ fn hung_leader(s: &Situation, view: &ClusterView) -> Decision {
         return is(Action::Wait, format!("{so_far}; it is taken for hung after {} times and {patience:?}", HUNG.0));
     }
     give_way(s, view, &so_far)
+}
+
+/// Somebody has been waiting for so long for WAL to reach the disk that the server counts as hung, though it answers: commits
+/// stand still, and nothing else would tell.
+fn disk_is_silent(s: &Situation, view: &ClusterView) -> bool {
+    let patience = HUNG.1.max(view.settings.ttl);
+    let silent = s.memory.disk_silent.is_some_and(|(_, since)| s.now.since(since) >= patience);
+    silent && !view.settings.pause
 }
 
 /// The leader's server is there, but recovers from a crash.

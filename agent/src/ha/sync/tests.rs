@@ -56,6 +56,7 @@ fn primary(names: &str, replication: Vec<WalSender>) -> Running {
         replication,
         synchronous_standby_names: names.to_owned(),
         synchronous_commit: "on".to_owned(),
+        waits_for_disk: false,
         pending_restart: BTreeMap::new(),
         slots: BTreeMap::new(),
     }

@@ -112,6 +112,7 @@ fn standby() -> Running {
         replication: Vec::new(),
         synchronous_standby_names: String::new(),
         synchronous_commit: "on".to_owned(),
+        waits_for_disk: false,
         pending_restart: BTreeMap::new(),
         slots: BTreeMap::new(),
     }

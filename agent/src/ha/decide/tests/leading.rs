@@ -86,6 +86,24 @@ fn a_hung_server_is_given_up_after_several_looks_if_somebody_can_take_over() {
 }
 
 #[test]
+fn a_leader_whose_disk_takes_no_wal_gives_way_if_somebody_can_take_over() {
+    let mut stalled = world().leading().answers(&[("a", None), ("c", peer(1000))]);
+    stalled.view().settings.ttl = Duration::from_secs(20);
+    for (seconds, given_up) in [(0, false), (19, false), (20, true), (300, true)] {
+        stalled.memory.disk_silent = Some((Lsn(1000), NOW - Duration::from_secs(seconds)));
+        let expected = if given_up { Action::Demote(DemoteMode::Sick) } else { Action::Lead };
+        assert_eq!(stalled.decide().action, expected, "{seconds} s");
+    }
+    assert_eq!(
+        stalled.clone().answers(&[("a", None), ("c", None)]).decide().action,
+        Action::Lead,
+        "readers are served"
+    );
+    stalled.view().settings.pause = true;
+    assert_eq!(stalled.decide().action, Action::Lead);
+}
+
+#[test]
 fn what_cannot_be_killed_does_not_take_its_key_again() {
     let mut stuck = world().leading();
     (stuck.pg, stuck.leader_until) = (PgStatus::Unresponsive, None);

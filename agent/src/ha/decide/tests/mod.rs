@@ -103,6 +103,7 @@ fn running(role: PgRole, lsn: u64) -> PgStatus {
         replication: Vec::new(),
         synchronous_standby_names: String::new(),
         synchronous_commit: "on".to_owned(),
+        waits_for_disk: false,
         pending_restart: std::collections::BTreeMap::new(),
         slots: std::collections::BTreeMap::new(),
     })
