@@ -17,7 +17,7 @@ use crate::{Clock, ClusterView, Instant, Revision};
 /// Pauses before reading again: none the first time, then doubling between these.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(25), Duration::from_millis(500));
 
-/// How often everything is read while a watch is open. Some versions of etcd lose events (its issue 18089), and what was missed
+/// How often everything is read while a watch is open, and after each write that came too late. Some versions of etcd lose events (its issue 18089), and what was missed
 /// once would stay unknown as long as that watch lives. Patroni reads everything every `loop_wait`, 10 s by default.
 const REREAD: Duration = Duration::from_secs(10);
 
@@ -160,7 +160,7 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
 }
 
 async fn read_later<D: Dcs, C: Clock>(store: ClusterStore<D>, clock: C) -> Result<(Instant, Snapshot), DcsError> {
-    clock.sleep(REREAD).await;
+    let _ = clock.within(REREAD, store.out_of_date()).await;
     let asked = clock.now();
     Ok((asked, store.dcs().read(store.paths().prefix()).await?))
 }
@@ -256,6 +256,17 @@ mod tests {
         assert_eq!(leader(&known.borrow()), None, "nobody has told");
         world.clock.sleep(REREAD).await;
         assert_eq!(leader(&known.borrow_and_update()), Some("a"));
+        // Whoever was too late looks again at once.
+        world.link.set_faults(|faults| faults.lost_events = 1);
+        world.lead("c", LeaseId(0)).await;
+        let followed = ClusterStore::new(world.link.clone(), world.store.paths().clone());
+        let mut known = Follower::spawn(followed.clone(), world.clock);
+        known.wait_for(|known| leader(known) == Some("c")).await.unwrap();
+        world.link.set_faults(|faults| faults.lost_events = 2);
+        world.lead("d", LeaseId(0)).await;
+        assert!(!followed.put_status(&"c".into(), &serde_json::json!({})).await.unwrap().is_done());
+        world.clock.sleep(Duration::from_millis(1)).await;
+        assert_eq!(leader(&known.borrow()), Some("d"));
         // A reading that shows nothing new disturbs nobody, and a store that does not answer delays no event.
         let before = known.borrow().view.clone();
         world.clock.sleep(REREAD * 2).await;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde_json::Value;
+use tokio::sync::Notify;
 
 use super::codec;
 use super::paths::Paths;
@@ -22,6 +23,8 @@ pub struct ClusterStore<D> {
     paths: Arc<Paths>,
     /// What the last reading gave: where a value has become malformed since, the good one stays in force.
     last: Arc<Mutex<Option<Arc<ClusterView>>>>,
+    /// Told of every conflict.
+    out_of_date: Arc<Notify>,
 }
 
 /// How a write with a condition went.
@@ -37,10 +40,6 @@ impl Outcome {
     /// Whether it was written.
     pub fn is_done(self) -> bool {
         matches!(self, Outcome::Done(_))
-    }
-
-    fn of(result: &TxnResult) -> Self {
-        if result.succeeded { Outcome::Done(result.revision) } else { Outcome::Conflict }
     }
 }
 
@@ -114,7 +113,20 @@ pub struct Alongside {
 impl<D: Dcs> ClusterStore<D> {
     /// The keys below `paths` in `dcs`.
     pub fn new(dcs: D, paths: Paths) -> Self {
-        Self { dcs, paths: Arc::new(paths), last: Arc::default() }
+        Self { dcs, paths: Arc::new(paths), last: Arc::default(), out_of_date: Arc::default() }
+    }
+
+    /// Returns after a conflict: what was decided on was out of date, and a watch that has not told of it by now may never.
+    pub async fn out_of_date(&self) {
+        self.out_of_date.notified().await;
+    }
+
+    fn outcome(&self, result: &TxnResult) -> Outcome {
+        if result.succeeded {
+            return Outcome::Done(result.revision);
+        }
+        self.out_of_date.notify_one();
+        Outcome::Conflict
     }
 
     /// The store below.
@@ -161,7 +173,7 @@ impl<D: Dcs> ClusterStore<D> {
         let ours = |kv: &KeyValue| kv.value == name.as_str().as_bytes() && kv.lease == lease;
         match result.read.first() {
             Some(Some(kv)) if !result.succeeded && ours(kv) => Ok(Outcome::Done(kv.modified)),
-            _ => Ok(Outcome::of(&result)),
+            _ => Ok(self.outcome(&result)),
         }
     }
 
@@ -176,10 +188,10 @@ impl<D: Dcs> ClusterStore<D> {
             .txn(Txn { when: vec![mine.clone(), Compare::Lease(leader.clone(), lease)], ..Txn::default() })
             .await?;
         if confirmed.succeeded {
-            return Ok(Outcome::of(&confirmed));
+            return Ok(self.outcome(&confirmed));
         }
         let put = Op::Put(leader, name.as_str().into(), lease);
-        Ok(Outcome::of(&self.dcs.txn(Txn { when: vec![mine], then: vec![put], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when: vec![mine], then: vec![put], otherwise: vec![] }).await?))
     }
 
     /// Takes the leader key whoever has it. Nobody who has a rival may do this; see [`Self::finish_bootstrap`].
@@ -206,7 +218,7 @@ impl<D: Dcs> ClusterStore<D> {
             when.push(Compare::Modified(self.paths.key("sync"), write.seen));
             then.push(self.sync_op(write.value));
         }
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Writes this member's key.
@@ -217,7 +229,7 @@ impl<D: Dcs> ClusterStore<D> {
     /// Writes `status`, only while the leader key is ours.
     pub async fn put_status(&self, name: &MemberName, status: &Value) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.status_op(status)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.status_op(status)], otherwise: vec![] }).await?))
     }
 
     /// Wins or loses the right to bootstrap. The right is attached to `lease`: it ends with the bootstrapping agent, where
@@ -231,7 +243,7 @@ impl<D: Dcs> ClusterStore<D> {
         let result = self.dcs.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise }).await?;
         match result.read.first() {
             Some(Some(kv)) if kv.value.is_empty() && kv.lease == lease => Ok(Outcome::Done(kv.modified)),
-            _ => Ok(Outcome::of(&result)),
+            _ => Ok(self.outcome(&result)),
         }
     }
 
@@ -239,7 +251,7 @@ impl<D: Dcs> ClusterStore<D> {
     pub async fn cancel_bootstrap(&self, lease: LeaseId) -> Result<Outcome, DcsError> {
         let key = self.paths.key("initialize");
         let when = self.bootstrapping(lease);
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![Op::Delete(key)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![Op::Delete(key)], otherwise: vec![] }).await?))
     }
 
     /// Ends a bootstrap: `initialize` and `leader` in one step, if the right to bootstrap still is ours. An agent that was
@@ -274,7 +286,7 @@ impl<D: Dcs> ClusterStore<D> {
         match result.read.as_slice() {
             // Carried out before, whatever has become of the leader key since: this is the cluster.
             [Some(done), _] if done.value == system => Ok(Outcome::Done(done.modified)),
-            _ => Ok(Outcome::of(&result)),
+            _ => Ok(self.outcome(&result)),
         }
     }
 
@@ -282,7 +294,7 @@ impl<D: Dcs> ClusterStore<D> {
     pub async fn put_initialize(&self, name: &MemberName, system: SystemId) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
         let then = vec![Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0))];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `config`; with `seen`, only if it still is what was read (0 = absent).
@@ -298,7 +310,7 @@ impl<D: Dcs> ClusterStore<D> {
     /// Replaces `sync`, or deletes it, if it still is what was read.
     pub async fn put_sync(&self, write: SyncWrite) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Modified(self.paths.key("sync"), write.seen)];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.sync_op(write.value)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.sync_op(write.value)], otherwise: vec![] }).await?))
     }
 
     /// Claims the number of the timeline that is begun next ([`Alongside::claims`]), for a leader that is promoted again: if
@@ -312,7 +324,7 @@ impl<D: Dcs> ClusterStore<D> {
     ) -> Result<Outcome, DcsError> {
         let mut when = self.held(name, lease);
         when.push(Compare::Modified(self.paths.key("timeline"), seen));
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
     }
 
     /// Replaces `history`, if it still is what was `seen` (0 = absent) and only while the leader key is ours: an unanswered
@@ -323,7 +335,7 @@ impl<D: Dcs> ClusterStore<D> {
         let leads = Compare::Value(self.paths.key("leader"), name.as_str().into());
         let when = vec![leads, Compare::Modified(key.clone(), seen)];
         let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `failsafe`, if it still is what was `seen` (0 = absent) and only while the leader key is ours and attached
@@ -340,7 +352,7 @@ impl<D: Dcs> ClusterStore<D> {
         let mut when = self.held(name, lease);
         when.push(Compare::Modified(key.clone(), seen));
         let then = vec![Op::Put(key, codec::compact(&Value::Object(map)), LeaseId(0))];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Sees to it that the router that is registered with `lease` says `record`, and tells when the leader key that there is
@@ -368,7 +380,7 @@ impl<D: Dcs> ClusterStore<D> {
         let key = self.paths.key(key);
         let when = seen.map(|revision| Compare::Modified(key.clone(), revision)).into_iter().collect();
         let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
-        Ok(Outcome::of(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     async fn put(&self, op: Op) -> Result<(), DcsError> {
