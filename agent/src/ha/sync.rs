@@ -300,6 +300,9 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
             && position(running, sender).is_some()
             && member.is_some_and(|(name, member)| name != me && member.is_running() && !member.nosync())
     };
+    let may_lead = |sender: &WalSender| {
+        view.members.iter().any(|(name, member)| name.matches(&sender.application_name) && !member.nofailover())
+    };
     let mut senders: Vec<&WalSender> = running.replication.iter().filter(eligible).collect();
     let at = |sender: &WalSender| position(running, sender).unwrap_or_default();
     if let Some(limit) = settings.maximum_lag_on_syncnode {
@@ -316,7 +319,8 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
         let synchronous = matches!(sender.sync_state.as_str(), "sync" | "quorum");
         // Highest priority first, then whoever is synchronous already (no needless change), then the most advanced.
         let key = (priority, view.sync.lists(&name), synchronous, at(sender));
-        (std::cmp::Reverse(key), sender.application_name.clone())
+        // Those that can't be promoted come last: alone on the list, they would leave nobody to lead after this node.
+        (!may_lead(sender), std::cmp::Reverse(key), sender.application_name.clone())
     });
     // A standby that reconnects has two senders for a moment.
     let mut seen = Vec::new();
@@ -326,19 +330,11 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
         seen.push(name);
         new
     });
-    let count = settings.synchronous_node_count.max(1);
-    if settings.synchronous_mode != SynchronousMode::Quorum {
-        senders.truncate(count);
-        return senders;
-    }
-    // Everybody may confirm; those that can't be promoted only where there are too few of the others.
-    let may_lead = |sender: &&WalSender| {
-        view.members.iter().any(|(name, member)| name.matches(&sender.application_name) && !member.nofailover())
-    };
-    let (mut chosen, others): (Vec<_>, Vec<_>) = senders.into_iter().partition(may_lead);
-    let fill = count.saturating_sub(chosen.len());
-    chosen.extend(others.into_iter().take(fill));
-    chosen
+    // In mode `quorum` everybody may confirm, but those that can't be promoted only where there are too few of the others.
+    let electors = senders.iter().filter(|sender| may_lead(sender)).count();
+    let all = if settings.synchronous_mode == SynchronousMode::Quorum { electors } else { 0 };
+    senders.truncate(settings.synchronous_node_count.max(1).max(all));
+    senders
 }
 
 /// How far a standby has got with what commits wait for (`synchronous_commit`).

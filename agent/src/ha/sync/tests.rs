@@ -125,6 +125,22 @@ fn nosync_and_lag_count() {
 }
 
 #[test]
+fn who_may_never_lead_is_synchronous_only_where_nobody_else_is() {
+    let both = primary("", vec![sender("b", "async", 1000), sender("c-1", "async", 990)]);
+    let mut never = view(&[]);
+    let tags = &mut never.members.get_mut(&"b".into()).unwrap().tags;
+    tags.extend([("nofailover".to_owned(), true.into()), ("sync_priority".to_owned(), 5.into())]);
+    assert_eq!(names(next(&never, &both, &[])), "\"c-1\"");
+    assert_eq!(names(next(&never, &primary("", vec![sender("b", "async", 1000)]), &[])), "b");
+    never.settings.synchronous_node_count = 2;
+    assert_eq!(names(next(&never, &both, &[])), "2 (b,\"c-1\")");
+    never.sync.standbys = vec!["b".to_owned()];
+    never.settings.synchronous_node_count = 1;
+    let led = primary("b", vec![sender("b", "sync", 1000), sender("c-1", "async", 990)]);
+    assert_eq!(listed(next(&never, &led, &[("b", 1)])), Some(Value::Null), "it makes room");
+}
+
+#[test]
 fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
     let mut off = view(&["b"]);
     off.settings.synchronous_mode = SynchronousMode::Off;
