@@ -13,6 +13,7 @@ use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::tags;
 
 use super::quorum::{self, Names, Quorum};
+use super::situation::replicates_from;
 use crate::postgres::{Running, WalSender};
 
 /// Stands in `synchronous_standby_names` where strict mode has nobody to name: commits wait (Patroni's name for it).
@@ -304,6 +305,8 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
         view.members.iter().any(|(name, member)| name.matches(&sender.application_name) && !member.nofailover())
     };
     let mut senders: Vec<&WalSender> = running.replication.iter().filter(eligible).collect();
+    let streaming: Names = senders.iter().map(|sender| member_name(view, sender)).collect();
+    senders.retain(|sender| !cascades(view, me, &member_name(view, sender), &streaming));
     let at = |sender: &WalSender| position(running, sender).unwrap_or_default();
     if let Some(limit) = settings.maximum_lag_on_syncnode {
         let head = match senders.len() {
@@ -335,6 +338,18 @@ fn active<'r>(view: &ClusterView, running: &'r Running, me: &MemberName) -> Vec<
     let all = if settings.synchronous_mode == SynchronousMode::Quorum { electors } else { 0 };
     senders.truncate(settings.synchronous_node_count.max(1).max(all));
     senders
+}
+
+/// Whether a standby is to stream from another one (`replicatefrom`), by however many in between, that is one of
+/// `streaming`: it is on its way there, and nobody here will hear of what it has.
+fn cascades(view: &ClusterView, me: &MemberName, standby: &str, streaming: &Names) -> bool {
+    let feeds = |from: &MemberName| {
+        let member = view.members.get(from);
+        from != me && member.is_some_and(|member| member.is_running() && !member.nosync())
+    };
+    let from = |name: &MemberName| replicates_from(view, name, &view.members.get(name)?.tags).filter(feeds);
+    let mut way = std::iter::successors(from(&standby.into()), from).take(view.members.len());
+    way.any(|name| streaming.contains(name.as_str()))
 }
 
 /// How far a standby has got with what commits wait for (`synchronous_commit`).

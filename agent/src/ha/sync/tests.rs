@@ -141,6 +141,25 @@ fn who_may_never_lead_is_synchronous_only_where_nobody_else_is() {
 }
 
 #[test]
+fn who_is_to_stream_from_a_synchronous_one_is_not_synchronous_itself() {
+    let both = primary("", vec![sender("b", "async", 1000), sender("c-1", "async", 990)]);
+    let only = |name: &str| primary("", vec![sender(name, "async", 1000)]);
+    let mut chain = view(&[]);
+    chain.settings.synchronous_node_count = 2;
+    let replicates_from = |view: &mut ClusterView, name: &str, from: &str| {
+        view.members.get_mut(&name.into()).unwrap().tags.insert("replicatefrom".to_owned(), from.into())
+    };
+    replicates_from(&mut chain, "c-1", "b");
+    assert_eq!(names(next(&chain, &both, &[])), "b", "c-1 still streams from here");
+    assert_eq!(names(next(&chain, &only("c-1"), &[])), "\"c-1\"", "b does not stream");
+    replicates_from(&mut chain, "c-1", "a");
+    assert_eq!(names(next(&chain, &both, &[])), "2 (b,\"c-1\")", "from the leader");
+    replicates_from(&mut chain, "c-1", "b");
+    replicates_from(&mut chain, "b", "c-1");
+    assert_eq!(names(next(&chain, &both, &[])), "2 (b,\"c-1\")", "a circle is followed by nobody");
+}
+
+#[test]
 fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
     let mut off = view(&["b"]);
     off.settings.synchronous_mode = SynchronousMode::Off;
