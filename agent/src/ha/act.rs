@@ -48,6 +48,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 Next::Wait
             }
+            Action::ResumeReplay => match self.parts.postgres.resume_replay().await {
+                Ok(()) => Next::Again,
+                Err(error) => {
+                    warn!("replay could not be resumed: {error}");
+                    Next::Wait
+                }
+            },
             action => self.start_task(action),
         }
     }

@@ -19,7 +19,7 @@ use trunkline_common::{ClusterView, MemberName, SystemId};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::situation::{Situation, as_promised};
-use crate::postgres::{PgStatus, StartAs, Upstream};
+use crate::postgres::{PgStatus, Running, StartAs, Upstream};
 
 /// What to do, and why.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,6 +73,8 @@ pub enum Action {
     Start(StartAs),
     /// Let the running standby follow another server.
     Follow(Option<Upstream>),
+    /// Let the standby replay on.
+    ResumeReplay,
     /// Find out whether the local history is a prefix of the leader's.
     CheckDivergence(Upstream),
     /// Stop if need be, and pg_rewind.
@@ -120,6 +122,7 @@ impl Action {
             Action::RestoreReplica => "restore_replica",
             Action::Start(_) => "start",
             Action::Follow(_) => "follow",
+            Action::ResumeReplay => "resume_replay",
             Action::CheckDivergence(_) => "check_divergence",
             Action::Rewind(_) => "rewind",
             Action::Reclone(_) => "reclone",
@@ -240,6 +243,14 @@ fn foreign_data(s: &Situation, view: &ClusterView) -> Option<Decision> {
     }
     let reason = format!("system identifier {own} of the data directory is not that of the cluster, {cluster}");
     Some(if view.settings.pause { is(Action::Wait, reason) } else { is(Action::Exit, reason) })
+}
+
+/// From 14 on PostgreSQL pauses replay where a setting is too small for what the primary says (`max_connections` …). Shown as
+/// streaming, it would stay behind for ever, and can't be promoted. Resumed it ends, and the next start has what it takes.
+fn resume_replay(s: &Situation, view: &ClusterView) -> Option<Decision> {
+    let paused = |running: &Running| running.replay_paused && running.server_version >= 140_000;
+    let resumes = s.running().is_some_and(paused) && !view.settings.pause;
+    resumes.then(|| is(Action::ResumeReplay, "replay is paused; resuming it"))
 }
 
 const MAY_HAVE_PROMISED: &str =

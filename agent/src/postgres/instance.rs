@@ -406,6 +406,10 @@ impl Postgres for Instance {
         self.run_follow(upstream).await
     }
 
+    async fn resume_replay(&self) -> Result<(), PgError> {
+        self.run_resume_replay().await
+    }
+
     async fn diverged(&self, upstream: Upstream) -> Divergence {
         self.compare(&upstream).await
     }

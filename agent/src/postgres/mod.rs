@@ -460,6 +460,12 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Makes a running standby follow `upstream` (reload; a restart where the version needs one).
     fn follow(&self, upstream: Option<Upstream>) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// Lets a running standby whose replay is paused replay on. Where it was PostgreSQL that paused it, for a setting that is
+    /// too small, the server ends.
+    fn resume_replay(&self) -> impl Future<Output = Result<(), PgError>> + Send {
+        async { Ok(()) }
+    }
+
     /// Compares the local history with that of `upstream`.
     fn diverged(&self, upstream: Upstream) -> impl Future<Output = Divergence> + Send;
 

@@ -95,6 +95,14 @@ impl Instance {
         }
     }
 
+    pub(super) async fn run_resume_replay(&self) -> Result<(), PgError> {
+        let limit = Duration::from_secs(1);
+        let session = self.session(limit).await?;
+        let resume = session.client().batch_execute("SELECT pg_wal_replay_resume()");
+        let timeout = PgError::Timeout { what: "resuming replay".to_owned(), limit };
+        tokio::time::timeout(limit, resume).await.map_err(|_| timeout)?.map_err(query::failed)
+    }
+
     /// A WAL receiver that was waiting at the end of a timeline when primary_conninfo changed goes on over its old
     /// connection: PostgreSQL does not start it anew. Ended, it connects to where it should.
     async fn end_old_receiver(&self, upstream: &Upstream) -> Result<(), PgError> {

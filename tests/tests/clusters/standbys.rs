@@ -95,6 +95,49 @@ async fn a_standby_may_follow_another_one_be_late_or_live_on_the_archive() -> Re
     Ok(())
 }
 
+/// PostgreSQL pauses replay where a setting is too small for what the primary says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replay_that_is_paused_goes_on_and_a_standby_gets_the_primarys_settings() -> Result<()> {
+    let lab = Lab::new("paused-replay")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "postgresql": { "parameters": { "max_connections": 60 } } });
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
+    let leader = cluster.settled(LIMIT).await?;
+    let targets = cluster.targets();
+    let (primary, standby) = (&targets[leader], &targets[1 - leader]);
+
+    // By hand: as with Patroni it stays like that only in a pause.
+    cluster.patch_config(&json!({ "pause": true })).await?;
+    wait::until("a pause", LIMIT, async || {
+        ensure!(cluster.nodes[1 - leader].status().await?["pause"] == true);
+        Ok(())
+    })
+    .await?;
+    standby.execute("SELECT pg_wal_replay_pause()", LIMIT).await?;
+    primary.execute("CREATE TABLE t AS SELECT 1 AS n", LIMIT).await?;
+    let position = primary.query_one("SELECT pg_current_wal_lsn()", LIMIT).await?;
+    has(standby, &format!("SELECT pg_last_wal_receive_lsn() >= '{position}'"), "t").await?;
+    has(standby, "SELECT pg_is_wal_replay_paused()", "t").await?;
+    cluster.patch_config(&json!({ "pause": null })).await?;
+    has(standby, "SELECT count(*) FROM t", "1").await?;
+
+    cluster.patch_config(&json!({ "postgresql": { "parameters": { "max_connections": 70 } } })).await?;
+    wait::until("a restart that is due", LIMIT, async || {
+        ensure!(cluster.nodes[leader].status().await?["pending_restart"] == true);
+        Ok(())
+    })
+    .await?;
+    let answer = rest::post(cluster.nodes[leader].rest_port(), "/restart", &json!({}), LIMIT).await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    primary.execute("INSERT INTO t VALUES (2)", LIMIT).await?;
+    has(standby, "SHOW max_connections", "70").await?;
+    has(standby, "SELECT count(*) FROM t", "2").await?;
+    ensure!(cluster.settled(LIMIT).await? == leader);
+    lab.success();
+    Ok(())
+}
+
 /// What `trunklinectl` says to a command without questions.
 fn ctl(node: &Node, command: &str, args: &[&str]) -> Result<String> {
     let program = Program::agent()?.path.with_file_name("trunklinectl");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use trunkline_common::ClusterView;
 use trunkline_common::cluster::Member;
 
-use super::{Action, Decision, DemoteMode, failed_lately, is};
+use super::{Action, Decision, DemoteMode, failed_lately, is, resume_replay};
 use crate::ha::situation::{DivergenceState, Situation, clone_source, leader_upstream, remote, upstream};
 use crate::postgres::{PgRole, PgStatus, StartAs, Upstream};
 
@@ -159,6 +159,9 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
         && let Some(source) = leader_upstream(s.me, view)
     {
         return mend(s, view, source, &s.memory.divergence);
+    }
+    if let Some(decision) = resume_replay(s, view) {
+        return decision;
     }
     let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
     if address != running.upstream {

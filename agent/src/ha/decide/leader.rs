@@ -7,7 +7,7 @@ use trunkline_common::cluster::FailoverRequest;
 
 use super::{
     Action, Decision, DemoteMode, FAILSAFE_PAUSE, FIRST_PROOF, MAY_HAVE_PROMISED, failed_lately, failsafe_margin, is,
-    leaderless, standby, step_down_margin,
+    leaderless, resume_replay, standby, step_down_margin,
 };
 use crate::ha::election::{self, Takeover, Verdict};
 use crate::ha::routers::{self, Awaited};
@@ -136,6 +136,9 @@ fn promote(s: &Situation, view: &ClusterView) -> Decision {
             }
         }
     };
+    if let Some(decision) = resume_replay(s, view) {
+        return decision;
+    }
     if let Some(Awaited { names, left }) = routers::awaited(view, s.memory.key_held, s.now) {
         let reason = format!("{why}; not promoted before {} let go of the former leader's sessions", names.join(", "));
         return is(Action::Wait, format!("{reason}, or {left:.1?} have passed"));

@@ -7,7 +7,7 @@ use trunkline_common::ClusterView;
 
 use super::follower::{DRY, mend};
 use super::leader::requested_handover;
-use super::{Action, Decision, failed_lately, is, step_down_margin};
+use super::{Action, Decision, failed_lately, is, resume_replay, step_down_margin};
 use crate::ha::situation::{DivergenceState, Situation, remote};
 use crate::postgres::{PgRole, PgStatus, StartAs, Upstream};
 
@@ -46,6 +46,9 @@ fn lead(s: &Situation, view: &ClusterView) -> Decision {
             Action::Lead => {}
             _ => return asked,
         }
+    }
+    if let Some(decision) = resume_replay(s, view) {
+        return decision;
     }
     let remote = remote(view);
     let Some(running) = s.running().filter(|running| !follows(running.upstream.as_deref(), remote.as_ref())) else {

@@ -47,6 +47,27 @@ fn steady_states_do_nothing() {
 }
 
 #[test]
+fn paused_replay_is_resumed_unless_the_cluster_is_paused_too() {
+    let pauses = |mut world: World, version| {
+        let PgStatus::Running(running) = &mut world.pg else { unreachable!() };
+        (running.replay_paused, running.server_version) = (true, version);
+        world
+    };
+    let mut standby_leader = world().leading();
+    standby_leader.view().settings.standby_cluster = json!({ "host": "127.0.0.1", "port": 1 }).as_object().cloned();
+    let mut elected = world().leading();
+    elected.memory.elected = Some(Revision(50));
+    for mut world in [world(), standby_leader, elected] {
+        world.pg = standby(1000);
+        assert_ne!(world.decide().action, Action::ResumeReplay);
+        assert_eq!(pauses(world.clone(), 150_000).decide().action, Action::ResumeReplay);
+        assert_ne!(pauses(world.clone(), 130_000).decide().action, Action::ResumeReplay, "it would have stopped");
+        world.view().settings.pause = true;
+        assert_ne!(pauses(world, 150_000).decide().action, Action::ResumeReplay);
+    }
+}
+
+#[test]
 fn a_leader_without_an_address_is_not_unfollowed() {
     let mut hidden = world();
     hidden.view().members.remove(&"a".into());
