@@ -1,16 +1,18 @@
 //! What operators ask for, through REST or a signal.
 
+use std::future::Future;
 use std::time::Duration;
 
 use chrono::DateTime;
 use serde_json::Value;
 use tracing::{info, warn};
 use trunkline_common::dcs::Dcs;
+use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, Lsn, MemberName};
 
 use super::situation::{Promise, clone_source, leader_upstream, upstream};
 use super::task::{START_LIMIT, TaskEnd, TaskKind};
-use super::{Ha, me, publish};
+use super::{Ha, me, publish, sync};
 use crate::node::{Command, Refusal, Reply, RestartFilter};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
@@ -106,8 +108,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         };
         let names = self.names_at_start(&role);
         let limit = filter.timeout.map_or(START_LIMIT, Duration::from_secs);
-        let hands = self.hands();
+        let (let_go, hands) = (self.let_go(), self.hands());
         self.spawn(TaskKind::Restart, async move {
+            let_go.await;
             let end = hands.restart(role, names, limit).await;
             let answer = match &end {
                 TaskEnd::Failed { why, .. } => Err(refusal(503, format!("restart failed: {why}"))),
@@ -116,6 +119,29 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             let _ = reply.send(answer);
             end
         });
+    }
+
+    /// Before a standby's server is stopped: returns once no commit waits for it. The leader takes it off the `sync` key as
+    /// soon as its member key, which is to be published, does not say `running` any more. It waits as long as Patroni does at
+    /// most, and no longer than a lease.
+    pub(super) fn let_go(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (clock, me) = (self.parts.clock.clone(), self.me.name.clone());
+        let mut knowledge = self.parts.knowledge.clone();
+        let session = self.lease.session();
+        let published = session.lease.is_some() && session.trouble.is_none();
+        let running = matches!(&self.pg, PgStatus::Running(running) if running.role == PgRole::Standby);
+        let limit = (self.settings().loop_wait * 2).min(self.settings().ttl);
+        async move {
+            let counts = |known: &Knowledge| known.view.as_ref().is_some_and(|view| sync::counts_on(view, &me));
+            if !published || !running || !counts(&knowledge.borrow()) {
+                return;
+            }
+            info!("waiting until commits do not wait for this standby any more");
+            let released = async { _ = knowledge.wait_for(|known| !counts(known)).await };
+            if clock.within(limit, released).await.is_none() {
+                info!("the leader has not replaced this standby as a synchronous one within {limit:?}");
+            }
+        }
     }
 
     /// The role to come back in, if the filters fit and nothing else is going on.

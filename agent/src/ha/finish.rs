@@ -114,7 +114,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 | TaskKind::Start
                 | TaskKind::Restart
                 | TaskKind::Promote
-                | TaskKind::CheckDivergence,
+                | TaskKind::CheckDivergence
+                | TaskKind::Stop,
                 _,
             ) => {}
         }

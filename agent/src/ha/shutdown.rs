@@ -68,7 +68,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
             }
             _ if matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_)) => Ok(()),
-            _ => self.parts.postgres.stop(StopMode::Fast, limit, None).await.map_err(|error| error.to_string()),
+            _ => {
+                let (let_go, hands) = (self.let_go(), self.hands());
+                self.spawn(TaskKind::Stop, async move {
+                    let_go.await;
+                    let stopped = hands.postgres.stop(StopMode::Fast, limit, None).await;
+                    stopped.map_or_else(TaskEnd::from, |()| TaskEnd::Done)
+                });
+                self.publish_member().await;
+                match finished(&mut self.task).await {
+                    (_, TaskEnd::Failed { why, .. }) => Err(why),
+                    _ => Ok(()),
+                }
+            }
         };
         if let Err(why) = stopped {
             warn!("PostgreSQL did not stop in order, stopping it at once: {why}");

@@ -253,6 +253,16 @@ fn quorum_step(
     }
 }
 
+/// Whether `standby` is on the `sync` key of whoever leads: commits may wait for it.
+pub fn counts_on(view: &ClusterView, standby: &MemberName) -> bool {
+    let leader = view.leader.as_ref().map(|leader| &leader.name);
+    let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
+    synchronous
+        && leader.is_some_and(|leader| leader != standby)
+        && view.sync.leader.as_ref() == leader
+        && view.sync.lists(standby)
+}
+
 /// Whether strict mode makes commits wait for somebody who is not there.
 pub fn waits_in_vain(view: &ClusterView, running: &Running, me: &MemberName) -> bool {
     let settings = &view.settings;

@@ -53,6 +53,8 @@ pub enum TaskKind {
     CopySlots,
     /// Moving half a cluster aside.
     Discard,
+    /// Stopping the server because the agent ends.
+    Stop,
 }
 
 impl TaskKind {
@@ -72,6 +74,7 @@ impl TaskKind {
             TaskKind::Rewind => "pg_rewind",
             TaskKind::CopySlots => "copying logical slots",
             TaskKind::Discard => "moving half a cluster aside",
+            TaskKind::Stop => "stopping",
         }
     }
 }

@@ -301,13 +301,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         match self.put_sync(write.clone()).await {
             Ok(Outcome::Done(revision)) => {
                 info!("sync key updated: {why}");
-                // The watch brings the new revision in a moment, and with it the next step. A server that has to be started
-                // before that must already wait for whom the key names.
-                if let Some(view) = &self.view {
-                    let sync = act::written(&self.me.name, &write, revision);
-                    self.view = Some(Arc::new(ClusterView { revision, sync, ..(**view).clone() }));
-                }
-                Next::Wait
+                // The watch would show us nothing new, and a server that has to be started before it does must already wait
+                // for whom the key names.
+                let Some(view) = &self.view else { return Next::Wait };
+                let sync = act::written(&self.me.name, &write, revision);
+                self.view = Some(Arc::new(ClusterView { revision, sync, ..(**view).clone() }));
+                Next::Again
             }
             Ok(Outcome::Conflict) => {
                 info!("the sync key has changed meanwhile; looking again");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
-use trunkline_common::{Clock, ClusterView, Instant};
+use trunkline_common::{Clock, ClusterView, Instant, Member};
 
 use super::{Ha, decide, routers};
 use crate::peer::Peers;
@@ -73,6 +73,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 }
 
+/// What makes a leader wait, or not, for the members that are on the `sync` key.
+fn synchronous(view: &ClusterView) -> Vec<Option<(bool, bool)>> {
+    let member = |name: &String| view.members.get(&name.as_str().into());
+    let usable = |member: &Member| (member.is_running(), member.nosync());
+    view.sync.standbys.iter().map(|name| member(name).map(usable)).collect()
+}
+
 /// Whether two views differ in something that decisions depend on.
 fn matters(before: &ClusterView, now: &ClusterView) -> bool {
     let leader = |view: &ClusterView| {
@@ -94,5 +101,30 @@ fn matters(before: &ClusterView, now: &ClusterView) -> bool {
         || before.config.as_ref().map(|c| c.revision) != now.config.as_ref().map(|c| c.revision)
         || leader(before) != leader(now)
         || before.members.len() != now.members.len()
+        || synchronous(before) != synchronous(now)
         || before.routers != now.routers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_synchronous_standby_that_is_about_to_stop_wakes_its_leader() {
+        let mut before = ClusterView::default();
+        for name in ["b", "c"] {
+            before.members.insert(name.into(), Member { state: "running".to_owned(), ..Member::default() });
+        }
+        before.sync.standbys = vec!["b".to_owned()];
+        let changed = |name: &str, change: &dyn Fn(&mut Member)| {
+            let mut now = before.clone();
+            change(now.members.get_mut(&name.into()).unwrap());
+            matters(&before, &now)
+        };
+        let stops = |member: &mut Member| member.state = "stopping".to_owned();
+        let refuses = |member: &mut Member| _ = member.tags.insert("nosync".to_owned(), true.into());
+        let goes_on = |member: &mut Member| member.xlog_location = Some(trunkline_common::Lsn(1));
+        assert_eq!((changed("b", &stops), changed("b", &refuses), changed("b", &goes_on)), (true, true, false));
+        assert!(!changed("c", &stops), "nothing waits for it");
+    }
 }

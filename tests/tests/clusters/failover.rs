@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, rest, wait};
 
 /// With the agent alive nothing has to expire: less than what is left of a lease, on a machine that runs other tests as well.
 const AT_ONCE: Duration = Duration::from_millis(3500);
@@ -249,6 +249,49 @@ async fn a_lost_replica_stops_nothing() -> Result<()> {
     }
     scene.finish(load).await?;
     Ok(())
+}
+
+/// The leader's next look at its standbys is up to `loop_wait` away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_synchronous_standby_is_let_go_before_it_is_restarted_or_stopped() -> Result<()> {
+    let mut spec = Spec::new(3, &Program::agent()?);
+    spec.timing = Timing::PATRONI_STOCK;
+    let mut scene = Scene::with("let-go", 1, spec).await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    for restarts in [true, false] {
+        let standby = synchronous(&scene).await?;
+        let fault = SystemClock.now();
+        if restarts {
+            let answer = rest::post(scene.cluster.nodes[standby].rest_port(), "/restart", &json!({}), LIMIT).await?;
+            ensure!(answer.status == 200, "{answer:?}");
+        } else {
+            scene.cluster.nodes[standby].stop(LIMIT).await?;
+        }
+        load.writers.progress(100, LIMIT).await?;
+        let outage = load.writers.record().outage(fault);
+        ensure!(outage < Duration::from_secs(2), "writes stood still for {outage:?}");
+        ensure!(synchronous(&scene).await? != standby, "nobody has taken its place");
+        if !restarts {
+            scene.cluster.nodes[standby].start()?;
+        }
+        ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    }
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// Who is on the `sync` key.
+async fn synchronous(scene: &Scene) -> Result<usize> {
+    wait::until("a synchronous standby", LIMIT, async || {
+        for (i, node) in scene.cluster.nodes.iter().enumerate() {
+            if node.health("/sync").await == Some(200) {
+                return Ok(i);
+            }
+        }
+        anyhow::bail!("nobody is")
+    })
+    .await
 }
 
 /// Where commits wait for nobody, nothing but the lease keeps a second primary from being written to.

@@ -160,6 +160,20 @@ fn who_is_to_stream_from_a_synchronous_one_is_not_synchronous_itself() {
 }
 
 #[test]
+fn commits_count_on_whom_the_key_of_the_leader_names() {
+    let mut led = view(&["b"]);
+    let counts = |view: &ClusterView, name: &str| counts_on(view, &name.into());
+    assert!(!counts(&led, "b"), "nobody leads");
+    led.leader = Some(LeaderKey { name: "a".into(), lease: LeaseId(1), created: Revision(1), modified: Revision(1) });
+    assert!(counts(&led, "b") && !counts(&led, "c-1") && !counts(&led, "a"));
+    led.sync.leader = Some("c-1".into());
+    assert!(!counts(&led, "b"), "the key is an earlier leader's");
+    led.sync.leader = Some("a".into());
+    led.settings.synchronous_mode = SynchronousMode::Off;
+    assert!(!counts(&led, "b"));
+}
+
+#[test]
 fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
     let mut off = view(&["b"]);
     off.settings.synchronous_mode = SynchronousMode::Off;
