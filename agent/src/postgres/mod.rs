@@ -8,8 +8,9 @@
 //! * `control`, `wal`: what the data directory says while no server answers.
 //! * `query`, `slots`, `sync_names`, `guc`: local SQL. `walsender`, `tls`: another member's.
 //! * `settings`, `conninfo` are texts, `files` writes them.
-//! * `bootstrap`, `clone`, `rewind`: how a data directory comes to be. `callback`, `program`: other programs.
+//! * `bootstrap`, `clone`, `rewind`: how a data directory comes to be; `archive`: what of its WAL is kept. `callback`, `program`: other programs.
 
+mod archive;
 mod bootstrap;
 mod callback;
 mod clone;

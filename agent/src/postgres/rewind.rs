@@ -150,6 +150,7 @@ impl Instance {
         if !clean {
             self.single_user_recovery().await?;
         }
+        self.archive_waiting_wal().await;
         let mut settings = conninfo::to_upstream(upstream, &config.rewind, &config.pgpass, version);
         settings.insert("dbname".to_owned(), config.database.clone());
         settings.insert("target_session_attrs".to_owned(), "read-write".to_owned());

@@ -10,7 +10,7 @@ use trunkline_common::{Clock, Lsn, SystemClock};
 
 use super::instance::Instance;
 use super::ready::Changes;
-use super::{ControlState, PgError, StopMode, process, program, wal};
+use super::{ControlState, PgError, StopMode, process, program};
 
 /// After SIGQUIT, how long an immediate stop may take before SIGKILL.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
@@ -20,27 +20,6 @@ const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// An ordinary stop takes less.
 const SLOW_STOP: Duration = Duration::from_secs(3);
-
-/// The bound on one run of `archive_command`.
-const ARCHIVE_LIMIT: Duration = Duration::from_secs(300);
-
-/// PostgreSQL's placeholders filled in: `%p` path, `%f` name, `%%` a percent sign.
-fn archive_command(command: &str, name: &str) -> String {
-    let mut text = String::new();
-    let mut rest = command;
-    while let Some((before, after)) = rest.split_once('%') {
-        text.push_str(before);
-        let (filled, length) = match after.chars().next() {
-            Some('p') => (format!("pg_wal/{name}"), 1),
-            Some('f') => (name.to_owned(), 1),
-            Some('%') => ("%".to_owned(), 1),
-            _ => ("%".to_owned(), 0),
-        };
-        text.push_str(&filled);
-        rest = &after[length..];
-    }
-    text + rest
-}
 
 /// A stop waits for every process of the server: says again and again for whom.
 async fn tell_what_is_left(data_dir: &Path) -> Infallible {
@@ -104,22 +83,6 @@ impl Instance {
         }
     }
 
-    pub(super) async fn run_archive_last_wal(&self) -> Result<(), PgError> {
-        let config = self.config_now();
-        let setting = |name: &str| config.parameters.get(name).map(String::as_str).unwrap_or_default();
-        let (mode, command) = (setting("archive_mode").to_ascii_lowercase(), setting("archive_command"));
-        let archives = matches!(mode.as_str(), "on" | "always" | "true" | "yes" | "1") && !command.is_empty();
-        let control = self.control()?;
-        if !archives || control.state != ControlState::ShutDown {
-            return Ok(());
-        }
-        let name = wal::file_name(control.timeline, control.checkpoint, control.wal_segment_size.into());
-        let mut shell = tokio::process::Command::new("sh");
-        shell.arg("-c").arg(archive_command(command, &name)).current_dir(&config.data_dir);
-        tracing::info!("archiving {name}, which has the shutdown checkpoint");
-        program::run_within(ARCHIVE_LIMIT, &mut shell).await
-    }
-
     /// On a thread of its own: a fence must not wait for the runtime's workers or its pool of blocking threads.
     pub(super) async fn kill_in_thread(&self, grace: Duration, limit: Duration) -> Result<(), PgError> {
         let (done, outcome) = oneshot::channel();
@@ -135,16 +98,5 @@ impl Instance {
         outcome.await.unwrap_or_else(|_| Err(PgError::Failed("the killing thread ended".to_owned())))?;
         self.inner.sessions.close().await;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::archive_command;
-
-    #[test]
-    fn placeholders_are_postgresqls() {
-        let filled = archive_command("cp %p /a/%f 100%% %x%", "0001");
-        assert_eq!(filled, "cp pg_wal/0001 /a/0001 100% %x%");
     }
 }

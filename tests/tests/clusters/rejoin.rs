@@ -10,6 +10,9 @@ use trunkline_tests::{LIMIT, Program, Scene, Spec, rest, wait};
 /// For one statement.
 const SHORT: Duration = Duration::from_secs(5);
 
+/// Until there is such a file beside the data directory nothing can be archived.
+const ARCHIVE_OPEN: &str = "archive-open";
+
 /// The old primary has rows that nobody else got, and comes back when somebody else leads. `local` is laid over its
 /// `postgresql` section.
 async fn diverged(name: &str, local: Value) -> Result<(Scene, usize)> {
@@ -19,7 +22,7 @@ async fn diverged(name: &str, local: Value) -> Result<(Scene, usize)> {
     spec.local = json!({ "postgresql": local });
     let mut scene = Scene::with(name, 1, spec).await?;
     let old = scene.cluster.settled(LIMIT).await?;
-    scene.node(old).execute("CREATE TABLE t (who text)", SHORT).await?;
+    scene.node(old).execute("CREATE TABLE t (who text); SELECT pg_switch_wal()", SHORT).await?;
     let others: Vec<usize> = (0..3).filter(|node| *node != old).collect();
     for node in &others {
         let target = scene.node(*node);
@@ -36,6 +39,7 @@ async fn diverged(name: &str, local: Value) -> Result<(Scene, usize)> {
     scene.cluster.leader_other_than(old, LIMIT).await?;
     // The router holds this until the new leader takes writes; `GET /primary` is 200 a moment before.
     scene.read_write().execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
+    std::fs::write(scene.cluster.nodes[old].dir().join(ARCHIVE_OPEN), "")?;
     scene.cluster.nodes[old].start()?;
     Ok((scene, old))
 }
@@ -61,10 +65,17 @@ async fn follows(scene: &mut Scene, old: usize) -> Result<()> {
 /// By pg_rewind its data directory stays the same one, which a new copy would not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
-    let (mut scene, old) = diverged("rewind", json!({ "use_pg_rewind": true })).await?;
+    let command = format!("test -e ../{ARCHIVE_OPEN} && mkdir -p ../archive && cp %p ../archive/%f");
+    let archives = json!({ "archive_mode": "on", "archive_command": command });
+    let (mut scene, old) = diverged("rewind", json!({ "use_pg_rewind": true, "parameters": archives })).await?;
     let before = directory(&scene, old)?;
     follows(&mut scene, old).await?;
     ensure!(directory(&scene, old)? == before, "the data directory was made anew instead of rewound");
+    // Nobody else could have archived what it wrote before the others parted from it.
+    let archive = std::fs::read_dir(scene.cluster.nodes[old].dir().join("archive")).context("nothing was archived")?;
+    let names = archive.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names = names.collect::<Result<Vec<String>>>()?;
+    ensure!(names.iter().any(|name| name.starts_with("00000001")), "it has not archived its own timeline: {names:?}");
     scene.lab.success();
     Ok(())
 }
