@@ -3,7 +3,9 @@
 //!
 //! Until a server has taken the session it has no state anywhere, so it can wait, and be sent elsewhere, as often as
 //! needed. What bounds the waiting: a number of places for all ports, `hold_timeout` for each, and no memory but the
-//! client's own packet. A client that goes away while it waits gives its place back at once.
+//! client's own packet. A client that goes away while it waits gives its place back at once. Whoever has no server after
+//! `connect_timeout` waits, whatever it is that keeps it: that there is no server, or one that can't be reached, or one that says
+//! nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -117,6 +119,27 @@ impl Drop for Ahead {
     }
 }
 
+/// How a search goes on.
+#[derive(Debug)]
+struct Wait {
+    began: Instant,
+    /// How long the next server may take. It grows with every one that says nothing: they may be slow.
+    patience: Duration,
+    /// Since when the client waits, if it does.
+    since: Option<Instant>,
+    room: Option<Room>,
+}
+
+/// A place in the waiting room.
+#[derive(Debug)]
+struct Room {
+    /// When waiting ends.
+    deadline: Instant,
+    /// When the attempts that go on end: whoever has been given a turn has the time for it.
+    until: Instant,
+    _place: Place,
+}
+
 /// One client's search for a server.
 #[derive(Debug)]
 pub struct Search<'a> {
@@ -134,6 +157,8 @@ pub struct Search<'a> {
     denied: Vec<Request>,
     /// The server that denied the last one.
     at_hand: Option<Found>,
+    /// How long it has waited for answers before this one.
+    waited: Duration,
     /// Something unread of the client has been seen, which tokio will not report again.
     looked: AtomicBool,
 }
@@ -162,6 +187,7 @@ impl<'a> Search<'a> {
             request,
             denied: Vec::new(),
             at_hand: None,
+            waited: Duration::ZERO,
             looked,
         }
     }
@@ -216,10 +242,14 @@ impl<'a> Search<'a> {
         if self.awaits_answer() && socket::has_data(self.client) {
             return Err(No::Refused(Refusal::EarlyData));
         }
-        let (found, answer) = match self.ask_at_hand().await? {
-            Some(answered) => answered,
-            None => self.find().await?,
-        };
+        let (began, patience) = (self.router.clock.now(), self.port.connect_timeout);
+        let mut wait = Wait { began, patience, since: None, room: None };
+        let at_hand = self.at_hand.take();
+        let outcome = self.search(at_hand, &mut wait).await;
+        if let Some(since) = wait.since {
+            self.waited += self.note_wait(since, &outcome);
+        }
+        let (found, answer) = outcome?;
         let request = std::mem::take(&mut self.request);
         if answer == Answer::Begun {
             // A session lasts; the search need not.
@@ -231,17 +261,27 @@ impl<'a> Search<'a> {
         Ok(Outcome::Denied)
     }
 
-    async fn find(&self) -> Result<(Found, Answer), No> {
+    async fn search(&self, at_hand: Option<Found>, wait: &mut Wait) -> Result<(Found, Answer), No> {
         let mut tables = self.router.tables();
-        if let Some(answered) = self.try_servers(&mut tables, None).await? {
-            return Ok(answered);
+        if let Some(found) = at_hand {
+            let found = Found { packet: self.request.packet, ..found };
+            if let Some(answered) = self.ask(found, tables.clone(), wait.began + wait.patience, wait).await? {
+                return Ok(answered);
+            }
         }
-        if self.port.no_candidate == NoCandidate::Refuse {
-            return Err(No::Refused(Refusal::NoServer));
+        let (mut pause, mut ahead) = (FIRST_PAUSE, None);
+        loop {
+            if let Some(answered) = self.try_servers(&mut tables, ahead.take(), wait).await? {
+                return Ok(answered);
+            }
+            let room = self.enter(wait)?;
+            pause = self.servers_again(&mut tables, &mut ahead, pause, room).await?;
         }
-        let began = self.router.clock.now();
-        let outcome = self.hold(&mut tables, began).await;
-        let label = match &outcome {
+    }
+
+    /// How long the client has waited, of which a note is taken.
+    fn note_wait(&self, since: Instant, outcome: &Result<(Found, Answer), No>) -> Duration {
+        let label = match outcome {
             Ok(_) => "served",
             Err(No::ClientGone | No::Handshake) => "client_gone",
             Err(No::Refused(Refusal::TooManyHeld)) => "full",
@@ -249,21 +289,45 @@ impl<'a> Search<'a> {
             Err(No::Refused(Refusal::EarlyData)) => "early_data",
             Err(No::Refused(_)) => "expired",
         };
-        let seconds = self.router.clock.now().since(began).as_secs_f64();
+        let waited = self.router.clock.now().since(since);
+        let seconds = waited.as_secs_f64();
         self.router.metrics.hold_seconds.with_label_values(&[&*self.listening.name, label]).observe(seconds);
-        outcome
+        waited
     }
 
-    /// Waits for a server in a place of the waiting room.
-    async fn hold(&self, tables: &mut Tables, began: Instant) -> Result<(Found, Answer), No> {
-        let _place = self.router.hold.enter().ok_or(No::Refused(Refusal::TooManyHeld))?;
-        let deadline = began + self.port.hold_timeout;
-        let mut pause = FIRST_PAUSE;
-        let mut ahead = None;
+    /// From now on the client waits, in a place of the waiting room, unless it does so already.
+    fn enter<'w>(&self, wait: &'w mut Wait) -> Result<&'w mut Room, No> {
+        if wait.room.is_none() {
+            if self.port.no_candidate == NoCandidate::Refuse {
+                return Err(No::Refused(Refusal::NoServer));
+            }
+            let now = self.router.clock.now();
+            wait.since = Some(now);
+            let _place = self.router.hold.enter().ok_or(No::Refused(Refusal::TooManyHeld))?;
+            let deadline = now + self.port.hold_timeout.saturating_sub(self.waited);
+            wait.room = Some(Room { deadline, until: deadline, _place });
+        }
+        // There is one by now.
+        wait.room.as_mut().ok_or(No::Refused(Refusal::NoServer))
+    }
+
+    /// Returns when it is this client's turn to try servers again. `pause`: between two attempts without any news; how long the
+    /// next one is.
+    async fn servers_again(
+        &self,
+        tables: &mut Tables,
+        ahead: &mut Option<Ahead>,
+        mut pause: Duration,
+        room: &mut Room,
+    ) -> Result<Duration, No> {
         loop {
-            self.dial_ahead(tables.borrow().elected.as_ref(), &mut ahead);
+            self.dial_ahead(tables.borrow().elected.as_ref(), ahead);
             let unreachable = !self.candidates(&tables.borrow()).is_empty();
-            let retry = self.router.clock.now() + pause;
+            let now = self.router.clock.now();
+            if now >= room.deadline {
+                return Err(No::Refused(Refusal::NoServer));
+            }
+            let retry = now + pause;
             let wake = async {
                 tokio::select! {
                     biased;
@@ -272,16 +336,15 @@ impl<'a> Search<'a> {
                     () = self.router.clock.sleep_until(retry), if unreachable => (pause * 2).min(LAST_PAUSE),
                 }
             };
-            pause = self.unless_over(deadline, wake).await?;
+            pause = self.unless_over(room.deadline, wake).await?;
             if self.candidates(&tables.borrow()).is_empty() {
                 continue;
             }
             // Who has been given a turn is past the reach of the deadline: turns are bounded by the number of places.
             let turn = self.router.hold.turn(self.router.clock.now());
-            self.unless_over(deadline.max(turn + FIRST_PAUSE), self.router.clock.sleep_until(turn)).await?;
-            if let Some(answered) = self.try_servers(tables, ahead.take()).await? {
-                return Ok(answered);
-            }
+            self.unless_over(room.deadline.max(turn + FIRST_PAUSE), self.router.clock.sleep_until(turn)).await?;
+            room.until = room.deadline.max(turn + self.port.connect_timeout);
+            return Ok(pause);
         }
     }
 
@@ -310,19 +373,34 @@ impl<'a> Search<'a> {
     }
 
     /// Tries candidates of the newest table, each once. `None`: none of them takes the session.
-    async fn try_servers(&self, tables: &mut Tables, mut ahead: Option<Ahead>) -> Result<Option<(Found, Answer)>, No> {
+    async fn try_servers(
+        &self,
+        tables: &mut Tables,
+        mut ahead: Option<Ahead>,
+        wait: &mut Wait,
+    ) -> Result<Option<(Found, Answer)>, No> {
         let mut tried: Vec<MemberName> = Vec::new();
         for _ in 0..ATTEMPTS {
             let mut candidates = self.candidates(&tables.borrow_and_update());
             candidates.retain(|candidate| !tried.contains(&candidate.member));
+            let now = self.router.clock.now();
             let Some(chosen) = self.choose(&candidates).cloned() else { break };
             let ahead = ahead.take().filter(|ahead| ahead.leads_to(&chosen));
-            if let Some(found) = self.connect(&chosen, tables.clone(), ahead).await
-                && let Some(answered) = self.ask(found, tables.clone()).await?
+            let in_time = wait.room.as_ref().map_or(now + wait.patience, |room| room.until.min(now + wait.patience));
+            if let Some(found) = self.connect(&chosen, tables.clone(), ahead, in_time).await
+                && let Some(answered) = self.ask(found, tables.clone(), in_time, wait).await?
             {
                 return Ok(Some(answered));
             }
             tried.push(chosen.member.clone());
+            // A port that refuses tries all there are instead.
+            let now = self.router.clock.now();
+            if now.since(wait.began) >= self.port.connect_timeout && self.port.no_candidate != NoCandidate::Refuse {
+                let room = self.enter(wait)?;
+                if now >= room.until {
+                    break;
+                }
+            }
         }
         Ok(None)
     }
@@ -340,15 +418,21 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Dials, registers, and repeats what the client has been through.
-    async fn connect(&self, backend: &Arc<Backend>, tables: Tables, ahead: Option<Ahead>) -> Option<Found> {
+    /// Dials, registers, and repeats what the client has been through, all before `in_time`.
+    async fn connect(
+        &self,
+        backend: &Arc<Backend>,
+        tables: Tables,
+        ahead: Option<Ahead>,
+        in_time: Instant,
+    ) -> Option<Found> {
         let ready = match ahead {
             Some(ahead) => ahead.connection().await,
             None => None,
         };
         let server = match ready {
             Some(server) => server,
-            None => self.dial(backend, tables).await?,
+            None => self.dial(backend, tables, in_time).await?,
         };
         let server = Arc::new(server);
         let session =
@@ -363,7 +447,8 @@ impl<'a> Search<'a> {
             }
             Some(tls)
         };
-        let tls = tokio::time::timeout(self.port.connect_timeout, repeat).await.ok()??;
+        let left = in_time.since(self.router.clock.now());
+        let tls = tokio::time::timeout(left, repeat).await.ok()??;
         let packet = self.request.packet;
         Some(Found { server, session, meter, tls, said: Vec::new(), packet, backend: backend.clone() })
     }
@@ -379,23 +464,17 @@ impl<'a> Search<'a> {
         tls.inspect_err(|error| warn!(member = backend.member.as_str(), %error, "no TLS with a server")).ok()
     }
 
-    async fn ask_at_hand(&mut self) -> Result<Option<(Found, Answer)>, No> {
-        match self.at_hand.take() {
-            Some(found) => self.ask(Found { packet: self.request.packet, ..found }, self.router.tables()).await,
-            None => Ok(None),
-        }
-    }
-
-    /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more, or is silent
-    /// while there is another one.
-    async fn ask(&self, mut found: Found, mut tables: Tables) -> Result<Option<(Found, Answer)>, No> {
+    /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more, or has said nothing
+    /// `in_time` and there is another one. Where there is none it may be slow, and goes on to be waited for.
+    async fn ask(
+        &self,
+        mut found: Found,
+        mut tables: Tables,
+        in_time: Instant,
+        wait: &mut Wait,
+    ) -> Result<Option<(Found, Answer)>, No> {
         let (bytes, packet, backend) = (&self.request.bytes, self.request.packet, found.backend.clone());
         let other = |table: &Arc<RouteTable>| self.candidates(table).iter().any(|other| !other.same_server(&backend));
-        let better = async {
-            tokio::time::sleep(self.port.connect_timeout).await;
-            // The sender lives as long as the router, so this is never an error.
-            let _ = tables.wait_for(other).await.map(drop);
-        };
         let exchange = async {
             match &mut found.tls {
                 Some(tls) => answer::first_in_tls(tls, bytes, packet, &mut found.said).await,
@@ -405,16 +484,37 @@ impl<'a> Search<'a> {
                 },
             }
         };
-        let answer = tokio::select! {
-            biased;
-            answer = exchange => answer,
-            gone = self.client_stirs() => return Err(gone),
-            () = better => {
-                self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "silent"]).inc();
-                return Ok(None);
-            }
-            () = tokio::time::sleep(self.port.connect_timeout + self.port.hold_timeout) => {
-                return Err(No::Refused(Refusal::NoServer));
+        let answer = {
+            let mut exchange = std::pin::pin!(exchange);
+            let answer = tokio::select! {
+                biased;
+                answer = &mut exchange => Some(answer),
+                gone = self.client_stirs() => return Err(gone),
+                () = self.router.clock.sleep_until(in_time) => None,
+            };
+            match answer {
+                Some(answer) => answer,
+                None => {
+                    self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "silent"]).inc();
+                    wait.patience = wait.patience.saturating_mul(2);
+                    if other(&tables.borrow_and_update()) {
+                        return Ok(None);
+                    }
+                    let until = self.enter(wait)?.until;
+                    let better = async { tables.wait_for(other).await.map(drop) };
+                    let answer = async {
+                        tokio::select! {
+                            biased;
+                            answer = exchange => Some(answer),
+                            // The sender lives as long as the router, so this is never an error.
+                            _ = better => None,
+                        }
+                    };
+                    match self.unless_over(until, answer).await? {
+                        Some(answer) => answer,
+                        None => return Ok(None),
+                    }
+                }
             }
         };
         match answer {
@@ -429,7 +529,7 @@ impl<'a> Search<'a> {
 
     /// Dials, until the server answers or is no candidate any more: a frozen host must not keep a client that another
     /// server is ready for.
-    async fn dial(&self, backend: &Arc<Backend>, mut tables: Tables) -> Option<TcpStream> {
+    async fn dial(&self, backend: &Arc<Backend>, mut tables: Tables, in_time: Instant) -> Option<TcpStream> {
         let began = self.router.clock.now();
         let deposed = async {
             loop {
@@ -439,9 +539,10 @@ impl<'a> Search<'a> {
                 }
             }
         };
+        let limit = in_time.since(began).min(self.port.connect_timeout);
         let dialled = tokio::select! {
             biased;
-            dialled = socket::dial(&backend.host, backend.port, self.port.connect_timeout, self.port.server_silence) => dialled,
+            dialled = socket::dial(&backend.host, backend.port, limit, self.port.server_silence) => dialled,
             () = deposed => Err(io::Error::new(io::ErrorKind::Interrupted, "not a candidate any more")),
         };
         let result = match &dialled {

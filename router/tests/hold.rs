@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use trunkline_common::{Clock, SystemClock};
 use trunkline_config::router::{Limits, NoCandidate, Port, Target};
 
@@ -322,4 +323,113 @@ async fn those_who_are_held_outlast_a_hand_over() {
     assert_eq!(within(held.read_u8()).await.unwrap(), b'R');
     drop((session, held));
     assert_eq!(within(drained).await.unwrap(), 0);
+}
+
+/// Impatient enough for a test.
+fn impatient(target: Target) -> Port {
+    let (hold_timeout, connect_timeout) = (Duration::from_millis(800), Duration::from_millis(200));
+    Port { hold_timeout, connect_timeout, ..port(target) }
+}
+
+/// How long it took until the client was refused, and with what.
+async fn until_refused(client: &mut TcpStream) -> (String, Duration) {
+    let began = SystemClock.now();
+    let why = refused(client).await;
+    (why, SystemClock.now().since(began))
+}
+
+#[tokio::test]
+async fn who_waits_for_a_silent_server_is_held_after_connect_timeout() {
+    let mut world = World::new(Limits { max_held: 1, ..limits() });
+    let rw = world.open(impatient(Target::Leader)).await;
+    let refusing = Port { name: "refusing".into(), no_candidate: NoCandidate::Refuse, ..impatient(Target::Leader) };
+    let refusing = world.open(refusing).await;
+    let frozen = Fake::start().await;
+    world.lead("a", frozen.at).await;
+    let mut client = connect(rw, STARTUP).await;
+    let _silent = frozen.request().await;
+    assert_eq!(world.router.hold.held(), 0, "it may just be slow");
+    world.held(1).await;
+    // Nobody else finds a place, or wants one.
+    let (mut second, mut third) = (connect(rw, STARTUP).await, connect(refusing, STARTUP).await);
+    let (full, no) = tokio::join!(until_refused(&mut second), until_refused(&mut third));
+    assert_eq!((full.0.as_str(), no.0.as_str()), ("53300", "57P03"));
+    assert!(full.1.max(no.1) < Duration::from_millis(500), "{full:?}, {no:?}");
+    let (why, took) = until_refused(&mut client).await;
+    assert_eq!(why, "57P03");
+    assert!(took < Duration::from_millis(1_000), "{took:?}");
+    world.held(0).await;
+    let text = world.router.metrics.render().unwrap();
+    for line in [
+        "hold_seconds_count{outcome=\"expired\",port=\"leader\"} 1",
+        "hold_seconds_count{outcome=\"full\",port=\"leader\"} 1",
+        "connects_total{member=\"a\",result=\"silent\"} 3",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_server_is_waited_for_on_the_same_connection() {
+    let mut world = World::new(limits());
+    let rw = world.open(impatient(Target::Leader)).await;
+    let slow = Fake::start().await;
+    world.lead("a", slow.at).await;
+    let mut client = connect(rw, STARTUP).await;
+    let (mut session, _) = slow.request().await;
+    world.held(1).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    session.write_all(b"R").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'R');
+    passes(&mut client, &mut session, b"p").await;
+    world.held(0).await;
+    slow.stays_alone().await;
+}
+
+#[tokio::test]
+async fn who_has_been_held_is_not_held_anew_by_a_silent_server() {
+    let mut world = World::new(limits());
+    let rw = world.open(impatient(Target::Leader)).await;
+    let mut client = connect(rw, STARTUP).await;
+    let began = SystemClock.now();
+    world.held(1).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let frozen = Fake::start().await;
+    world.lead("a", frozen.at).await;
+    let _silent = frozen.request().await;
+    assert_eq!(refused(&mut client).await, "57P03");
+    let took = SystemClock.now().since(began);
+    assert!(took < Duration::from_millis(1_150), "hold_timeout and one connect_timeout: {took:?}");
+    // Nor by one that denies it encryption first.
+    let mut client = connect(rw, SSL_REQUEST).await;
+    let began = SystemClock.now();
+    let (mut session, _) = frozen.request().await;
+    world.held(1).await;
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    session.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    client.write_all(STARTUP).await.unwrap();
+    assert_eq!(refused(&mut client).await, "57P03");
+    let took = SystemClock.now().since(began);
+    assert!(took < Duration::from_millis(1_400), "one hold_timeout, and a connect_timeout for each request: {took:?}");
+}
+
+#[tokio::test]
+async fn among_silent_servers_the_one_that_answers_is_found() {
+    let mut world = World::new(limits());
+    let ro = world.open(Port { name: "ro".into(), ..impatient(Target::Replica) }).await;
+    let servers = [Fake::start().await, Fake::start().await, Fake::start().await];
+    for (name, server) in ["a", "b", "c"].iter().zip(&servers) {
+        world.follow(name, server.at).await;
+    }
+    let [silent, mute, good] = servers;
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        let mut client = connect(ro, STARTUP).await;
+        let (mut session, _) = within(good.request()).await;
+        session.write_all(b"R").await.unwrap();
+        assert_eq!(within(client.read_u8()).await.unwrap(), b'R');
+        clients.push((client, session));
+    }
+    drop((silent, mute));
 }

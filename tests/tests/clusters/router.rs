@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
+use trunkline_common::{Clock, SystemClock};
 use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, proxy, rest, wait};
 
@@ -186,6 +187,41 @@ async fn a_flood_of_silent_clients_harms_nobody_who_is_there_and_passes() -> Res
     ensure!(target.query_one("SELECT 'served'", LIMIT).await? == "served");
     ensure!(session.query_one("SELECT 1", &[]).await?.get::<_, i32>(0) == 1);
     drop(flood);
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_server_keeps_a_new_client_no_longer_than_it_may_be_held() -> Result<()> {
+    let lab = Lab::new("frozen-server")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?)).await?;
+    cluster.settled(LIMIT).await?;
+    let ports = proxy::Ports::any(&lab)?;
+    let extra = json!({ "limits": { "hold_timeout": 2, "connect_timeout": 0.5 } });
+    let router =
+        Proxy::router(&lab, Program::router()?, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
+    let target = router.read_write(&cluster.spec().password);
+    ensure!(target.query_one("SELECT 1", LIMIT).await? == "1");
+
+    // The kernel goes on to accept for it, and it leads until the end of its lease.
+    cluster.nodes[0].freeze();
+    let began = SystemClock.now();
+    let client = tokio::spawn(async move { target.connect(LIMIT).await });
+    let held = wait::until("the client to be held", LIMIT, async || {
+        let routes = rest::get(ports.admin, "/routes").await?.body;
+        ensure!(routes["held"] == 1, "{routes}");
+        Ok(())
+    });
+    let held = held.await;
+    let answer = client.await?;
+    let took = SystemClock.now().since(began);
+    cluster.nodes[0].thaw();
+    held?;
+    let error = answer.err().context("a frozen server let somebody in")?;
+    ensure!(format!("{error:#}").contains("no server is available"), "{error:#}");
+    println!("a frozen server kept a new client for {took:?}");
+    ensure!(took < Duration::from_secs(4), "{took:?}");
     lab.success();
     Ok(())
 }
