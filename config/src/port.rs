@@ -63,6 +63,8 @@ pub struct Port {
     pub tls: Option<ServerCertificate>,
     /// TLS with servers begins here.
     pub server_tls: Option<ServerTls>,
+    /// The beginning and the end of every session are told in the log, not for debugging only.
+    pub log_sessions: bool,
 }
 
 /// What clients are shown, and what is asked of them.
@@ -241,6 +243,7 @@ impl Port {
             require_tls: false,
             tls: None,
             server_tls: None,
+            log_sessions: false,
         }
     }
 
@@ -327,11 +330,15 @@ const KNOWN: &[&str] = &[
     "require_tls",
     "tls",
     "server_tls",
+    "log_sessions",
 ];
 
 /// Where no ports are given: one for writes, one for reads.
-fn default_ports(limits: &Limits) -> Vec<Port> {
-    let port = |name: &str, listen: &str, target| within(limits, Port::new(name, Listen::Tcp(listen.into()), target));
+fn default_ports(limits: &Limits, log_sessions: bool) -> Vec<Port> {
+    let port = |name: &str, listen: &str, target| {
+        let port = Port { log_sessions, ..Port::new(name, Listen::Tcp(listen.into()), target) };
+        within(limits, port)
+    };
     vec![port("rw", "0.0.0.0:5000", Target::Leader), port("ro", "0.0.0.0:5001", Target::Replica)]
 }
 
@@ -349,13 +356,16 @@ fn within(limits: &Limits, port: Port) -> Port {
 
 /// Reads `ports`; names and addresses are unique.
 pub(crate) fn read_ports(root: &Section<'_>, limits: &Limits) -> Option<Vec<Port>> {
+    let log_sessions = root.boolean("log_sessions").unwrap_or(false);
     let items = match root.get("ports") {
-        None => return Some(default_ports(limits)),
+        None => return Some(default_ports(limits, log_sessions)),
         Some(Value::Array(items)) if !items.is_empty() => items,
         Some(_) => return root.wrong_with("ports", "a list of ports is expected", Some(EXAMPLE)),
     };
     let read = |(position, item): (usize, &Value)| match item {
-        Value::Object(map) => read_port(&Section::at(map, format!("ports[{position}]"), root.report()), limits),
+        Value::Object(map) => {
+            read_port(&Section::at(map, format!("ports[{position}]"), root.report()), limits, log_sessions)
+        }
         _ => {
             let path = format!("ports[{position}]");
             root.report().problem(&path, Some(item.to_string()), "a port is expected", Some(EXAMPLE.to_owned()));
@@ -380,7 +390,7 @@ pub(crate) fn read_ports(root: &Section<'_>, limits: &Limits) -> Option<Vec<Port
     ports.into_iter().collect()
 }
 
-fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
+fn read_port(section: &Section<'_>, limits: &Limits, log_sessions: bool) -> Option<Port> {
     section.unknown(KNOWN);
     let needed = |key: &str, what: &str| {
         if !section.has(key) {
@@ -444,6 +454,7 @@ fn read_port(section: &Section<'_>, limits: &Limits) -> Option<Port> {
         require_tls: section.boolean("require_tls").unwrap_or(false),
         tls,
         server_tls,
+        log_sessions: section.boolean("log_sessions").unwrap_or(log_sessions),
     })
 }
 

@@ -129,8 +129,20 @@ impl RouterConfig {
 /// Others are for an agent that shares the environment.
 const VARIABLES: &[&str] = &["PATRONI_SCOPE", "PATRONI_NAMESPACE", "PATRONI_ETCD3_", "PATRONI_ETCD_", "PATRONI_LOG_"];
 
-const KNOWN: &[&str] =
-    &["scope", "namespace", "etcd3", "etcd", "ctl", "members", "ports", "admin", "threads", "limits", "log"];
+const KNOWN: &[&str] = &[
+    "scope",
+    "namespace",
+    "etcd3",
+    "etcd",
+    "ctl",
+    "members",
+    "ports",
+    "log_sessions",
+    "admin",
+    "threads",
+    "limits",
+    "log",
+];
 
 const MEMBER: &str = "write - {name: pg1, api_url: 'http://10.0.0.1:8008', connect_address: '10.0.0.1:5432'}";
 
@@ -384,7 +396,8 @@ ports:
   require_tls: on
   tls: {{certfile: /c.pem, cafile: /ca.pem, verify_client: optional}}
   server_tls: {{mode: verify-ca, cafile: /sca.pem}}
-- {{name: rw, listen: '*:6000', target: leader, hold_timeout: 1min, max_lag: 1MB, tags: {{}}}}
+- {{name: rw, listen: '*:6000', target: leader, hold_timeout: 1min, max_lag: 1MB, tags: {{}}, log_sessions: off}}
+log_sessions: on
 "
         );
         let (config, notices) = load(&text).expect("loads");
@@ -417,6 +430,7 @@ ports:
         assert!(!rw.speaks_tls());
         assert!(rw.proxied == Proxied::default() && rw.send_proxy.is_none());
         assert_eq!((rw.hold_timeout, rw.client_silence), (Duration::from_secs(60), Some(Duration::from_secs(20))));
+        assert!(ro.log_sessions && !rw.log_sessions, "a port overrules the file");
         assert_eq!(config.limits.ready_held, 15);
         assert_eq!(
             ro.with_target(Target::Leader).no_candidate,

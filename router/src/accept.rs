@@ -88,7 +88,7 @@ fn permit_now(router: &Router, listening: &Listening) -> Option<Permit> {
 
 /// A session of another process has its right already, whatever the limits are here.
 pub fn permit_for_adopted(router: &Router, port: &str) -> Permit {
-    let listening = router.ports().into_iter().find(|listening| *listening.name == *port);
+    let listening = router.port(port);
     Permit {
         _of_port: listening.map(|listening| listening.places.take_anyway()),
         _of_router: router.places.take_anyway(),

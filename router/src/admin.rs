@@ -2,19 +2,21 @@
 //! changes nothing.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router as Routes};
-use prometheus::IntGaugeVec;
+use prometheus::{GaugeVec, IntGaugeVec};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use trunkline_common::Clock;
 use trunkline_common::dcs::follow::Knowledge;
+use trunkline_config::router::Port;
 
 use crate::port::Listening;
 use crate::router::Router;
@@ -57,6 +59,7 @@ async fn metrics(State(admin): State<Admin>) -> Response {
     let metrics = &admin.router.metrics;
     admin.measure_ports();
     metrics.held.set(admin.router.hold.held() as i64);
+    metrics.ahead.set(admin.router.ahead.taken() as i64);
     metrics.knowledge_age.set(admin.age());
     metrics.registered.set(i64::from(admin.registered()));
     metrics.sessions.reset();
@@ -144,25 +147,33 @@ async fn sessions(State(admin): State<Admin>, Query(filter): Query<Filter>) -> R
             "port": &*line.port,
             "client": line.client.to_string(),
             "member": line.backend.member.as_str(),
-            "server": trunkline_config::join_host_port(&line.backend.host, line.backend.port),
+            "server": line.backend.address(),
             "seen_by_server_as": line.from.map(|from| from.to_string()),
             "seconds": now.since(line.began).as_secs_f64(),
+            "bytes_to_server": line.bytes.0,
+            "bytes_to_client": line.bytes.1,
         })
     };
     let lines: Vec<Value> = lines.iter().map(row).collect();
     Json(json!({"sessions": lines, "left_out": left_out})).into_response()
 }
 
+/// 0 for never, as it is written.
+fn seconds(silence: Option<Duration>) -> f64 {
+    silence.unwrap_or_default().as_secs_f64()
+}
+
 impl Admin {
     fn measure_ports(&self) {
         let (table, now, metrics) = (self.router.table(), self.router.clock.now(), &self.router.metrics);
         [&metrics.connections, &metrics.candidates, &metrics.lag_bytes].into_iter().for_each(IntGaugeVec::reset);
-        metrics.lag_seconds.reset();
+        [&metrics.lag_seconds, &metrics.port_limits].into_iter().for_each(GaugeVec::reset);
         for listening in self.router.ports() {
             let candidates = rule::candidates(&table, &listening.settings(), now).len();
             let taken = listening.places.taken();
             metrics.connections.with_label_values(&[&*listening.name]).set(taken as i64);
             metrics.candidates.with_label_values(&[&*listening.name]).set(candidates as i64);
+            self.tell_bounds(&listening.settings());
         }
         for standby in &table.standbys {
             let Some(lag) = standby.lag else { continue };
@@ -182,11 +193,36 @@ impl Admin {
             ("hold_timeout", limits.hold_timeout.as_secs_f64()),
             ("startup_timeout", limits.startup_timeout.as_secs_f64()),
             ("connect_timeout", limits.connect_timeout.as_secs_f64()),
+            ("client_silence", seconds(limits.client_silence)),
+            ("server_silence", seconds(limits.server_silence)),
             ("stale_after", limits.stale_after.as_secs_f64()),
             ("switchover_budget", limits.switchover_budget.as_secs_f64()),
             ("drain_timeout", limits.drain_timeout.as_secs_f64()),
         ] {
             metrics.limits.with_label_values(&[name]).set(value);
+        }
+    }
+
+    /// The bounds of a port, those that it has.
+    fn tell_bounds(&self, port: &Port) {
+        let count = |bound: Option<usize>| bound.map(|bound| bound as f64);
+        for (name, value) in [
+            ("hold_timeout", Some(port.hold_timeout.as_secs_f64())),
+            ("startup_timeout", Some(port.startup_timeout.as_secs_f64())),
+            ("connect_timeout", Some(port.connect_timeout.as_secs_f64())),
+            ("client_silence", Some(seconds(port.client_silence))),
+            ("server_silence", Some(seconds(port.server_silence))),
+            ("max_sessions", count(port.max_sessions)),
+            ("max_per_client", count(port.max_per_client)),
+            ("accept_rate", port.accept_rate.map(f64::from)),
+            ("max_lag", port.max_lag.bytes.map(|bytes| bytes as f64)),
+            ("max_lag_time", port.max_lag.time.map(|time| time.as_secs_f64())),
+            ("end_lag", port.end_lag.bytes.map(|bytes| bytes as f64)),
+            ("end_lag_time", port.end_lag.time.map(|time| time.as_secs_f64())),
+            ("end_down_time", port.end_down_time.map(|time| time.as_secs_f64())),
+        ] {
+            let Some(value) = value else { continue };
+            self.router.metrics.port_limits.with_label_values(&[port.name.as_str(), name]).set(value);
         }
     }
 
@@ -250,7 +286,7 @@ impl Admin {
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpStream;
-    use trunkline_config::router::{Limits, Listen, Port, Target};
+    use trunkline_config::router::{Limits, Listen, Target};
 
     use super::*;
     use crate::crypto::Crypto;
@@ -285,7 +321,13 @@ mod tests {
         assert!(text.contains("trunkline_router_writable 1"), "{text}");
         assert!(text.contains("trunkline_router_knowledge_age_seconds -1"), "{text}");
         assert!(text.contains("trunkline_router_candidates{port=\"rw\"} 1"), "{text}");
-        assert!(text.contains("trunkline_router_limit{limit=\"max_held\"} 10000"), "{text}");
+        for line in [
+            "trunkline_router_limit{limit=\"max_held\"} 10000",
+            "trunkline_router_limit{limit=\"server_silence\"} 8",
+            "trunkline_router_port_limit{limit=\"connect_timeout\",port=\"rw\"} 1",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
         let (status, why) = ask(address, "/why?port=rw&member=a").await;
         let why: Value = serde_json::from_str(&why).unwrap();
         let expected = json!([{"port": "rw", "member": "a", "candidate": true, "why": "candidate"}]);
@@ -294,6 +336,16 @@ mod tests {
         assert_eq!((status, none.contains("\"why\":[]")), (200, true), "{none}");
         assert_eq!(ask(address, "/sessions?limit=5").await, (200, "{\"sessions\":[],\"left_out\":0}".into()));
         assert_eq!(ask(address, "/sessions?limit=many").await.0, 400);
+        // Not ready while more are held than `ready_held` says.
+        router.set_limits(Limits { ready_held: 1, ..Limits::default() });
+        let mut held = vec![router.hold.enter()];
+        assert_eq!(ask(address, "/ready").await.0, 200);
+        held.push(router.hold.enter());
+        let (status, body) = ask(address, "/ready").await;
+        assert_eq!((status, body.contains("\"too_many_held\":true")), (503, true), "{body}");
+        assert_eq!(ask(address, "/health").await.0, 200);
+        held.pop();
+        assert_eq!(ask(address, "/ready").await.0, 200);
         server.abort();
     }
 }

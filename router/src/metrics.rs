@@ -24,6 +24,10 @@ pub struct Metrics {
     pub lag_seconds: GaugeVec,
     /// The bounds that are in force, by name; set when asked for.
     pub limits: GaugeVec,
+    /// Those of a port, by port and name; set when asked for.
+    pub port_limits: GaugeVec,
+    /// Connections to a server that does not lead yet; set when asked for.
+    pub ahead: IntGauge,
     /// Connections that wait for a server; set when asked for.
     pub held: IntGauge,
     /// How long they waited, by port and outcome (`served`, `expired`, `client_gone`, `full`,
@@ -35,7 +39,7 @@ pub struct Metrics {
     pub connect_seconds: HistogramVec,
     /// Bytes relayed, by port, member and direction (`to_server`, `to_client`).
     pub bytes: IntCounterVec,
-    /// Connections that ended, by port and reason.
+    /// Connections that ended, by port, member (empty: they had no server) and reason.
     pub ended: IntCounterVec,
     /// Cancel requests, by port and result (`known`, `forwarded`, `no_server`, `limited`).
     pub cancels: IntCounterVec,
@@ -111,6 +115,11 @@ impl Metrics {
                 GaugeVec::new(opts("lag_seconds", "How long the leader has had what a standby lacks."), &["member"]),
             )?,
             limits: add(r, GaugeVec::new(opts("limit", "The bounds that are in force."), &["limit"]))?,
+            port_limits: add(
+                r,
+                GaugeVec::new(opts("port_limit", "The bounds of a port that are in force."), &["port", "limit"]),
+            )?,
+            ahead: add(r, IntGauge::with_opts(opts("ahead", "Connections to a server that does not lead yet.")))?,
             held: add(r, IntGauge::with_opts(opts("held", "Connections that wait for a server.")))?,
             hold_seconds: add(
                 r,
@@ -134,7 +143,10 @@ impl Metrics {
             bytes: add(r, IntCounterVec::new(opts("bytes_total", "Bytes relayed."), &["port", "member", "direction"]))?,
             ended: add(
                 r,
-                IntCounterVec::new(opts("ended_total", "Connections that ended, and why."), &["port", "reason"]),
+                IntCounterVec::new(
+                    opts("ended_total", "Connections that ended, and why."),
+                    &["port", "member", "reason"],
+                ),
             )?,
             cancels: add(r, IntCounterVec::new(opts("cancels_total", "Cancel requests."), &["port", "result"]))?,
             accept_errors: add(r, IntCounter::with_opts(opts("accept_errors_total", "Failed accepts.")))?,
@@ -210,12 +222,12 @@ mod tests {
     fn everything_registers_and_renders() {
         let metrics = Metrics::new().unwrap();
         metrics.meter("rw", "a").up(7);
-        metrics.ended.with_label_values(&["rw", "client"]).inc();
+        metrics.ended.with_label_values(&["rw", "a", "client"]).inc();
         let text = metrics.render().unwrap();
         assert!(
             text.contains("trunkline_router_bytes_total{direction=\"to_server\",member=\"a\",port=\"rw\"} 7"),
             "{text}"
         );
-        assert!(text.contains("trunkline_router_ended_total{port=\"rw\",reason=\"client\"} 1"), "{text}");
+        assert!(text.contains("trunkline_router_ended_total{member=\"a\",port=\"rw\",reason=\"client\"} 1"), "{text}");
     }
 }

@@ -129,6 +129,11 @@ impl Router {
         self.ports.write().remove(port);
     }
 
+    /// The port of this name.
+    pub fn port(&self, name: &str) -> Option<Arc<Listening>> {
+        self.ports.read().get(name).cloned()
+    }
+
     /// The ports of this router, by name.
     pub fn ports(&self) -> Vec<Arc<Listening>> {
         self.ports.read().values().cloned().collect()

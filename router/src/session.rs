@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tracing::debug;
+use tracing::field::display;
+use tracing::{Level, debug, enabled, info};
 use trunkline_common::Clock;
 use trunkline_config::router::{Port, Target};
 
@@ -23,7 +24,7 @@ use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
-use crate::sessions::Cut;
+use crate::sessions::{Cut, Line};
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::wire::{Leg, Wire};
 use crate::{answer, cancel, relay, socket};
@@ -54,6 +55,13 @@ impl From<Malformed> for No {
     }
 }
 
+/// One line of a session or a connection: for everybody where the port says so, else for debugging.
+macro_rules! tell {
+    ($info:expr, $($told:tt)*) => {
+        if $info { info!($($told)*) } else { debug!($($told)*) }
+    };
+}
+
 /// The setting by which a client asks for another target than that of its port.
 const TARGET: &str = "trunkline.target";
 
@@ -72,33 +80,37 @@ pub fn serve(
         // Relayed where it lies: a match by value would keep its memory twice.
         let mut begun = beginning.await;
         let ended = match &mut begun {
-            Ok(begun) => begun.relay(&router).await,
+            Ok(begun) => {
+                begun.tell_begin(&router, "session begins");
+                begun.relay(&router).await
+            }
             Err((ended, _)) => *ended,
         };
-        let peer = || match &begun {
-            Ok(begun) => begun.parties.session.client(),
-            Err((_, peer)) => Some(*peer),
-        };
-        debug!(
-            port = &*listening.name,
-            peer = peer().map(tracing::field::display),
-            reason = ended.label(),
-            "connection ended"
-        );
-        router.metrics.ended.with_label_values(&[&*listening.name, ended.label()]).inc();
+        match &begun {
+            Ok(begun) => begun.tell_end(&router, ended),
+            Err((ended, peer)) => {
+                let reason = ended.label();
+                tell!(listening.settings().log_sessions, port = &*listening.name, %peer, reason, "connection ended");
+                router.metrics.ended.with_label_values(&[&*listening.name, "", reason]).inc();
+            }
+        }
     }
 }
 
 /// Goes on with a session of another process.
 pub async fn resume(router: Arc<Router>, adopted: Adopted) {
-    let name = adopted.registered.port.clone();
-    let mut begun = adopt(&router, adopted);
-    let ended = match &mut begun {
-        Ok(begun) => begun.relay(&router).await,
-        Err(ended) => *ended,
-    };
-    debug!(port = &*name, reason = ended.label(), "connection ended");
-    router.metrics.ended.with_label_values(&[&*name, ended.label()]).inc();
+    let (name, member) = (adopted.registered.port.clone(), adopted.registered.backend.member.clone());
+    match adopt(&router, adopted) {
+        Ok(mut begun) => {
+            begun.tell_begin(&router, "session taken over");
+            let ended = begun.relay(&router).await;
+            begun.tell_end(&router, ended);
+        }
+        Err(ended) => {
+            debug!(port = &*name, %member, reason = ended.label(), "session not taken over");
+            router.metrics.ended.with_label_values(&[&*name, member.as_str(), ended.label()]).inc();
+        }
+    }
 }
 
 fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
@@ -143,6 +155,33 @@ struct Encrypted {
 }
 
 impl Begun {
+    fn tell_begin(&self, router: &Router, what: &str) {
+        let Some((line, info)) = self.line(router).filter(|(_, info)| *info || enabled!(Level::DEBUG)) else { return };
+        let (port, member, server) = (&*line.port, line.backend.member.as_str(), line.backend.address());
+        tell!(info, port, client = %line.client, member, server, seen_as = line.from.map(display), "{what}");
+    }
+
+    fn tell_end(&self, router: &Router, ended: Ended) {
+        let Some((line, info)) = self.line(router) else { return };
+        let (port, member, reason) = (&*line.port, line.backend.member.as_str(), ended.label());
+        router.metrics.ended.with_label_values(&[port, member, reason]).inc();
+        if !info && !enabled!(Level::DEBUG) {
+            return;
+        }
+        let (server, seconds) = (line.backend.address(), router.clock.now().since(line.began).as_secs_f64());
+        let ((to_server, to_client), seen_as) = (line.bytes, line.from.map(display));
+        tell!(
+            info, port, client = %line.client, member, server, seen_as, reason, seconds, to_server, to_client, "session ended"
+        );
+    }
+
+    /// What is told of the session, and whether its port wants it told.
+    fn line(&self, router: &Router) -> Option<(Line, bool)> {
+        let line = self.parties.session.line()?;
+        let info = router.port(&line.port).is_some_and(|port| port.settings().log_sessions);
+        Some((line, info))
+    }
+
     /// To the end of the session, or until it leaves.
     async fn relay(&mut self, router: &Router) -> Ended {
         if self.tls.is_some() {
@@ -213,7 +252,8 @@ async fn begin(
     let client = Arc::new(client);
     let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
     let mut search = Search::new(router, listening, port.clone(), &crypto, &client, peer);
-    let outcome = converse(router, listening, &port, &crypto, &client, &mut leg, &mut search).await;
+    let mut turn = Turn { left: port.startup_timeout };
+    let outcome = converse(router, listening, &port, &crypto, &client, &mut leg, &mut search, &mut turn).await;
     let (unread, awaits_answer) = (search.has_looked(), search.awaits_answer());
     drop(search);
     match outcome {
@@ -236,7 +276,7 @@ async fn begin(
         Err(No::Refused(refusal)) => {
             let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
             let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
-            refuse(&mut leg, refusal, denials, port.startup_timeout).await;
+            refuse(&mut leg, refusal, denials, &mut turn).await;
             Err((Ended::Refused(refusal), peer))
         }
     }
@@ -245,6 +285,21 @@ async fn begin(
 /// How long a session may go on once its server has said that it is about to stop.
 fn resignation(router: &Router) -> Option<Duration> {
     Some(router.limits().switchover_budget).filter(|budget| !budget.is_zero())
+}
+
+/// The time that a client has for all of its own part of the beginning, in whatever pieces. Waiting for a server is not its part.
+struct Turn {
+    left: Duration,
+}
+
+impl Turn {
+    /// What the client does; `None`: not in time.
+    async fn take<T>(&mut self, part: impl Future<Output = T>) -> Option<T> {
+        let end = tokio::time::Instant::now() + self.left;
+        let done = tokio::time::timeout_at(end, part).await;
+        self.left = end.saturating_duration_since(tokio::time::Instant::now());
+        done.ok()
+    }
 }
 
 /// What a client has come for, and got.
@@ -261,14 +316,15 @@ async fn converse(
     client: &Arc<TcpStream>,
     leg: &mut Leg,
     search: &mut Search<'_>,
+    turn: &mut Turn,
 ) -> Result<Met, No> {
-    let (peer, greeting) = introduction(port, client, search.peer()).await?;
+    let (peer, greeting) = introduction(port, client, search.peer(), turn).await?;
     search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
     let mut answered = Vec::new();
     // Bounded: each kind of encryption is asked for once, after which only another kind of packet gets on.
     loop {
-        let request = first_packet(leg, port.startup_timeout).await?;
+        let request = first_packet(leg, turn).await?;
         match request.packet {
             Packet::Cancel => {
                 let greeting = search.greeting();
@@ -282,7 +338,7 @@ async fn converse(
                     return Err(Malformed::Repeated.into());
                 }
                 answered.push(packet);
-                encrypt(crypto, client, leg, request, port.startup_timeout).await?;
+                encrypt(crypto, client, leg, request, turn).await?;
                 continue;
             }
             Packet::Startup { .. } if port.require_tls && matches!(leg, Leg::Plain(_)) => {
@@ -316,7 +372,7 @@ async fn encrypt(
     client: &Arc<TcpStream>,
     leg: &mut Leg,
     request: Request,
-    limit: Duration,
+    turn: &mut Turn,
 ) -> Result<(), No> {
     let direct = request.packet == Packet::DirectTls;
     if matches!(leg, Leg::Tls(_)) {
@@ -332,22 +388,22 @@ async fn encrypt(
     }
     if agreed {
         let before = if direct { request.bytes } else { Vec::new() };
-        match tokio::time::timeout(limit, crypto.accept(client, before, direct)).await {
-            Ok(Ok(tls)) => *leg = Leg::Tls(tls),
-            Ok(Err(error)) => {
+        match turn.take(crypto.accept(client, before, direct)).await {
+            Some(Ok(tls)) => *leg = Leg::Tls(tls),
+            Some(Err(error)) => {
                 debug!(%error, "no TLS with a client");
                 return Err(No::Handshake);
             }
-            Err(_) => return Err(No::Handshake),
+            None => return Err(No::Handshake),
         }
     }
     if direct && !agreed { Err(No::Handshake) } else { Ok(()) }
 }
 
 /// Who the client really is, and what servers are to be told of it first.
-async fn introduction(port: &Port, client: &TcpStream, peer: Peer) -> Result<(Peer, Vec<u8>), No> {
+async fn introduction(port: &Port, client: &TcpStream, peer: Peer, turn: &mut Turn) -> Result<(Peer, Vec<u8>), No> {
     let header = match port.proxied.contains(peer.ip()) {
-        true => proxy_header(client, port.startup_timeout).await?,
+        true => proxy_header(client, turn).await?,
         false => Header::default(),
     };
     let peer = header.addresses.map_or(peer, |(from, _)| Peer::Tcp(from));
@@ -362,7 +418,7 @@ async fn introduction(port: &Port, client: &TcpStream, peer: Peer) -> Result<(Pe
 }
 
 /// Reads a PROXY header and not one byte more.
-async fn proxy_header(client: &TcpStream, limit: Duration) -> Result<Header, No> {
+async fn proxy_header(client: &TcpStream, turn: &mut Turn) -> Result<Header, No> {
     let read = async {
         let mut bytes = Vec::new();
         loop {
@@ -376,7 +432,7 @@ async fn proxy_header(client: &TcpStream, limit: Duration) -> Result<Header, No>
             }
         }
     };
-    tokio::time::timeout(limit, read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
+    turn.take(read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
 }
 
 /// The target that a start-up packet asks for, where the port lets clients choose.
@@ -390,7 +446,7 @@ fn chosen(port: &Port, request: &Request) -> Result<Option<Target>, No> {
 }
 
 /// Reads one packet and not one byte more.
-async fn first_packet(client: &mut Leg, limit: Duration) -> Result<Request, No> {
+async fn first_packet(client: &mut Leg, turn: &mut Turn) -> Result<Request, No> {
     let read = async {
         let mut bytes = Vec::new();
         loop {
@@ -404,19 +460,19 @@ async fn first_packet(client: &mut Leg, limit: Duration) -> Result<Request, No> 
             }
         }
     };
-    tokio::time::timeout(limit, read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
+    turn.take(read).await.unwrap_or(Err(No::Refused(Refusal::TooSlow)))
 }
 
 /// Says why. Who has asked for encryption and waits for the answer is told "no" first, and refused at the start-up packet:
 /// an ErrorResponse in place of that answer is something that clients must not show (CVE-2024-10977), and most of them
 /// would just connect again, and wait again.
-async fn refuse(client: &mut Leg, refusal: Refusal, denials: usize, limit: Duration) {
+async fn refuse(client: &mut Leg, refusal: Refusal, denials: usize, turn: &mut Turn) {
     let mut left = denials;
     while left > 0 {
         if client.write_all(b"N").await.is_err() {
             return;
         }
-        left = match first_packet(client, limit).await {
+        left = match first_packet(client, turn).await {
             Ok(next) if next.packet.awaits_answer() => left - 1,
             Ok(_) => 0,
             Err(_) => return,

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::task::Waker;
 
 use futures::task::AtomicWaker;
@@ -56,6 +56,9 @@ struct Ticket {
     /// Its server is about to stop.
     resign: AtomicBool,
     waker: AtomicWaker,
+    /// Bytes relayed to the server, and to the client.
+    up: AtomicU64,
+    down: AtomicU64,
 }
 
 /// What a session is asked to do as soon as it can.
@@ -114,6 +117,8 @@ pub struct Line {
     pub from: Option<SocketAddr>,
     /// When its server was connected to.
     pub began: Instant,
+    /// Bytes relayed to the server by this process, and to the client.
+    pub bytes: (u64, u64),
 }
 
 /// What a session is registered as.
@@ -172,9 +177,17 @@ impl Session {
         }
     }
 
-    /// Whose it is.
-    pub fn client(&self) -> Option<Peer> {
-        self.sessions.inner.lock().live.get(&self.id).map(|live| live.peer)
+    /// What is told of it.
+    pub fn line(&self) -> Option<Line> {
+        self.sessions.inner.lock().live.get(&self.id).map(|live| live.line())
+    }
+
+    /// So many bytes have been relayed to the server, and to the client.
+    pub fn moved(&self, up: u64, down: u64) {
+        // Nobody else writes.
+        let add = |sum: &AtomicU64, more| sum.store(sum.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+        add(&self.ticket.up, up);
+        add(&self.ticket.down, down);
     }
 
     /// What it shall do; `waker` is woken when that changes.
@@ -393,16 +406,8 @@ impl Sessions {
     /// Up to `limit` of the sessions that `wanted` says yes to, and how many more there are.
     pub fn list(&self, limit: usize, wanted: impl Fn(&Line) -> bool) -> (Vec<Line>, usize) {
         let inner = self.inner.lock();
-        let line = |live: &Live| Line {
-            port: live.port.clone(),
-            client: live.peer,
-            backend: live.backend.clone(),
-            // Gone already where it is not known.
-            from: live.server.local_addr().ok(),
-            began: live.began,
-        };
         let (mut lines, mut more) = (Vec::new(), 0);
-        for line in inner.all().map(line).filter(wanted) {
+        for line in inner.all().map(Live::line).filter(wanted) {
             if lines.len() < limit {
                 lines.push(line);
             } else {
@@ -459,6 +464,18 @@ impl Live {
             server: server.clone(),
             ticket: Arc::default(),
         })
+    }
+
+    fn line(&self) -> Line {
+        Line {
+            port: self.port.clone(),
+            client: self.peer,
+            backend: self.backend.clone(),
+            // Gone already where it is not known.
+            from: self.server.local_addr().ok(),
+            began: self.began,
+            bytes: (self.ticket.up.load(Ordering::Relaxed), self.ticket.down.load(Ordering::Relaxed)),
+        }
     }
 
     fn end(&self, cut: Cut) {

@@ -70,6 +70,11 @@ impl Backend {
         }
     }
 
+    /// Host and port.
+    pub fn address(&self) -> String {
+        trunkline_config::join_host_port(&self.host, self.port)
+    }
+
     /// Whether a connection to one is a connection to the other.
     pub fn same_server(&self, other: &Backend) -> bool {
         (&self.member, &self.host, self.port, &self.epoch) == (&other.member, &other.host, other.port, &other.epoch)

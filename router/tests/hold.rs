@@ -10,7 +10,7 @@ use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_config::router::{Limits, NoCandidate, Port, Target};
+use trunkline_config::router::{Limits, NoCandidate, Port, Proxied, Target};
 
 #[tokio::test]
 async fn a_client_without_a_leader_is_held_and_then_served() {
@@ -277,6 +277,60 @@ async fn slow_and_senseless_clients_are_bounded() {
         assert_eq!(refused(&mut client).await, sqlstate, "{garbage:?}");
     }
     eventually(|| world.router.connections() == 0).await;
+}
+
+/// Sends `bytes` one by one, and stops when nobody listens any more.
+async fn dribble(stream: &mut TcpStream, bytes: &[u8], pause: Duration) {
+    for byte in bytes {
+        if stream.write_all(&[*byte]).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+#[tokio::test]
+async fn who_dribbles_has_no_more_time_than_others_for_all_of_the_beginning() {
+    let mut world = World::new(limits());
+    let proxied = Proxied { networks: vec!["127.0.0.1/32".parse().unwrap()], unix: false };
+    let startup_timeout = Duration::from_millis(600);
+    let rw = world.open(Port { startup_timeout, proxied, ..port(Target::Leader) }).await;
+    let server = Fake::start().await;
+    world.lead("a", server.at).await;
+    let began = SystemClock.now();
+    let mut client = connect(rw, b"").await;
+    // Each of them would be in time by itself.
+    dribble(&mut client, b"PROXY UNKNOWN\r\n", Duration::from_millis(15)).await;
+    dribble(&mut client, SSL_REQUEST, Duration::from_millis(25)).await;
+    let (mut at_server, _) = server.request().await;
+    at_server.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    let (mut reading, mut writing) = client.into_split();
+    let dribbling = tokio::spawn(async move {
+        for byte in STARTUP.iter().cycle() {
+            tokio::time::sleep(Duration::from_millis(25)).await;
+            if writing.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+        }
+    });
+    let mut answer = [0; 9];
+    within(reading.read_exact(&mut answer)).await.unwrap();
+    let took = SystemClock.now().since(began);
+    assert!(answer.starts_with(b"E") && took < Duration::from_millis(900), "{answer:?} {took:?}");
+    assert!(took > Duration::from_millis(590), "{took:?}");
+    dribbling.abort();
+
+    // To wait for a server is not the client's part.
+    world.change(|view| view.leader = None).await;
+    let mut client = connect(rw, &[b"PROXY UNKNOWN\r\n", SSL_REQUEST].concat()).await;
+    world.held(1).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    world.lead("a", server.at).await;
+    let (mut at_server, _) = server.request().await;
+    at_server.write_all(b"N").await.unwrap();
+    assert_eq!(within(client.read_u8()).await.unwrap(), b'N');
+    passes(&mut client, &mut at_server, STARTUP).await;
 }
 
 #[tokio::test]

@@ -43,7 +43,10 @@ async fn sessions_of_a_deposed_leader_end_at_once() {
         is_ended(&mut client, &mut frozen).await;
         eventually(|| world.router.sessions.is_empty() && world.router.connections() == 0).await;
         let text = world.router.metrics.render().unwrap();
-        assert!(text.contains("ended_total{port=\"leader\",reason=\"leader_changed\"} 1"), "{what}: {text}");
+        assert!(
+            text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"leader_changed\"} 1"),
+            "{what}: {text}"
+        );
     }
 }
 
@@ -251,7 +254,7 @@ async fn a_planned_switchover_ends_sessions_between_transactions() {
     is_ended(&mut unknown, &mut unknown_end).await;
     assert_eq!(b.session().await.1, STARTUP);
     let text = world.router.metrics.render().unwrap();
-    for line in ["ended_total{port=\"leader\",reason=\"switchover\"} 3", "resignations_total 1"] {
+    for line in ["ended_total{member=\"a\",port=\"leader\",reason=\"switchover\"} 3", "resignations_total 1"] {
         assert!(text.contains(line), "{line}: {text}");
     }
 }
@@ -290,7 +293,7 @@ async fn a_transaction_has_a_budget_where_its_end_would_be_seen() {
     is_ended(&mut reads, &mut reads_end).await;
     eventually(|| world.router.sessions.is_empty()).await;
     let text = world.router.metrics.render().unwrap();
-    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
+    assert!(text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
 }
 
 #[tokio::test]

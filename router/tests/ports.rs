@@ -45,7 +45,7 @@ async fn a_standby_too_far_behind_gets_no_new_sessions_and_then_loses_its_old_on
     assert_eq!(rest(&mut client).await, b"");
     passes(&mut careless, &mut careless_at_server, b"a port without a limit").await;
     let text = world.router.metrics.render().unwrap();
-    assert!(text.contains("ended_total{port=\"replica\",reason=\"lag\"} 1"), "{text}");
+    assert!(text.contains("ended_total{member=\"b\",port=\"replica\",reason=\"lag\"} 1"), "{text}");
     world.change(position(950)).await;
     server.session().await;
 }
@@ -91,7 +91,7 @@ async fn sessions_end_on_a_standby_that_is_down_where_the_port_says_so() {
     assert!(after > Duration::from_millis(300), "{after:?}");
     passes(&mut patient, &mut patient_at_server, b"Q").await;
     let text = world.router.metrics.render().unwrap();
-    assert!(text.contains("ended_total{port=\"replica\",reason=\"down\"} 1"), "{text}");
+    assert!(text.contains("ended_total{member=\"b\",port=\"replica\",reason=\"down\"} 1"), "{text}");
 }
 
 #[tokio::test]

@@ -200,7 +200,7 @@ async fn a_planned_switchover_ends_sessions_in_tls_between_transactions() {
     drop((idle, writer));
     eventually(|| world.router.sessions.is_empty()).await;
     let text = world.router.metrics.render().unwrap();
-    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover\"} 2"), "{text}");
+    assert!(text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"switchover\"} 2"), "{text}");
 }
 
 #[tokio::test]
@@ -225,7 +225,7 @@ async fn a_transaction_in_tls_has_a_budget() {
     drop((waits, reads));
     eventually(|| world.router.sessions.is_empty()).await;
     let text = world.router.metrics.render().unwrap();
-    assert!(text.contains("ended_total{port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
+    assert!(text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
 }
 
 #[tokio::test]

@@ -211,6 +211,7 @@ impl Relay<'_> {
             parties.meter.down(down);
             self.up.way.answered();
         }
+        parties.session.moved(up, down);
         note_unanswered(&mut self.unanswered_up, up, down, &parties.server);
         note_unanswered(&mut self.unanswered_down, down, up, &parties.client);
     }

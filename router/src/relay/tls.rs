@@ -13,7 +13,6 @@ use super::course::{self, Course, Side};
 use super::{End, Outcome, Parties, STEPS, Start, Stop, Watch, pause, yield_to_others};
 use crate::boundary::Trace;
 use crate::key::{KeyWatch, Seen};
-use crate::metrics::Meter;
 use crate::wire::Leg;
 
 /// What one read may take: a record of TLS.
@@ -36,6 +35,7 @@ pub async fn relay_tls(client: &mut Leg, mut server: Leg, said: Vec<u8>, start: 
     let watch = Some(Watch { key: KeyWatch::default(), session });
     let mut down = Half { watch, trace: followed.then(Trace::of_server), ..Half::default() };
     meter.down(said.len() as u64);
+    session.moved(0, said.len() as u64);
     down.look(&said);
     down.rest = said;
     let mut relay = Relay { up, down, course: Course::new(start.resignation) };
@@ -44,7 +44,7 @@ pub async fn relay_tls(client: &mut Leg, mut server: Leg, said: Vec<u8>, start: 
         if course::resigns(call, relay.up.side(), relay.down.side()) {
             return Poll::Ready(Outcome::Resigned { idle: true });
         }
-        if let Poll::Ready(end) = relay.poll(cx, client, &mut server, meter) {
+        if let Poll::Ready(end) = relay.poll(cx, client, &mut server, parties) {
             return Poll::Ready(Outcome::Ended(end));
         }
         // This step may have ended a transaction.
@@ -64,17 +64,19 @@ struct Relay<'a> {
 }
 
 impl Relay<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>, client: &mut Leg, server: &mut Leg, meter: &Meter) -> Poll<End> {
+    fn poll(&mut self, cx: &mut Context<'_>, client: &mut Leg, server: &mut Leg, parties: &Parties) -> Poll<End> {
         for _ in 0..STEPS {
             // Both are polled even if the first can go on: each must be registered for its own wake-up.
             let up = self.up.poll_step(cx, client, server);
             let down = self.down.poll_step(cx, server, client);
             if let Poll::Ready(bytes @ 1..) = up {
-                meter.up(bytes as u64);
+                parties.meter.up(bytes as u64);
+                parties.session.moved(bytes as u64, 0);
                 self.course.heard_client(self.down.over());
             }
-            if let Poll::Ready(bytes) = down {
-                meter.down(bytes as u64);
+            if let Poll::Ready(bytes @ 1..) = down {
+                parties.meter.down(bytes as u64);
+                parties.session.moved(0, bytes as u64);
             }
             if let Some(end) = self.course.finished(self.up.side(), self.down.side()) {
                 return Poll::Ready(end);

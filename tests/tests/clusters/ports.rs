@@ -26,7 +26,7 @@ async fn scene_with(lab: Lab, spec: Spec, more: impl FnOnce(&Lab) -> Result<Vec<
     let ports = proxy::Ports::any(&lab)?;
     let listen = |port: u16| format!("127.0.0.1:{port}");
     let mut list = vec![
-        json!({"name": "rw", "listen": listen(ports.read_write), "target": "leader", "choice": true}),
+        json!({"name": "rw", "listen": listen(ports.read_write), "target": "leader", "choice": true, "log_sessions": true}),
         json!({"name": "ro", "listen": listen(ports.read_only), "target": "replica", "end_lag_time": 2}),
     ];
     list.extend(more(&lab)?);
@@ -47,6 +47,13 @@ async fn is_standby(client: &Client) -> Result<bool> {
     Ok(client.query_one("SELECT pg_is_in_recovery()", &[]).await?.get(0))
 }
 
+/// Sessions of a port that ended for this reason, on whichever member.
+fn ended(metrics: &str, port: &str, reason: &str) -> u64 {
+    let labels = format!("port=\"{port}\",reason=\"{reason}\"}} ");
+    let of_port = |line: &str| line.strip_prefix("trunkline_router_ended_total{")?.split_once(&labels)?.1.parse().ok();
+    metrics.lines().filter_map(of_port).sum::<u64>()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_port_serves_writers_and_readers_and_tells_who_they_are() -> Result<()> {
     let socket = |lab: &Lab| anyhow::Ok(lab.make_dir("socket")?.join(".s.PGSQL.5000"));
@@ -63,6 +70,19 @@ async fn one_port_serves_writers_and_readers_and_tells_who_they_are() -> Result<
     let known = sessions["sessions"].as_array().context("no list")?;
     let own = format!("127.0.0.1:{seen}");
     ensure!(known.iter().any(|line| line["seen_by_server_as"] == own.as_str()), "{own} is not in {sessions}");
+
+    // And so does the log, at the beginning and at the end.
+    let told = |what: &str| {
+        let log = std::fs::read_to_string(scene.router.log())?;
+        let line = log.lines().find(|line| line.contains(what) && line.contains(&own) && line.contains("INFO"));
+        line.map(str::to_owned).with_context(|| format!("no {what} of {own} in {log}"))
+    };
+    let at: i32 = reader.query_one("SELECT inet_server_port()", &[]).await?.get(0);
+    let replica = scene.cluster.nodes.iter().find(|node| i32::from(node.port()) == at).context("whose is it?")?;
+    ensure!(told("session begins")?.contains(replica.name()));
+    drop(reader);
+    let line = wait::until("the end in the log", LIMIT, async || told("session ended")).await?;
+    ensure!(line.contains("reason=\"client\"") && line.contains(&replica.port().to_string()), "{line}");
 
     let why = rest::get(admin, "/why?port=rw").await?.body;
     let verdicts: Vec<_> = why["why"].as_array().context("no list")?.iter().map(|line| &line["why"]).collect();
@@ -99,7 +119,7 @@ async fn readers_leave_a_standby_that_stops_replaying() -> Result<()> {
     ended.await?;
     let metrics = rest::get(admin, "/metrics").await?.body;
     let metrics = metrics.as_str().context("no text")?;
-    ensure!(metrics.contains("ended_total{port=\"ro\",reason=\"lag\"} 1"), "{metrics}");
+    ensure!(ended(metrics, "ro", "lag") == 1, "{metrics}");
     scene.node(1 - leader).execute("SELECT pg_wal_replay_resume()", LIMIT).await?;
     scene.lab.success();
     Ok(())
@@ -128,7 +148,7 @@ async fn readers_leave_a_standby_that_is_frozen_where_the_port_says_so() -> Resu
     ended?;
     let metrics = rest::get(scene.router.ports().admin, "/metrics").await?.body;
     let metrics = metrics.as_str().context("no text")?;
-    ensure!(metrics.contains("ended_total{port=\"impatient\",reason=\"down\"} 1"), "{metrics}");
+    ensure!(ended(metrics, "impatient", "down") == 1, "{metrics}");
     scene.cluster.settled(LIMIT).await?;
     scene.lab.success();
     Ok(())
