@@ -250,12 +250,13 @@ async fn begin(
     let (port, crypto) = (listening.settings(), listening.crypto());
     relay::pause::busy();
     let client = Arc::new(client);
-    let mut leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
+    let leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
+    let mut guest = Guest { stream: client.clone(), leg, turn: Turn { left: port.startup_timeout } };
     let mut search = Search::new(router, listening, port.clone(), &crypto, &client, peer);
-    let mut turn = Turn { left: port.startup_timeout };
-    let outcome = converse(router, listening, &port, &crypto, &client, &mut leg, &mut search, &mut turn).await;
+    let outcome = converse(router, listening, &port, &crypto, &mut guest, &mut search).await;
     let (unread, awaits_answer) = (search.has_looked(), search.awaits_answer());
     drop(search);
+    let Guest { mut leg, mut turn, .. } = guest;
     match outcome {
         Ok(Met::Session(found, _counted)) => {
             let Found { server, session, meter, tls, said, packet, .. } = found;
@@ -287,6 +288,13 @@ fn resignation(router: &Router) -> Option<Duration> {
     Some(router.limits().switchover_budget).filter(|budget| !budget.is_zero())
 }
 
+/// A client that is beginning.
+struct Guest {
+    stream: Arc<TcpStream>,
+    leg: Leg,
+    turn: Turn,
+}
+
 /// The time that a client has for all of its own part of the beginning, in whatever pieces. Waiting for a server is not its part.
 struct Turn {
     left: Duration,
@@ -313,11 +321,10 @@ async fn converse(
     listening: &Listening,
     port: &Port,
     crypto: &Crypto,
-    client: &Arc<TcpStream>,
-    leg: &mut Leg,
+    guest: &mut Guest,
     search: &mut Search<'_>,
-    turn: &mut Turn,
 ) -> Result<Met, No> {
+    let Guest { stream: client, leg, turn } = guest;
     let (peer, greeting) = introduction(port, client, search.peer(), turn).await?;
     search.introduce(peer, greeting);
     let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));

@@ -48,9 +48,11 @@ async fn is_standby(client: &Client) -> Result<bool> {
 }
 
 /// Sessions of a port that ended for this reason, on whichever member.
-fn ended(metrics: &str, port: &str, reason: &str) -> u64 {
+fn ended_by(metrics: &str, port: &str, reason: &str) -> u64 {
     let labels = format!("port=\"{port}\",reason=\"{reason}\"}} ");
-    let of_port = |line: &str| line.strip_prefix("trunkline_router_ended_total{")?.split_once(&labels)?.1.parse().ok();
+    let of_port = |line: &str| -> Option<u64> {
+        line.strip_prefix("trunkline_router_ended_total{")?.split_once(&labels)?.1.parse().ok()
+    };
     metrics.lines().filter_map(of_port).sum::<u64>()
 }
 
@@ -119,7 +121,7 @@ async fn readers_leave_a_standby_that_stops_replaying() -> Result<()> {
     ended.await?;
     let metrics = rest::get(admin, "/metrics").await?.body;
     let metrics = metrics.as_str().context("no text")?;
-    ensure!(ended(metrics, "ro", "lag") == 1, "{metrics}");
+    ensure!(ended_by(metrics, "ro", "lag") == 1, "{metrics}");
     scene.node(1 - leader).execute("SELECT pg_wal_replay_resume()", LIMIT).await?;
     scene.lab.success();
     Ok(())
@@ -148,7 +150,7 @@ async fn readers_leave_a_standby_that_is_frozen_where_the_port_says_so() -> Resu
     ended?;
     let metrics = rest::get(scene.router.ports().admin, "/metrics").await?.body;
     let metrics = metrics.as_str().context("no text")?;
-    ensure!(ended(metrics, "impatient", "down") == 1, "{metrics}");
+    ensure!(ended_by(metrics, "impatient", "down") == 1, "{metrics}");
     scene.cluster.settled(LIMIT).await?;
     scene.lab.success();
     Ok(())

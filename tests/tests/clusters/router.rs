@@ -225,3 +225,58 @@ async fn a_frozen_server_keeps_a_new_client_no_longer_than_it_may_be_held() -> R
     lab.success();
     Ok(())
 }
+
+/// The names in an expression of PromQL that begin as our metrics do.
+fn metrics_of(expression: &str) -> Vec<&str> {
+    let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != ':');
+    words.filter(|word| word.starts_with("patroni_") || word.starts_with("trunkline_")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_metric_of_the_alert_rules_is_there() -> Result<()> {
+    let rules = trunkline_config::yaml::from_str(include_str!("../../../docs/alerts.yml"))?;
+    let groups = rules["groups"].as_array().context("no groups")?;
+    let mut expressions = Vec::new();
+    for rule in groups.iter().flat_map(|group| group["rules"].as_array().into_iter().flatten()) {
+        let (name, expression) = (rule["alert"].as_str().context("no name")?, rule["expr"].as_str());
+        let expression = expression.with_context(|| format!("{name} has no expression"))?;
+        let told = rule["annotations"]["summary"].is_string() && rule["labels"]["severity"].is_string();
+        ensure!(told && !metrics_of(expression).is_empty(), "{name}: {rule}");
+        expressions.push((name, expression));
+    }
+    ensure!(expressions.len() > 30, "{} rules", expressions.len());
+
+    // What there is of a metric with labels is there once it has counted something.
+    let lab = Lab::new("alerts")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), Spec::new(2, &Program::agent()?))?;
+    let ports = proxy::Ports::any(&lab)?;
+    let listen = |port: u16| format!("127.0.0.1:{port}");
+    let extra = json!({ "ports": [
+        { "name": "rw", "listen": listen(ports.read_write), "target": "leader", "hold_timeout": 60, "max_sessions": 100 },
+        { "name": "ro", "listen": listen(ports.read_only), "target": "replica" },
+    ]});
+    let router =
+        Proxy::router(&lab, Program::router()?, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
+    let target = router.read_write(&cluster.spec().password);
+    let held = tokio::spawn(async move { target.query_one("SELECT 'served'", LIMIT).await });
+    cluster.nodes.iter_mut().try_for_each(|node| node.start())?;
+    ensure!(held.await?? == "served");
+    cluster.settled(LIMIT).await?;
+    let all_there = wait::until("all metrics", LIMIT, async || {
+        let mut there = rest::get(ports.admin, "/metrics").await?.body.as_str().context("no text")?.to_owned();
+        for node in &cluster.nodes {
+            there += rest::get(node.rest_port(), "/metrics").await?.body.as_str().context("no text")?;
+        }
+        let names: Vec<&str> = there.split(['\n', '{', ' ']).collect();
+        for (alert, expression) in &expressions {
+            for metric in metrics_of(expression) {
+                ensure!(names.contains(&metric), "{alert}: there is no {metric}");
+            }
+        }
+        Ok(())
+    });
+    all_there.await?;
+    lab.success();
+    Ok(())
+}
