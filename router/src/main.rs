@@ -1,7 +1,7 @@
 //! `trunkline-router [--validate] router.yml`
 
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +42,8 @@ struct Arguments {
     /// Unix socket by which a new process takes the listening sockets of this one over.
     #[arg(long, value_name = "PATH")]
     upgrade_sock: Option<PathBuf>,
-    /// Take them over from the process that runs with the same socket, which then drains and ends.
+    /// Take them over from the process that runs with the same socket, which then drains and ends. SIGUSR2 makes that process
+    /// start the next one.
     #[arg(long, requires = "upgrade_sock")]
     upgrade: bool,
 }
@@ -107,8 +108,16 @@ fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
     let (begin, begun) = oneshot::channel();
     let background = background(config, router.clone(), prober, admin, begun, reloader);
     let upgrade_sock = arguments.upgrade_sock;
-    server::run(Plan { router, listeners, threads, background, begin, upgrade_sock, taker })?;
+    server::run(Plan { router, listeners, threads, background, begin, upgrade_sock, taker, command: next_process() })?;
     Ok(())
+}
+
+/// The program that is now where this one was, told to take over.
+fn next_process() -> Command {
+    let mut arguments = std::env::args_os();
+    let mut command = Command::new(arguments.next().unwrap_or_else(|| env!("CARGO_BIN_NAME").into()));
+    command.args(arguments.filter(|argument| argument != "--upgrade")).arg("--upgrade");
+    command
 }
 
 /// A session needs two descriptors. What the system permits is taken; if that is too little, it is said.

@@ -3,10 +3,12 @@
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use sd_notify::NotifyState;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -54,15 +56,17 @@ pub struct Plan {
     pub upgrade_sock: Option<PathBuf>,
     /// The process that these sockets were taken from.
     pub taker: Option<Taker>,
+    /// How the next process is started.
+    pub command: Command,
 }
 
 /// Runs until SIGTERM or SIGINT (drain, then end), or until the next process is in charge (the same). SIGQUIT waits for it to
-/// come. A second signal ends at once. Must not be called inside a runtime.
+/// come, SIGUSR2 starts it. A second signal to end ends at once. Must not be called inside a runtime.
 ///
 /// # Errors
 /// There are no threads, signals or place for the hand-over to be had.
 pub fn run(plan: Plan) -> io::Result<()> {
-    let Plan { router, listeners, threads, background, begin, upgrade_sock, taker } = plan;
+    let Plan { router, listeners, threads, background, begin, upgrade_sock, taker, command } = plan;
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
         tokio::spawn(background);
@@ -75,7 +79,7 @@ pub fn run(plan: Plan) -> io::Result<()> {
         for (number, work) in threads.into_iter().enumerate() {
             relay_thread(number, router.clone(), work)?;
         }
-        let next = Next::expect(router.clone(), listeners.clone(), upgrade_sock)?;
+        let next = Next::expect(router.clone(), listeners.clone(), upgrade_sock, command)?;
         let _ = begin.send(());
         if let Some(taker) = taker {
             // The other process may have ended by itself meanwhile: nothing is missing then.
@@ -84,6 +88,9 @@ pub fn run(plan: Plan) -> io::Result<()> {
             }
             let thread = std::thread::Builder::new().name("adoption".into());
             thread.spawn(move || take_sessions(&listeners, &taker))?;
+        } else {
+            // Of one that takes over the process before has told it.
+            tell_systemd(NotifyState::Ready);
         }
         signals.end(router, next).await;
         Ok(())
@@ -108,6 +115,13 @@ async fn ready(router: &Router, taker: &Taker) {
     tokio::select! {
         () = known => {}
         () = alone => warn!("the process whose sockets were taken has ended"),
+    }
+}
+
+fn tell_systemd(state: NotifyState<'_>) {
+    // Without systemd there is nobody to tell.
+    if let Err(error) = sd_notify::notify(&[state]) {
+        warn!(%error, "systemd can't be told");
     }
 }
 
@@ -137,23 +151,30 @@ async fn serve(router: Arc<Router>, mut work: mpsc::Receiver<Work>) {
 
 /// The process that comes after this one.
 struct Next {
-    /// Has a message once that is in charge; never, where there is no place for it. Sessions follow.
-    in_charge: mpsc::Receiver<()>,
+    /// Has its id once that is in charge, as far as known; never, where there is no place for it. Sessions follow.
+    in_charge: mpsc::Receiver<Option<u32>>,
     /// It is here, and not ready.
     visits: Arc<AtomicBool>,
+    /// Starts it; `None` where there is no place for it.
+    command: Option<Command>,
 }
 
 impl Next {
-    fn expect(router: Arc<Router>, listeners: Arc<Listeners>, path: Option<PathBuf>) -> io::Result<Self> {
+    fn expect(
+        router: Arc<Router>,
+        listeners: Arc<Listeners>,
+        path: Option<PathBuf>,
+        command: Command,
+    ) -> io::Result<Self> {
         let (done, in_charge) = mpsc::channel(1);
-        let Some(path) = path else { return Ok(Self { in_charge, visits: Arc::default() }) };
+        let Some(path) = path else { return Ok(Self { in_charge, visits: Arc::default(), command: None }) };
         let giver = Giver::at(&path)?;
         let visits = giver.visited();
         let give = move || {
             while !done.is_closed() {
                 match giver.give(|| listeners.copies()) {
                     Ok(given) => {
-                        let _ = done.blocking_send(());
+                        let _ = done.blocking_send(given.pid());
                         return give_sessions(&router, &given);
                     }
                     Err(error) => {
@@ -164,20 +185,41 @@ impl Next {
             }
         };
         std::thread::Builder::new().name("handover".into()).spawn(give)?;
-        Ok(Self { in_charge, visits })
+        Ok(Self { in_charge, visits, command: Some(command) })
     }
 
-    /// Whether it is in charge; `false`: it has not come in time.
-    async fn comes(&mut self) -> bool {
+    /// Returns when it is in charge; `None`: it has not come in time.
+    async fn comes(&mut self) -> Option<Option<u32>> {
         loop {
             match tokio::time::timeout(TAKE_LIMIT, self.in_charge.recv()).await {
-                Ok(taken) => return taken.is_some(),
+                Ok(taken) => return taken,
                 Err(_) if self.visits.load(Ordering::Acquire) => {}
                 Err(_) => {
                     warn!("no process has come to take the sockets");
-                    return false;
+                    return None;
                 }
             }
+        }
+    }
+
+    /// Starts the program as it is now, unless the next process is here already.
+    fn start(&mut self) {
+        let Some(command) = &mut self.command else {
+            return warn!("there is no place for a hand-over (--upgrade-sock)");
+        };
+        if self.visits.load(Ordering::Acquire) {
+            return warn!("the next process is here already, and not ready");
+        }
+        let started = command.spawn().and_then(|mut child| {
+            info!(pid = child.id(), "the next process is started");
+            let wait = move || match child.wait() {
+                Ok(status) => warn!(%status, "the next process has ended"),
+                Err(error) => warn!(%error, "the next process can't be waited for"),
+            };
+            std::thread::Builder::new().name("next".into()).spawn(wait)
+        });
+        if let Err(error) = started {
+            warn!(%error, "the next process can't be started");
         }
     }
 }
@@ -213,6 +255,7 @@ fn take_sessions(listeners: &Listeners, taker: &Taker) {
 struct Signals {
     stop: Stop,
     quit: Signal,
+    start: Signal,
 }
 
 /// SIGTERM and SIGINT.
@@ -234,21 +277,29 @@ impl Stop {
 impl Signals {
     fn new() -> io::Result<Self> {
         let stop = Stop { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? };
-        Ok(Self { stop, quit: signal(SignalKind::quit())? })
+        Ok(Self { stop, quit: signal(SignalKind::quit())?, start: signal(SignalKind::user_defined2())? })
     }
 
     /// Returns when the process shall end.
     async fn end(mut self, router: Arc<Router>, mut next: Next) {
-        let handed_over = tokio::select! {
-            () = self.stop.told() => false,
-            Some(()) = next.in_charge.recv() => true,
-            _ = self.quit.recv() => tokio::select! {
-                () = self.stop.told() => false,
-                comes = next.comes() => comes,
-            },
+        let taken = loop {
+            tokio::select! {
+                () = self.stop.told() => break None,
+                Some(next) = next.in_charge.recv() => break Some(next),
+                _ = self.quit.recv() => tokio::select! {
+                    () = self.stop.told() => break None,
+                    comes = next.comes() => break comes,
+                },
+                _ = self.start.recv() => next.start(),
+            }
         };
-        if handed_over {
-            info!("the next process is in charge");
+        let handed_over = taken.is_some();
+        match taken {
+            Some(pid) => {
+                info!(pid, "the next process is in charge");
+                pid.map(NotifyState::MainPid).map(tell_systemd);
+            }
+            None => tell_systemd(NotifyState::Stopping),
         }
         let limit = router.limits().drain_timeout;
         let drained = tokio::select! {

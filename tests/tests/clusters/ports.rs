@@ -84,7 +84,7 @@ async fn one_port_serves_writers_and_readers_and_tells_who_they_are() -> Result<
     ensure!(told("session begins")?.contains(replica.name()));
     drop(reader);
     let line = wait::until("the end in the log", LIMIT, async || told("session ended")).await?;
-    ensure!(line.contains("reason=\"client\"") && line.contains(&replica.port().to_string()), "{line}");
+    ensure!(line.contains("reason=client") && line.contains(&replica.port().to_string()), "{line}");
 
     let why = rest::get(admin, "/why?port=rw").await?.body;
     let verdicts: Vec<_> = why["why"].as_array().context("no list")?.iter().map(|line| &line["why"]).collect();

@@ -1,4 +1,4 @@
-//! The unit file in `systemd/` under a real systemd, which is the first process of namespaces of its own.
+//! The unit files in `systemd/` under a real systemd, which is the first process of namespaces of its own.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -6,9 +6,11 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use trunkline_tests::process::Proc;
+use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Spec, wait};
 
 const UNIT: &str = include_str!("../../../systemd/trunkline-agent.service");
+const ROUTER_UNIT: &str = include_str!("../../../systemd/trunkline-router.service");
 const SYSTEMD: &str = "/lib/systemd/systemd";
 
 /// Makes the namespaces, with a view of cgroups that begins at `$1` of the host's, and becomes systemd, which knows one
@@ -42,11 +44,13 @@ struct Init {
     /// `unshare`; everything inside ends with it.
     outside: Proc,
     cgroups: Vec<PathBuf>,
+    /// The one unit that it has.
+    unit: &'static str,
 }
 
 impl Init {
     /// Starts it with this unit; `None` where that can't be, with a line of why.
-    async fn start(lab: &Lab, unit: &str) -> Result<Option<Self>> {
+    async fn start(lab: &Lab, name: &'static str, unit: &str) -> Result<Option<Self>> {
         let hierarchies = match Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
             true => vec!["/sys/fs/cgroup"],
             false => vec!["/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified"],
@@ -59,16 +63,16 @@ impl Init {
             return Ok(None);
         }
         let units = lab.make_dir("units")?;
-        std::fs::write(units.join("trunkline-agent.service"), unit)?;
-        let target = "[Unit]\nDefaultDependencies=no\nWants=trunkline-agent.service\n";
+        std::fs::write(units.join(format!("{name}.service")), unit)?;
+        let target = format!("[Unit]\nDefaultDependencies=no\nWants={name}.service\n");
         std::fs::write(units.join("test.target"), target)?;
-        let name = lab.dir().file_name().context("a name")?.to_string_lossy().into_owned();
+        let cgroup = lab.dir().file_name().context("a name")?.to_string_lossy().into_owned();
         let mut command = Command::new("bash");
-        command.args(["-c", BOOT, "boot", &name]).arg(&units).arg(hierarchies.join(" ")).arg(SYSTEMD);
+        command.args(["-c", BOOT, "boot", &cgroup]).arg(&units).arg(hierarchies.join(" ")).arg(SYSTEMD);
         command.current_dir(lab.dir());
         let outside = lab.spawn("systemd", command)?;
-        let cgroups = hierarchies.iter().map(|dir| Path::new(dir).join(&name)).collect();
-        let mut init = Self { outside, cgroups };
+        let cgroups = hierarchies.iter().map(|dir| Path::new(dir).join(&cgroup)).collect();
+        let mut init = Self { outside, cgroups, unit: name };
         // A container may not be allowed all of that.
         let up = wait::until("systemd", LIMIT, async || {
             let runs = init.outside.ended().is_none();
@@ -102,6 +106,31 @@ impl Init {
         ensure!(output.status.success(), "systemctl {arguments:?}: {said}");
         Ok(said)
     }
+
+    /// Waits until the unit is in this state.
+    async fn is(&self, state: &str) -> Result<()> {
+        wait::until(format!("the unit to be {state}"), LIMIT, async || {
+            let told = self.systemctl(&["show", "-P", "ActiveState", self.unit])?;
+            let told = String::from_utf8_lossy(&told.stdout).into_owned();
+            ensure!(told.starts_with(state), "{told}");
+            Ok(())
+        })
+        .await
+    }
+
+    /// The process that the unit is.
+    fn main(&self) -> Result<String> {
+        Ok(self.told(&["show", "-P", "MainPID", self.unit])?.trim().to_owned())
+    }
+}
+
+/// A unit without what it needs of the host's.
+fn alone(unit: &str, cwd: &Path) -> Result<String> {
+    let unit = unit.replace("[Unit]", "[Unit]\nDefaultDependencies=no");
+    let unit = unit.replace("After=network-online.target\nWants=network-online.target\n", "");
+    let unit = unit.replace("[Service]", &format!("[Service]\nWorkingDirectory={}", cwd.display()));
+    ensure!(!unit.contains("network-online"), "{unit}");
+    Ok(unit)
 }
 
 impl Drop for Init {
@@ -137,27 +166,15 @@ async fn the_unit_is_ready_reloaded_restarted_without_postgresql_and_stopped() -
     let node = &mut cluster.nodes[0];
     let program = lab.reachable(&Program::agent()?.path)?;
     let line = format!("ExecStart={} {}", program.display(), node.config().display());
-    // Nothing of what the host's units need is there.
     let unit = UNIT.replace("ExecStart=/usr/local/bin/trunkline-agent /etc/trunkline/patroni.yml", &line);
-    let unit = unit.replace("[Unit]", &format!("[Unit]\nDefaultDependencies=no\n# {}", node.name()));
-    let unit = unit.replace("After=network-online.target\nWants=network-online.target\n", "");
-    let unit = unit.replace("[Service]", &format!("[Service]\nWorkingDirectory={}", node.dir().display()));
-    ensure!(unit.contains(&line) && !unit.contains("network-online"), "{unit}");
-    let Some(init) = Init::start(&lab, &unit).await? else {
+    let unit = alone(&unit, node.dir())?;
+    ensure!(unit.contains(&line), "{unit}");
+    let Some(init) = Init::start(&lab, "trunkline-agent", &unit).await? else {
         lab.success();
         return Ok(());
     };
 
-    let is = async |state: &str| {
-        wait::until(format!("the unit to be {state}"), LIMIT, async || {
-            let told = init.systemctl(&["show", "-P", "ActiveState", "trunkline-agent"])?;
-            let told = String::from_utf8_lossy(&told.stdout).into_owned();
-            ensure!(told.starts_with(state), "{told}");
-            Ok(())
-        })
-        .await
-    };
-    is("active").await?;
+    init.is("active").await?;
     let shows = async |text: &str| {
         wait::until(format!("{text} in the status"), LIMIT, async || {
             let told = init.told(&["show", "-P", "StatusText", "trunkline-agent"])?;
@@ -184,23 +201,90 @@ async fn the_unit_is_ready_reloaded_restarted_without_postgresql_and_stopped() -
     .await?;
 
     // Killed, it is started again, and PostgreSQL goes on.
-    let main = || init.told(&["show", "-P", "MainPID", "trunkline-agent"]);
     let started = async || Ok::<_, anyhow::Error>(node.status().await?["postmaster_start_time"].clone());
-    let (agent, before) = (main()?, started().await?);
+    let (agent, before) = (init.main()?, started().await?);
     init.told(&["kill", "--kill-who=main", "-s", "KILL", "trunkline-agent"])?;
     wait::until("another agent", LIMIT, async || {
-        let now = main()?;
-        ensure!(now != agent && now.trim() != "0", "{now}");
+        let now = init.main()?;
+        ensure!(now != agent && now != "0", "{now}");
         ensure!(node.health("/primary").await == Some(200), "it does not lead");
         Ok(())
     })
     .await?;
-    is("active").await?;
+    init.is("active").await?;
     ensure!(started().await? == before, "PostgreSQL was restarted");
 
     init.told(&["stop", "trunkline-agent"])?;
-    is("inactive").await?;
+    init.is("inactive").await?;
     ensure!(node.processes().is_empty(), "{:?} are left", node.processes());
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_routers_unit_is_ready_upgraded_without_losing_a_session_and_stopped() -> Result<()> {
+    let lab = Lab::new("systemd-router")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?)).await?;
+    cluster.settled(LIMIT).await?;
+    // The file of a router that does not run any more.
+    let mut before = cluster.router().await?;
+    let (ports, config) = (before.ports(), lab.dir().join("etc/router.yml"));
+    before.process().kill();
+    let cwd = lab.make_dir("router")?;
+    let program = lab.reachable(&Program::router()?.path)?;
+    let unit = ROUTER_UNIT.replace("/usr/local/bin/trunkline-router", &program.display().to_string());
+    let unit = unit.replace("/etc/trunkline/router.yml", &config.display().to_string());
+    let unit = alone(&unit.replace("User=trunkline\n", "User=postgres\n"), &cwd)?;
+    ensure!(unit.contains(&format!("{} --validate {}", program.display(), config.display())), "{unit}");
+    let Some(init) = Init::start(&lab, "trunkline-router", &unit).await? else {
+        lab.success();
+        return Ok(());
+    };
+    init.is("active").await?;
+
+    let target = Target::new(ports.read_write, &cluster.spec().password);
+    target.execute("CREATE TABLE kept (n int)", LIMIT).await?;
+    let session = target.connect(LIMIT).await?;
+    session.batch_execute("BEGIN").await?;
+    for number in 0..3 {
+        let old = init.main()?;
+        init.told(&["reload", "trunkline-router"])?;
+        wait::until("the next router to be the unit's", LIMIT, async || {
+            let now = init.main()?;
+            ensure!(now != old && now != "0", "{now}");
+            let processes = init.told(&["status", "trunkline-router"])?;
+            ensure!(!processes.contains(&format!("{old} ")), "the old one is there: {processes}");
+            Ok(())
+        })
+        .await?;
+        session.execute("INSERT INTO kept VALUES ($1)", &[&number]).await?;
+        ensure!(target.query_one("SELECT 1", LIMIT).await? == "1");
+    }
+    session.batch_execute("COMMIT").await?;
+    ensure!(target.query_one("SELECT count(*) FROM kept", LIMIT).await? == "3");
+
+    // A file that would not start is no upgrade.
+    let good = std::fs::read_to_string(&config)?;
+    lab.write_config("router.yml", "scope: [nothing")?;
+    let main = init.main()?;
+    let refused = init.systemctl(&["reload", "trunkline-router"])?;
+    ensure!(!refused.status.success(), "it was taken");
+    ensure!(init.main()? == main && session.query_one("SELECT 1", &[]).await?.get::<_, i32>(0) == 1);
+    lab.write_config("router.yml", &good)?;
+
+    // Killed, it is started again.
+    init.told(&["kill", "--kill-who=main", "-s", "KILL", "trunkline-router"])?;
+    wait::until("another router", LIMIT, async || {
+        let now = init.main()?;
+        ensure!(now != main && now != "0", "{now}");
+        target.query_one("SELECT 1", LIMIT).await
+    })
+    .await?;
+    init.is("active").await?;
+    init.told(&["stop", "trunkline-router"])?;
+    init.is("inactive").await?;
+    ensure!(init.told(&["show", "-P", "Result", "trunkline-router"])?.trim() == "success");
     lab.success();
     Ok(())
 }
