@@ -188,7 +188,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             // Where the view does not show it yet, the next one will.
             Ok(Outcome::Done(revision)) if self.lease.lead(lease) => {
                 self.memory.leading_since = revision;
-                if in_view { Next::Decide } else { Next::Wait }
+                if in_view {
+                    return Next::Decide;
+                }
+                self.parts.store.doubt();
+                Next::Wait
             }
             Ok(Outcome::Conflict) if led => {
                 self.lease.disown(self.parts.clock.now());

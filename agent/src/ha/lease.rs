@@ -249,11 +249,12 @@ impl LeaseHandle {
         let mut held = false;
         self.change(|session| {
             let Some(current) = session.lease.filter(|current| current.id == lease.id) else { return false };
+            let before = session.clone();
             how(session);
             session.deadline =
                 Some(timing.deadline(session.failsafe.max(Some(current.until)).unwrap_or(current.until)));
             held = true;
-            true
+            *session != before
         });
         held
     }

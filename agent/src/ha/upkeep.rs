@@ -220,6 +220,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             return;
         }
         let (now, seen) = (self.parts.clock.now(), view.failsafe_revision);
+        if session.failsafe.is_some_and(|until| now < until) {
+            // Who is put on the key may lead, and has promised nothing yet; so may everybody once it is empty.
+            return;
+        }
         let earlier = self.memory.failsafe_attempt.take().filter(|attempt| attempt.seen == seen);
         if let Some(earlier) = earlier.as_ref().filter(|attempt| now.since(attempt.at) < SHOWN_WITHIN) {
             self.memory.failsafe_attempt = Some(earlier.clone());

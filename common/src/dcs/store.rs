@@ -116,7 +116,12 @@ impl<D: Dcs> ClusterStore<D> {
         Self { dcs, paths: Arc::new(paths), last: Arc::default(), out_of_date: Arc::default() }
     }
 
-    /// Returns after a conflict: what was decided on was out of date, and a watch that has not told of it by now may never.
+    /// What is known of the store is out of date: whoever follows it looks again at once.
+    pub fn doubt(&self) {
+        self.out_of_date.notify_one();
+    }
+
+    /// Returns after a conflict, or once there is doubt: a watch that has not told of it by now may never.
     pub async fn out_of_date(&self) {
         self.out_of_date.notified().await;
     }
@@ -125,7 +130,7 @@ impl<D: Dcs> ClusterStore<D> {
         if result.succeeded {
             return Outcome::Done(result.revision);
         }
-        self.out_of_date.notify_one();
+        self.doubt();
         Outcome::Conflict
     }
 
