@@ -102,8 +102,7 @@ const DECISIONS: usize = 200;
 impl Noted {
     /// Adds it to `noted`, unless it says what the last one says, with other numbers at most. True if it was added.
     pub fn note_in(self, noted: &mut Arc<VecDeque<Noted>>) -> bool {
-        let words = |text: &str| text.chars().filter(|c| !c.is_ascii_digit() && *c != '.').collect::<String>();
-        if noted.back().is_some_and(|last| words(&last.reason) == words(&self.reason)) {
+        if noted.back().is_some_and(|last| words(&last.reason).eq(words(&self.reason))) {
             return false;
         }
         let noted = Arc::make_mut(noted);
@@ -113,6 +112,16 @@ impl Noted {
         noted.push_back(self);
         true
     }
+}
+
+/// A sentence without its numbers. One in a name tells one member from another, and stays.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    let number = |word: &str| {
+        let word = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
+        let hex = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_hexdigit());
+        word.starts_with(|c: char| c.is_ascii_digit()) || word.split_once('/').is_some_and(|(a, b)| hex(a) && hex(b))
+    };
+    text.split_whitespace().map(move |word| if number(word) { "#" } else { word })
 }
 
 /// What may be asked of the HA loop. Replies come when it is done or refused; a dropped receiver cancels nothing.
@@ -187,6 +196,9 @@ mod tests {
         assert!(noted("silent for 1.5s").note_in(&mut all));
         assert!(!noted("silent for 12s").note_in(&mut all));
         assert!(noted("silent no more").note_in(&mut all));
+        assert!(noted("pg1 is ahead (AB/10 > 0/9)").note_in(&mut all));
+        assert!(!noted("pg1 is ahead (AC/10 > 0/F9)").note_in(&mut all));
+        assert!(noted("pg2 is ahead (AC/10 > 0/F9)").note_in(&mut all));
         assert_eq!(all.front().map(|first| first.reason.as_str()), Some("silent for 1.5s"));
         for _ in 0..DECISIONS {
             noted("x").note_in(&mut all);

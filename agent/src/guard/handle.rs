@@ -126,6 +126,11 @@ impl GuardProcess {
         self.shared.memory.address_until()
     }
 
+    /// How often it has killed PostgreSQL.
+    pub fn kills(&self) -> u64 {
+        self.shared.memory.kills()
+    }
+
     /// When the server will be killed.
     pub fn kill_at(&self) -> Option<Instant> {
         self.shared.memory.kill_at()

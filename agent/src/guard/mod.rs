@@ -98,6 +98,8 @@ pub struct Status {
     pub watchdog: Part,
     /// Why this node may not lead: a watchdog that is required does not work.
     pub must_not_lead: Option<String>,
+    /// How often the guard process has killed PostgreSQL.
+    pub kills: u64,
 }
 
 /// One of the means.
@@ -238,6 +240,7 @@ impl Guard for HostGuard {
         Status {
             process: Part::of(process, armed),
             egress: Part::of(self.egress.works(), self.egress.is_armed()),
+            kills: self.process.as_ref().map_or(0, GuardProcess::kills),
             must_not_lead: watchdog.as_ref().ok().and_then(|watchdog| watchdog.missing()),
             watchdog: watchdog.map_or_else(Part::Off, |watchdog| Part::of(watchdog.works(), watchdog.is_armed())),
         }

@@ -21,8 +21,8 @@ use crate::postgres::{CustomBootstrap, PgRole, PgStatus, Postgres, Running, Star
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn act(&mut self, decision: Decision) -> Next {
-        if let Some(cause) = cause(&decision.action) {
-            *self.transitions.entry((decision.action.label(), cause)).or_default() += 1;
+        if let Some(cause) = self.cause(&decision.action) {
+            self.count(decision.action.label(), cause);
         }
         match decision.action {
             Action::Wait | Action::Abstain | Action::Ask(_) => {
@@ -113,6 +113,24 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         Next::Wait
     }
 
+    /// What is counted as it is begun, and under which cause; steady states are not. The key and a promotion are counted once
+    /// they are had.
+    fn cause(&self, action: &Action) -> Option<&'static str> {
+        match action {
+            Action::Release if self.memory.must_not_lead.is_some() => Some("watchdog"),
+            Action::Release if matches!(self.pg, PgStatus::Running(_)) => Some("not_won"),
+            Action::Release => Some("postgresql_down"),
+            Action::Resign => Some("dcs_away"),
+            Action::HandOver => Some("requested"),
+            Action::Demote(DemoteMode::LostKey) => Some("lost_key"),
+            Action::DemoteCluster => Some("standby_cluster"),
+            Action::Demote(DemoteMode::Offline) => Some("dcs_away"),
+            Action::Demote(DemoteMode::Sick) => Some("postgresql_sick"),
+            Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),
+            _ => None,
+        }
+    }
+
     /// The transaction that makes a leader. What it wrote is put into our copy of the view: the promotion must not wait
     /// for the watch to tell us what we did.
     async fn acquire(&mut self, write: Option<SyncWrite>) -> Next {
@@ -140,6 +158,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                         (PgRole::Standby, false) => "promoted self to leader by acquiring session lock",
                     }
                 );
+                self.count("acquire", "no_leader");
                 self.memory.elected = Some(revision);
                 self.memory.leading_since = revision;
                 self.memory.sync_before = write.as_ref().map(|_| unwritten(&view.sync, revision));
@@ -416,23 +435,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         {
             self.memory.divergence = DivergenceState::NotAsked;
         }
-    }
-}
-
-/// What is counted, and under which cause; steady states are not.
-fn cause(action: &Action) -> Option<&'static str> {
-    match action {
-        Action::Promote(_) => Some("leader_key"),
-        Action::Acquire(_) => Some("no_leader"),
-        Action::Release => Some("postgresql_down"),
-        Action::Resign => Some("dcs_away"),
-        Action::HandOver => Some("requested"),
-        Action::Demote(DemoteMode::LostKey) => Some("lost_key"),
-        Action::DemoteCluster => Some("standby_cluster"),
-        Action::Demote(DemoteMode::Offline) => Some("dcs_away"),
-        Action::Demote(DemoteMode::Sick) => Some("postgresql_sick"),
-        Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),
-        _ => None,
     }
 }
 

@@ -103,6 +103,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             (_, TaskEnd::Promoted(timeline)) => {
                 info!("promoted, on timeline {timeline}");
+                self.count("promote", "leader_key");
                 self.memory.divergence = DivergenceState::NotAsked;
                 self.memory.sync_since.clear();
                 self.published.upkept = None;

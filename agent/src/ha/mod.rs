@@ -127,6 +127,8 @@ pub struct Ha<D, P, C, R> {
     decisions: Arc<VecDeque<Noted>>,
     /// How often the keeper has fenced, as far as that is among them.
     fenced: u64,
+    /// The same of the guard.
+    killed: u64,
     checkpoint: Option<Task<()>>,
 }
 
@@ -211,6 +213,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             transitions: BTreeMap::new(),
             decisions: Arc::default(),
             fenced: 0,
+            killed: parts.guard.status().kills,
             checkpoint: None,
             parts,
         }
@@ -327,7 +330,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 "fence",
                 "PostgreSQL was killed: the leader key could not be proven to be ours before its lease ended",
             );
-            *self.transitions.entry(("fence", "lease")).or_default() += 1;
+            self.count("fence", "lease");
+        }
+        let killed = self.parts.guard.status().kills;
+        if std::mem::replace(&mut self.killed, killed) < killed {
+            self.note("fence", "the guard killed PostgreSQL: its deadline was over, and this agent had not moved it");
+            self.count("fence", "guard");
         }
         let mut answers: Option<PeerAnswers> = None;
         let decision = loop {
@@ -373,9 +381,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let noted = Noted { at: self.parts.clock.wall(), action, reason: reason.to_owned() };
         let news = noted.note_in(&mut self.decisions);
         if news && action == Action::Abstain.label() {
-            *self.transitions.entry((action, "no_leader")).or_default() += 1;
+            self.count(action, "no_leader");
         }
         news
+    }
+
+    /// For the metrics.
+    fn count(&mut self, action: &'static str, cause: &'static str) {
+        *self.transitions.entry((action, cause)).or_default() += 1;
     }
 
     /// See [`Situation::ttl`].

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::cluster::Members;
 use trunkline_tests::{LIMIT, Program, Scene, rest, wait};
 
 /// Beside the agent.
@@ -69,6 +70,58 @@ async fn members_say_whether_they_may_lead_and_how_long_that_would_take() -> Res
 
 /// What `trunklinectl rto` says beside what clients see. A busy machine makes everything late, so the figures are printed,
 /// and only those that nothing explains are an error.
+/// One line with its reason in the log, the same words in `GET /decisions`, and a count in `GET /metrics`.
+async fn told(scene: &Scene, node: usize, reason: &str, counted: (&str, &str)) -> Result<()> {
+    let node = &scene.cluster.nodes[node];
+    let told = async || {
+        let log = node.log()?;
+        let line = log.lines().find(|line| line.contains(reason)).context("not in the log")?;
+        let decisions = rest::get(node.rest_port(), "/decisions").await?.body;
+        let mut reasons = decisions.as_array().into_iter().flatten().filter_map(|noted| noted["reason"].as_str());
+        ensure!(reasons.any(|noted| noted.contains(reason) && line.contains(noted)), "{line} is not in {decisions}");
+        let metrics = rest::get(node.rest_port(), "/metrics").await?.body;
+        let metrics = metrics.as_str().context("no text")?;
+        let (kind, cause) = counted;
+        let labels = format!("name=\"{}\",kind=\"{kind}\",reason=\"{cause}\"}} ", node.name());
+        let count = metrics.lines().find_map(|line| line.split_once(&labels)).map(|(_, count)| count.trim());
+        ensure!(count.is_some_and(|count| count != "0"), "{labels} is not in {metrics}");
+        Ok(())
+    };
+    wait::until(format!("{} to say: {reason}", node.name()), LIMIT, told).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_refusal_failover_and_demotion_has_a_line_an_entry_and_a_count() -> Result<()> {
+    let mut scene = Scene::start("reasons", 3).await?;
+    let first = scene.cluster.settled(LIMIT).await?;
+    let document = rest::get(scene.cluster.nodes[first].rest_port(), "/cluster").await?.body;
+    let members = Members::read(&document)?;
+    let standby = members.0.iter().find(|member| member.role == "sync_standby").context("a synchronous standby")?;
+    let standby = scene.cluster.find(&standby.name)?;
+
+    // The only one that may lead stands still, and the third one says why it doesn't.
+    scene.cluster.nodes[standby].freeze();
+    scene.cluster.nodes[first].kill();
+    let refused =
+        told(&scene, 3 - first - standby, "not among the synchronous nodes (", ("abstain", "no_leader")).await;
+    scene.cluster.nodes[standby].thaw();
+    refused?;
+    told(&scene, standby, "no other member could lead", ("acquire", "no_leader")).await?;
+    told(&scene, standby, "holding the leader key", ("promote", "leader_key")).await?;
+    scene.cluster.nodes[first].start()?;
+    scene.cluster.settled(LIMIT).await?;
+
+    scene.cluster.nodes[standby].kill_postmaster()?;
+    told(&scene, standby, "PostgreSQL is down, and node", ("release", "postgresql_down")).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    scene.etcd.kill(0);
+    told(&scene, leader, "demoting self because DCS is not accessible and I was a leader", ("demote", "dcs_away"))
+        .await?;
+    scene.etcd.restart(0).await?;
+    scene.cluster.settled(LIMIT).await?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_outages_that_clients_see_are_those_that_were_told() -> Result<()> {
     const BUSY: Duration = Duration::from_secs(5);

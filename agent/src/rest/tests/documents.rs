@@ -52,7 +52,7 @@ async fn a_streaming_standby() {
     let mut node_board = board("replica");
     node_board.tags.insert("az".into(), "b".into());
     let (process, egress, watchdog) = (Part::Armed, Part::Off("why".into()), Part::Ready);
-    node_board.guard = guard::Status { process, egress, watchdog, must_not_lead: None };
+    node_board.guard = guard::Status { process, egress, watchdog, ..guard::Status::default() };
     let node = Node::start(local("pg-b"), PgStatus::Running(standby()), node_board).await;
     put(&node.store, "leader", "pg-a".into()).await;
     node.catch_up().await;
