@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use trunkline_common::dcs::Dcs;
+use trunkline_common::dcs::etcd::EtcdDcs;
 use trunkline_common::{Clock, Instant, SystemClock};
+use trunkline_config::local as config;
 use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, Gate, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, proxy, rest, wait};
 
@@ -273,5 +276,67 @@ async fn a_router_started_without_etcd_asks_the_members_that_it_knows() -> Resul
     ensure!(metrics.contains("leader_changes_total 1"), "its sessions were ended: {metrics}");
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_counts_from_the_request_however_late_the_answer_comes() -> Result<()> {
+    const LATE: Duration = Duration::from_millis(500);
+    let lab = Lab::new("late")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let gate = Gate::before(&etcd.endpoints()[0]).await?;
+    let config = config::Etcd { endpoints: vec![format!("http://{}", gate.address())], ..config::Etcd::default() };
+    let client = EtcdDcs::connect(&config, SystemClock, Duration::from_secs(5)).await?;
+    // What comes before the first request of all takes round trips of its own.
+    let lease = client.grant(Duration::from_secs(30)).await?;
+    gate.slow(LATE);
+    for what in ["renewed", "granted"] {
+        let asked = SystemClock.now();
+        let lease = match what {
+            "renewed" => client.renew(lease.id).await?,
+            _ => client.grant(Duration::from_secs(30)).await?,
+        };
+        let answered = SystemClock.now();
+        ensure!(answered.since(asked) >= LATE, "{what} after {:?}: the gate does not hold", answered.since(asked));
+        ensure!(lease.until + LATE <= answered + lease.ttl, "{what}: the time of the answer counts");
+    }
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_whose_way_to_etcd_is_slow_and_then_dead_ends_no_session() -> Result<()> {
+    let mut scene = Scene::start("slow", 3).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let gate = Gate::before(&scene.etcd.endpoints()[0]).await?;
+    let (ports, scope) = (proxy::Ports::any(&scene.lab)?, scene.cluster.spec().scope.clone());
+    let hosts = [gate.address().to_owned()];
+    let extra = json!({ "limits": { "stale_after": 1 } });
+    scene.router = Proxy::router(&scene.lab, Program::router()?, ports, &scope, &hosts, &extra).await?;
+    let load = scene.load().await?;
+    let failures = load.writers.record().failures;
+
+    gate.slow(Duration::from_millis(1500));
+    load.writers.progress(300, LIMIT).await?;
+    gate.open(false);
+    let health = async || {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["confirmed"] == false, "{health}");
+        Ok(())
+    };
+    wait::until("the router to know that it knows nothing new", LIMIT, health).await?;
+    load.writers.progress(300, LIMIT).await?;
+    let write = "CREATE TABLE written_by_a_new_session ()";
+    scene.read_write().execute(write, LIMIT).await.context("a new session, the members say who leads")?;
+    gate.slow(Duration::ZERO);
+    gate.open(true);
+    load.writers.progress(300, LIMIT).await?;
+
+    ensure!(load.writers.record().failures == failures, "writes failed: {:?}", load.writers.record().failures);
+    let metrics = rest::get(ports.admin, "/metrics").await?.body;
+    let metrics = metrics.as_str().context("no text")?;
+    ensure!(!metrics.contains("reason=\"leader_changed\""), "its sessions were ended: {metrics}");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.finish(load).await?;
     Ok(())
 }
