@@ -423,14 +423,16 @@ impl Draw {
     }
 
     fn patch(&mut self) -> Value {
-        match self.rng.random_range(0..if self.synchronous { 8 } else { 4 }) {
+        match self.rng.random_range(0..if self.synchronous { 11 } else { 7 }) {
             0 => json!({ "ttl": *[2, 3, 5, 10, 20].choose(&mut self.rng).unwrap_or(&5) }),
             1 => json!({ "primary_start_timeout": self.rng.random_range(0..10) }),
             2 => json!({ "maximum_lag_on_failover": self.rng.random_range(64..10_000) }),
             3 => json!({ "synchronous_node_count": self.rng.random_range(1..3) }),
+            4 | 5 => json!({ "failsafe_mode": self.rng.random::<bool>() }),
+            6 => json!({ "primary_stop_timeout": self.rng.random_range(0..5) }),
             // From one way to wait for standbys to the other, at once or without strictness on the way.
-            4 | 5 => json!({ "synchronous_mode": "quorum" }),
-            6 => json!({ "synchronous_mode": true }),
+            7 | 8 => json!({ "synchronous_mode": "quorum" }),
+            9 => json!({ "synchronous_mode": true }),
             _ => json!({ "synchronous_mode": true, "synchronous_mode_strict": self.rng.random::<bool>() }),
         }
     }

@@ -55,12 +55,7 @@ impl Drop for Gate {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    target: String,
-    open: watch::Receiver<bool>,
-    slow: watch::Receiver<Duration>,
-) {
+async fn accept(listener: TcpListener, target: String, open: watch::Receiver<bool>, slow: watch::Receiver<Duration>) {
     // Connections end with the listener's task.
     let mut relays = tokio::task::JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
