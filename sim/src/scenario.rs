@@ -209,10 +209,26 @@ impl Event {
     }
 }
 
+/// What a leader may take longer than lease, turn and request: the start of a server on a disk that was slow a moment ago, its
+/// second try, and a promise in failsafe mode that was given in the last moment of the trouble.
+const ALLOWED: Duration = Duration::from_secs(3);
+
 impl Scenario {
     /// How long the world waits, from `calm_at` on, until everything has to be well.
     pub fn patience(&self) -> Duration {
-        Duration::from_secs(90)
+        Duration::from_secs(45)
+    }
+
+    /// How long it may take, from `calm_at` on, until somebody leads: the longest lease that this world has, a turn of the loop
+    /// and a request that gets no answer, and what is allowed for besides.
+    pub fn patience_for_a_leader(&self) -> Duration {
+        let ttl = |settings: &Value| settings["ttl"].as_u64();
+        let changed = self.events.iter().filter_map(|event| match &event.what {
+            Fault::Configure { patch } => ttl(patch),
+            _ => None,
+        });
+        let ttl = changed.chain(ttl(&self.settings)).max().unwrap_or_default();
+        Duration::from_secs(ttl + 1 + 1) + ALLOWED
     }
 
     /// Whether commits wait for standbys from the first one on to the last.

@@ -62,6 +62,13 @@ pub fn run(scenario: &Scenario) -> Report {
         if leads {
             healed.0.get_or_insert(since);
         }
+        if healed.0.is_none() && since > scenario.patience_for_a_leader() {
+            world.show();
+            let why = unwell.clone().unwrap_or_default();
+            world.stage.judge(|judge, now| {
+                judge.violation(now, format!("nobody leads {since:?} after the last fault: {why}"))
+            });
+        }
         match unwell {
             None => {
                 healed.1 = Some(since);
