@@ -40,6 +40,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Status, slots, synchronous set; after a promotion also history and checkpoint.
     async fn upkeep(&mut self) -> Next {
         self.settle_divergence();
+        self.introduce();
         self.publish_member().await;
         self.upkeep_keys().await;
         self.checkpoint_after_promotion();
@@ -53,8 +54,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) async fn idle_upkeep(&mut self) {
         self.settle_divergence();
         if matches!(self.pg, PgStatus::Running(_)) && !self.pg_is_primary() {
+            self.introduce();
             let missing = self.upkeep_slots().await;
             self.copy_slots(missing);
+        }
+    }
+
+    /// A server that an agent before has left running, or somebody else has started.
+    fn introduce(&self) {
+        if matches!(self.pg, PgStatus::Running(_)) {
+            self.parts.postgres.introduce(publish::role_text(&self.pg, &self.memory));
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
@@ -49,6 +50,8 @@ pub(super) struct Inner {
     pub(super) callbacks: Callbacks,
     /// The role that callbacks were told last.
     told: Mutex<Option<String>>,
+    /// Whether a callback has said what the server is.
+    introduced: AtomicBool,
     pub(super) pending_restart: Mutex<BTreeMap<String, Value>>,
     took: Mutex<Took>,
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
@@ -98,6 +101,7 @@ impl Instance {
             sessions: Sessions::default(),
             callbacks: Callbacks::default(),
             told: Mutex::default(),
+            introduced: AtomicBool::new(false),
             pending_restart: Mutex::default(),
             took: Mutex::default(),
             received: Mutex::default(),
@@ -499,8 +503,17 @@ impl Postgres for Instance {
 
     fn callback(&self, event: &'static str, role: &str) {
         *self.inner.told.lock() = Some(role.to_owned());
+        if event != "on_reload" {
+            self.inner.introduced.store(true, Ordering::Relaxed);
+        }
         if let Some(command) = self.config_now().callbacks.get(event) {
             self.inner.callbacks.run(command, event, role, self.scope());
+        }
+    }
+
+    fn introduce(&self, role: &str) {
+        if !self.inner.introduced.load(Ordering::Relaxed) {
+            self.callback("on_start", role);
         }
     }
 }

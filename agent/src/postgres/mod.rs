@@ -538,4 +538,10 @@ pub trait Postgres: Clone + Send + Sync + 'static {
 
     /// Runs a callback (`on_start`, `on_role_change` …) in the background with Patroni's arguments.
     fn callback(&self, event: &'static str, role: &str);
+
+    /// Runs `on_start` for a server that was found running: whoever is told by callbacks has heard nothing of it by this
+    /// process so far. Otherwise nothing.
+    fn introduce(&self, role: &str) {
+        let _ = role;
+    }
 }

@@ -117,6 +117,15 @@ async fn the_operators_programs_are_run_at_their_moments_and_pre_promote_can_ref
     scene.read_write().execute("INSERT INTO made VALUES (2)", LIMIT).await?;
     let leader = scene.cluster.settled(LIMIT).await?;
 
+    // A new agent finds it running, and whoever is told by callbacks has to hear of that.
+    for (node, role) in [(leader, "primary"), (1 - leader, "replica")] {
+        scene.cluster.nodes[node].kill_agent();
+        std::fs::write(&notes[node].0, "")?;
+        scene.cluster.nodes[node].start()?;
+        notes[node].are(&[&format!("on_start {role} demo")]).await?;
+    }
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+
     scene.cluster.nodes[1 - leader].stop(Duration::from_secs(60)).await?;
     notes[1 - leader].are(&["on_stop replica demo"]).await?;
     scene.lab.success();
