@@ -184,6 +184,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Starts the planned restart when its time has come (ha-loop §12); a stale one is dropped.
     pub(super) fn start_scheduled_restart(&mut self) {
         let Some(schedule) = self.scheduled_restart.clone() else { return };
+        if let Some(at) = restarted_meanwhile(&schedule, &self.pg) {
+            info!("the scheduled restart is dropped: PostgreSQL was restarted at {at}");
+            self.scheduled_restart = None;
+            return;
+        }
         if self.task.is_some() || self.settings().pause {
             return;
         }
@@ -233,6 +238,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.spawn(TaskKind::Reinitialize, hands.clone_from(source, true));
         Ok("reinitialize started".to_owned())
     }
+}
+
+/// When the server was started, if it is not the one any more whose restart was planned.
+fn restarted_meanwhile<'a>(schedule: &Value, pg: &'a PgStatus) -> Option<&'a str> {
+    let PgStatus::Running(running) = pg else { return None };
+    let planned = schedule.get("postmaster_start_time").and_then(Value::as_str)?;
+    (planned != running.postmaster_start_time).then_some(&running.postmaster_start_time)
 }
 
 fn refusal(status: u16, text: impl Into<String>) -> Refusal {

@@ -46,7 +46,6 @@ async fn switchover_and_restart_happen_at_their_time_or_are_taken_back() -> Resu
 
     // The same for a restart, which is each member's own.
     let restart = |at: &str| json!({ "schedule": at });
-    let postmaster = scene.cluster.nodes[1 - old].postmaster()?;
     let replica = scene.cluster.nodes[1 - old].rest_port();
     let taken = rest::post(replica, "/restart", &restart(&after(&scene, old, 3600).await?), LIMIT).await?;
     ensure!(taken.status == 202, "{taken:?}");
@@ -57,6 +56,19 @@ async fn switchover_and_restart_happen_at_their_time_or_are_taken_back() -> Resu
     };
     wait::until("the planned restart to be shown", LIMIT, planned).await?;
     ensure!(rest::delete(replica, "/restart").await?.status == 200);
+
+    // One that has taken place meanwhile is not done again.
+    let taken = rest::post(replica, "/restart", &restart(&after(&scene, old, 3600).await?), LIMIT).await?;
+    ensure!(taken.status == 202, "{taken:?}");
+    let done = rest::post(replica, "/restart", &json!({}), LIMIT).await?;
+    ensure!(done.status == 200, "{done:?}");
+    wait::until("the planned restart to be dropped", LIMIT, async || {
+        let status = scene.cluster.nodes[1 - old].status().await?;
+        ensure!(status["state"] == "running" && status["scheduled_restart"] == Value::Null, "{status}");
+        Ok(())
+    })
+    .await?;
+    let postmaster = scene.cluster.nodes[1 - old].postmaster()?;
 
     let restart_at = after(&scene, old, 3).await?;
     let taken = rest::post(replica, "/restart", &restart(&restart_at), LIMIT).await?;
