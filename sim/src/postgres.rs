@@ -567,6 +567,7 @@ fn status(server: &Server) -> PgStatus {
             .as_ref()
             .filter(|_| standby)
             .map(|upstream| format!("{}:{}", upstream.host, upstream.port)),
+        upstream_slot: data.upstream.as_ref().filter(|_| standby).and_then(|upstream| upstream.slot.clone()),
         server_version: 150_004,
         postmaster_start_time: format!("2030-01-01 00:00:00.{:06}+00:00", postmaster.number % 1_000_000),
         replication: postmaster.senders.iter().map(sender).collect(),

@@ -355,7 +355,8 @@ pub fn remote(view: &ClusterView) -> Option<Upstream> {
         name: MemberName::from("the server outside"),
         host: host.unwrap_or_else(|| "localhost".to_owned()),
         port: port.and_then(|port| port.parse().ok()).unwrap_or(5432),
-        slot: text("primary_slot_name"),
+        // PostgreSQL would refuse any other, and the server never follow as it should.
+        slot: text("primary_slot_name").filter(|slot| MemberName::from(slot.as_str()).slot_name() == *slot),
     })
 }
 

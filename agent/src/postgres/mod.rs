@@ -148,6 +148,8 @@ pub struct Running {
     pub replication_state: Option<String>,
     /// `host:port` the WAL receiver is connected to or configured for.
     pub upstream: Option<String>,
+    /// Standby: the slot over there that it is to use (`primary_slot_name`).
+    pub upstream_slot: Option<String>,
     /// `server_version_num`.
     pub server_version: u32,
     /// `pg_postmaster_start_time()`, as `YYYY-MM-DD HH:MM:SS.ffffff+00:00`.

@@ -53,7 +53,8 @@ SELECT r.recovery,
          WHERE NOT temporary AND coalesce(confirmed_flush_lsn, restart_lsn) IS NOT NULL)::text,
        current_setting('synchronous_commit'),
        NOT r.recovery AND EXISTS (SELECT FROM pg_stat_get_activity(NULL) WHERE wait_event_type = 'IO'
-         AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite'))
+         AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
+       current_setting('primary_slot_name')
   FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
 
 /// A connection and the task that drives it; both end together.
@@ -320,6 +321,7 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         latest_end_lsn: if standby { lsn(9) } else { None },
         replication_state: if standby { replication_state } else { None },
         upstream,
+        upstream_slot: text(21).filter(|slot| standby && !slot.is_empty()),
         server_version: row.try_get::<_, i32>(14).ok()?.unsigned_abs(),
         postmaster_start_time: text(15)?,
         replication: text(17).map_or(Some(Vec::new()), |json| wal_senders(&json))?,

@@ -193,6 +193,13 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
         has(target, "SELECT count(*) FROM t", "1").await?;
     }
 
+    // Another slot over there.
+    source.execute("SELECT pg_create_physical_replication_slot('farther')", LIMIT).await?;
+    far.patch_config(&json!({ "standby_cluster": { "primary_slot_name": "farther" } })).await?;
+    has(&source, "SELECT string_agg(slot_name, ',') FROM pg_replication_slots WHERE active", "farther").await?;
+    far.patch_config(&json!({ "standby_cluster": { "primary_slot_name": "far" } })).await?;
+    has(&source, "SELECT string_agg(slot_name, ',') FROM pg_replication_slots WHERE active", "far").await?;
+
     // Planned, and when its host dies.
     let body = json!({ "leader": far.nodes[leader].name() });
     let answer = rest::post(far.nodes[leader].rest_port(), "/switchover", &body, LIMIT).await?;

@@ -164,7 +164,8 @@ fn follow(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
         return decision;
     }
     let address = target.as_ref().map(|upstream| format!("{}:{}", upstream.host, upstream.port));
-    if address != running.upstream {
+    let slot = target.as_ref().and_then(|upstream| upstream.slot.as_ref());
+    if address != running.upstream || slot != running.upstream_slot.as_ref() {
         return is(Action::Follow(target), format!("following {leader}"));
     }
     let streaming = running.replication_state.as_deref() == Some("streaming");

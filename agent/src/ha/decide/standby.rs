@@ -9,7 +9,7 @@ use super::follower::{DRY, mend};
 use super::leader::requested_handover;
 use super::{Action, Decision, failed_lately, is, resume_replay, step_down_margin};
 use crate::ha::situation::{DivergenceState, Situation, remote};
-use crate::postgres::{PgRole, PgStatus, StartAs, Upstream};
+use crate::postgres::{PgRole, PgStatus, Running, StartAs, Upstream};
 
 /// This node leads a standby cluster.
 pub fn leader(s: &Situation, view: &ClusterView) -> Decision {
@@ -51,7 +51,7 @@ fn lead(s: &Situation, view: &ClusterView) -> Decision {
         return decision;
     }
     let remote = remote(view);
-    let Some(running) = s.running().filter(|running| !follows(running.upstream.as_deref(), remote.as_ref())) else {
+    let Some(running) = s.running().filter(|running| !follows(running, remote.as_ref())) else {
         return keep_up(s, view, remote);
     };
     let from = running.upstream.as_deref().unwrap_or("the archive alone");
@@ -93,13 +93,13 @@ pub fn come_back(s: &Situation, view: &ClusterView) -> Decision {
     }
 }
 
-/// Whether a server that is connected to `upstream` follows `wanted`, which may name several hosts.
-fn follows(upstream: Option<&str>, wanted: Option<&Upstream>) -> bool {
-    match (upstream, wanted) {
+/// Whether a server follows `wanted`, which may name several hosts, by the slot that it is to use there.
+fn follows(running: &Running, wanted: Option<&Upstream>) -> bool {
+    match (&running.upstream, wanted) {
         (None, None) => true,
         (Some(upstream), Some(wanted)) => {
-            let is = |host: &str| upstream == format!("{host}:{}", wanted.port);
-            is(&wanted.host) || wanted.host.split(',').any(is)
+            let is = |host: &str| *upstream == format!("{host}:{}", wanted.port);
+            running.upstream_slot == wanted.slot && (is(&wanted.host) || wanted.host.split(',').any(is))
         }
         _ => false,
     }

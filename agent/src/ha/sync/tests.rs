@@ -51,6 +51,7 @@ fn primary(names: &str, replication: Vec<WalSender>) -> Running {
         latest_end_lsn: None,
         replication_state: None,
         upstream: None,
+        upstream_slot: None,
         server_version: 150_000,
         postmaster_start_time: String::new(),
         replication,

@@ -107,6 +107,7 @@ fn standby() -> Running {
         latest_end_lsn: Some(Lsn(0x300_0148)),
         replication_state: Some("streaming".into()),
         upstream: None,
+        upstream_slot: None,
         server_version: 150_004,
         postmaster_start_time: "2031-05-01 10:00:00.123456+00:00".into(),
         replication: Vec::new(),

@@ -68,6 +68,19 @@ fn paused_replay_is_resumed_unless_the_cluster_is_paused_too() {
 }
 
 #[test]
+fn a_slot_that_is_not_to_be_used_any_more_is_not() {
+    let mut world = world();
+    world.me.use_slots = false;
+    let Action::Follow(Some(leader)) = world.decide().action else { panic!("{:?}", world.decide()) };
+    assert_eq!((leader.name.as_str(), leader.slot), ("a", None));
+    let PgStatus::Running(running) = &mut world.pg else { unreachable!() };
+    running.upstream_slot = None;
+    assert_eq!(world.decide().action, Action::Wait);
+    world.me.use_slots = true;
+    assert!(matches!(world.decide().action, Action::Follow(Some(leader)) if leader.slot.as_deref() == Some("b")));
+}
+
+#[test]
 fn a_leader_without_an_address_is_not_unfollowed() {
     let mut hidden = world();
     hidden.view().members.remove(&"a".into());

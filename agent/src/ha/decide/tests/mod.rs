@@ -98,6 +98,7 @@ fn running(role: PgRole, lsn: u64) -> PgStatus {
         latest_end_lsn: None,
         replication_state: (role == PgRole::Standby).then(|| "streaming".to_owned()),
         upstream: (role == PgRole::Standby).then(|| "127.0.0.1:1".to_owned()),
+        upstream_slot: (role == PgRole::Standby).then(|| "b".to_owned()),
         server_version: 150_018,
         postmaster_start_time: String::new(),
         replication: Vec::new(),

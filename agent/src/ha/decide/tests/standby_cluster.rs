@@ -17,6 +17,7 @@ fn standby_leader() -> World {
 fn follows(world: &mut World, upstream: &str) {
     if let PgStatus::Running(running) = &mut world.pg {
         running.upstream = Some(upstream.to_owned());
+        running.upstream_slot = Some(if upstream.starts_with("outside") { "us" } else { "b" }.to_owned());
     }
 }
 
