@@ -235,7 +235,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.abort_task().await;
         info!("making this replica anew from {}", source.name);
         let hands = self.hands();
-        self.spawn(TaskKind::Reinitialize, hands.clone_from(source, true));
+        self.spawn(TaskKind::Reinitialize, hands.reinitialize(source, from_leader));
         Ok("reinitialize started".to_owned())
     }
 }

@@ -246,13 +246,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         let name = source.name.clone();
-        match self.postgres.clone_from(source).await {
-            Ok(()) => {
-                info!("bootstrapped from '{name}'");
-                TaskEnd::Done
-            }
-            Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
+        copied(&name, self.postgres.clone_from(source).await)
+    }
+
+    /// Makes this replica anew. `afresh`: from the running server itself, not from a backup of it.
+    pub async fn reinitialize(self, source: Upstream, afresh: bool) -> TaskEnd {
+        if !afresh {
+            return self.clone_from(source, true).await;
         }
+        if let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
+            return error.into();
+        }
+        let name = source.name.clone();
+        copied(&name, self.postgres.base_backup(source).await)
     }
 
     /// Starts the server, with `names` from the first moment on: whoever may have been promised to have every commit must
@@ -532,6 +538,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
                 TaskEnd::Failed { why: error.to_string(), damaged: !unreachable }
             }
         }
+    }
+}
+
+/// The end of a copy.
+fn copied(source: &MemberName, result: Result<(), PgError>) -> TaskEnd {
+    match result {
+        Ok(()) => {
+            info!("bootstrapped from '{source}'");
+            TaskEnd::Done
+        }
+        Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
     }
 }
 

@@ -340,6 +340,10 @@ impl Postgres for Instance {
         self.run_clone(Some(&source), &[]).await
     }
 
+    async fn base_backup(&self, source: Upstream) -> Result<(), PgError> {
+        self.run_clone(Some(&source), &["basebackup".to_owned()]).await
+    }
+
     async fn clone_without_source(&self) -> Result<(), PgError> {
         self.run_clone(None, &[]).await
     }

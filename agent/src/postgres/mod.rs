@@ -400,8 +400,14 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// After the first start of a new cluster: superuser password, replication and rewind users, `post_bootstrap`.
     fn create_users(&self, post_bootstrap: Option<String>) -> impl Future<Output = Result<(), PgError>> + Send;
 
-    /// Replaces the data directory by a copy of `source` (pg_basebackup). Leaves the server stopped.
+    /// Replaces the data directory by a copy of `source`, by the first of `create_replica_methods` that works (pg_basebackup
+    /// where there are none). Leaves the server stopped.
     fn clone_from(&self, source: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// The same by pg_basebackup, whatever other methods there are.
+    fn base_backup(&self, source: Upstream) -> impl Future<Output = Result<(), PgError>> + Send {
+        self.clone_from(source)
+    }
 
     /// The same by the methods of `create_replica_methods` that need no running server to copy from (`no_leader`).
     fn clone_without_source(&self) -> impl Future<Output = Result<(), PgError>> + Send {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use trunkline_tests::{LIMIT, Program, Scene, Spec, rest, wait};
+use trunkline_tests::{LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
 /// For one statement.
 const SHORT: Duration = Duration::from_secs(5);
@@ -126,6 +126,40 @@ async fn an_emptied_node_is_cloned_again() -> Result<()> {
     std::fs::remove_dir_all(&data).with_context(|| format!("{}", data.display()))?;
     replica.start()?;
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+/// A replica that is made anew goes by the methods of the configuration, unless it is to be copied from the leader itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_is_made_anew_when_somebody_asks_for_it() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    let lab = Lab::new("reinit")?;
+    let tries = lab.make_dir("notes")?.join("tries");
+    let method = json!({ "command": format!("sh -c 'echo tried >> {}; false'", tries.display()), "no_params": true });
+    spec.local = json!({ "postgresql": { "create_replica_methods": ["own", "basebackup"], "own": method } });
+    let mut scene = Scene::in_lab(lab, 1, spec).await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let port = scene.cluster.nodes[leader].rest_port();
+    let refused = rest::post(port, "/reinitialize", &json!({}), SHORT).await?;
+    ensure!(refused.status == 503 && refused.body.to_string().contains("I am the leader"), "{refused:?}");
+
+    let replica = 1 - leader;
+    let port = scene.cluster.nodes[replica].rest_port();
+    for (body, expected) in [(json!({}), 2), (json!({ "from_leader": true }), 2)] {
+        let before = directory(&scene, replica)?;
+        let answer = rest::post(port, "/reinitialize", &body, SHORT).await?;
+        ensure!(answer.status == 200, "{answer:?}");
+        wait::until("another data directory", LIMIT, async || {
+            ensure!(directory(&scene, replica)? != before, "it is the old one");
+            Ok(())
+        })
+        .await?;
+        ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+        let tried = std::fs::read_to_string(&tries).context("the method was not tried")?.lines().count();
+        ensure!(tried == expected, "the other method was tried {tried} times with {body}");
+    }
     scene.finish(load).await?;
     Ok(())
 }
