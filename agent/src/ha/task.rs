@@ -349,6 +349,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
     /// passed since it was decided.
     pub async fn promote(self, names: String, current_names: String, left_out: Vec<TimelineId>) -> TaskEnd {
+        let allowed = tokio::select! {
+            biased;
+            () = self.lease.must_not_write(&self.clock) => {
+                let why = "the leader key was lost while pre_promote ran".to_owned();
+                return TaskEnd::Failed { why, damaged: false };
+            }
+            allowed = self.postgres.pre_promote(START_LIMIT) => allowed,
+        };
+        match allowed {
+            Ok(()) => {}
+            Err(error @ PgError::Refused(_)) => return TaskEnd::Refused(error.to_string()),
+            Err(error) => return error.into(),
+        }
         // Names that a session shows are not yet names that commits wait by: an agent before may have set them just now.
         if !(names.is_empty() && current_names.is_empty())
             && let Err(error) = self.postgres.set_synchronous_standby_names(names).await

@@ -401,6 +401,10 @@ impl Postgres for Instance {
         self.kill_in_thread(super::process::fence_grace(limit), limit).await
     }
 
+    async fn pre_promote(&self, limit: Duration) -> Result<(), PgError> {
+        self.run_pre_promote(limit).await
+    }
+
     async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let began = self.inner.clock.now();
         let promoted = self.run_promote(limit, left_out).await;

@@ -458,6 +458,12 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Bounded by `limit`; does not touch the network.
     fn fence(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// Asks the operator's `pre_promote` whether this standby may be promoted. It ends with the future.
+    fn pre_promote(&self, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send {
+        let _ = limit;
+        async { Ok(()) }
+    }
+
     /// Promotes a standby and returns as soon as it takes writes, with its new timeline: the first number that is free. Those
     /// of `left_out` are not.
     fn promote(

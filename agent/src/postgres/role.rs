@@ -18,15 +18,17 @@ use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream
 const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
 
 impl Instance {
+    pub(super) async fn run_pre_promote(&self, limit: Duration) -> Result<(), PgError> {
+        let Some(command) = &self.config_now().pre_promote else { return Ok(()) };
+        let run = async { program::run(&mut program::shell_words(command)?).await };
+        let timeout = PgError::Timeout { what: "pre_promote".to_owned(), limit };
+        let done = tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout));
+        done.map_err(|error| PgError::Refused(error.to_string()))
+    }
+
     pub(super) async fn run_promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let until = self.inner.clock.now() + limit;
         let config = self.config_now();
-        if let Some(command) = &config.pre_promote {
-            let run = async { program::run(&mut program::shell_words(command)?).await };
-            let timeout = PgError::Timeout { what: "pre_promote".to_owned(), limit };
-            let done = tokio::time::timeout(limit, run).await.unwrap_or(Err(timeout));
-            done.map_err(|error| PgError::Refused(error.to_string()))?;
-        }
         let Some(postmaster) = self.process().find() else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
         };

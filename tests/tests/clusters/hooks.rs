@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
@@ -128,6 +128,48 @@ async fn the_operators_programs_are_run_at_their_moments_and_pre_promote_can_ref
 
     scene.cluster.nodes[1 - leader].stop(Duration::from_secs(60)).await?;
     notes[1 - leader].are(&["on_stop replica demo"]).await?;
+    scene.lab.success();
+    Ok(())
+}
+
+/// Nothing is decided while `pre_promote` runs, so it must not run on for another node's key.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promotion_that_is_being_asked_for_ends_with_the_leader_key() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": false });
+    let mut scene = Scene::with("asked", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let candidate = 1 - leader;
+    let node = &mut scene.cluster.nodes[candidate];
+    let asked = node.dir().join("asked");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+    config["postgresql"]["pre_promote"] =
+        format!("sh -c 'test -e {0} || (echo > {0}; exec sleep 50)'", asked.display()).into();
+    node.configure(&config.to_string())?;
+    ensure!(rest::post(node.rest_port(), "/reload", &json!({}), LIMIT).await?.status == 202);
+    let names = |node: usize| scene.cluster.nodes[node].name().to_owned();
+    let request = json!({ "leader": names(leader), "candidate": names(candidate) });
+    let port = scene.cluster.nodes[leader].rest_port();
+    let switchover = tokio::spawn(async move { rest::post(port, "/switchover", &request, LIMIT).await });
+    wait::until("pre_promote to run", LIMIT, async || {
+        ensure!(asked.exists(), "not yet");
+        Ok(())
+    })
+    .await?;
+
+    // /service/demo/leader, by etcd's JSON gateway.
+    let endpoint = scene.etcd.endpoints().swap_remove(0);
+    let etcd: u16 = endpoint.rsplit_once(':').context("a port")?.1.parse()?;
+    let gone = rest::post(etcd, "/v3/kv/deleterange", &json!({ "key": "L3NlcnZpY2UvZGVtby9sZWFkZXI=" }), LIMIT).await?;
+    ensure!(gone.body["deleted"] == "1", "{gone:?}");
+    wait::until("the promotion to end", Duration::from_secs(20), async || {
+        let log = scene.cluster.nodes[candidate].log()?;
+        ensure!(log.contains("the leader key was lost while pre_promote ran"), "the log does not say so");
+        Ok(())
+    })
+    .await?;
+    scene.read_write().execute("CREATE TABLE t (i int)", LIMIT).await?;
+    switchover.abort();
     scene.lab.success();
     Ok(())
 }
