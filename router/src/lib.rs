@@ -10,7 +10,7 @@
 //! | where does TLS end or begin, if it does? | [`crypto`], [`wire`], [`sasl`] |
 //! | where do bytes move? | [`relay`], with [`boundary`] (pure) |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
-//! | how many at once? | [`places`], [`port`], [`hold`] |
+//! | how many at once? | [`places`], [`port`], [`hold`], [`memory`] |
 //! | who listens, and what does a changed configuration change? | [`accept`], [`listeners`], [`reload`], [`socket`] |
 //! | how does the process stop or hand over? | [`server`], [`handover`] |
 //! | what does an operator see? | [`admin`], [`metrics`] |
@@ -34,6 +34,7 @@ pub mod hold;
 pub mod key;
 pub mod lag;
 pub mod listeners;
+pub mod memory;
 pub mod metrics;
 pub mod places;
 pub mod port;

@@ -1,6 +1,6 @@
 //! `trunkline-router [--validate] router.yml`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::telemetry;
+use trunkline_config::router::Port;
 use trunkline_config::{Env, RouterConfig};
 use trunkline_router::admin::Admin;
 use trunkline_router::handover::Taker;
@@ -25,7 +26,7 @@ use trunkline_router::probe::Prober;
 use trunkline_router::registration::Registrar;
 use trunkline_router::reload::Reloader;
 use trunkline_router::server::{Background, Plan};
-use trunkline_router::{Router, admin, follow, heard, server, socket, survey};
+use trunkline_router::{Router, admin, follow, heard, memory, server, socket, survey};
 
 /// How long a request to etcd may take, over all endpoints, before knowledge counts as doubtful.
 const DCS_TIMEOUT: Duration = Duration::from_secs(3);
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
 fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
     let _log = telemetry::init(&config.log).context("the log can't be opened")?;
     raise_file_limit(config.limits.max_sessions);
+    look_at_memory(&config);
     let router = Router::new(config.limits)?;
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -132,6 +134,16 @@ fn raise_file_limit(sessions: usize) {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     if limit / 2 < sessions as u64 {
         warn!(limit, max_sessions = sessions, "too few open files are permitted for that many sessions: two for each");
+    }
+}
+
+/// What must not happen is that sessions end because there are too many of them.
+fn look_at_memory(config: &RouterConfig) {
+    let sessions = config.limits.max_sessions;
+    let needed = memory::needed(sessions, config.ports.iter().any(Port::speaks_tls));
+    if let Some(limit) = memory::limit(Path::new("/")).filter(|limit| *limit < needed) {
+        let (needed, limit) = (needed >> 20, limit >> 20);
+        warn!(max_sessions = sessions, "that many sessions may need {needed} MiB of memory, and there are {limit}");
     }
 }
 
