@@ -170,6 +170,11 @@ impl Listeners {
         Ok(open.values().map(of).collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
+    /// Listens nowhere any more, once the threads have let go as well: clients are refused and don't wait for a process that ends.
+    pub fn close(&self) {
+        self.open.lock().clear();
+    }
+
     /// Gives a session of another process to one thread after the other; waits while that one is busy. Not for use inside a
     /// runtime.
     pub fn resume(&self, adopted: Adopted) {

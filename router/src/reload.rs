@@ -33,7 +33,7 @@ pub struct Reloader {
 }
 
 impl Reloader {
-    /// Reloads at SIGHUP and when a file has changed, for ever.
+    /// Reloads at SIGHUP and when a file has changed, until the router drains.
     pub async fn run(mut self) {
         let mut hup = match signal(SignalKind::hangup()) {
             Ok(hup) => hup,
@@ -44,6 +44,7 @@ impl Reloader {
             let clock = self.router.clock;
             tokio::select! {
                 _ = hup.recv() => {}
+                () = self.router.drain_begun() => return,
                 () = clock.sleep_until(clock.now() + PAUSE) => {
                     let marks = self.marks();
                     // What is still being written is read when it has been the same for a while.

@@ -79,8 +79,8 @@ pub fn candidates(table: &RouteTable, port: &Port, now: Instant) -> Vec<Arc<Back
     }
 }
 
-/// The servers that may have sessions of `port`, through this router or another one: whatever their lag now, and of every
-/// kind where clients choose.
+/// The servers that may have sessions of `port`, through this router or another one: whatever their lag now, also if they get no
+/// new ones, and of every kind where clients choose.
 pub fn possible(table: &RouteTable, port: &Port) -> Vec<Arc<Backend>> {
     let port =
         Port { max_lag: Lag::default(), ..port.with_target(if port.choice { Target::Any } else { port.target }) };
@@ -88,7 +88,10 @@ pub fn possible(table: &RouteTable, port: &Port) -> Vec<Arc<Backend>> {
     let standbys = table.standbys.iter().filter(|standby| judge(standby, false, &port, now).is_ok());
     let substitute = port.no_candidate == NoCandidate::Leader;
     let leader = table.leader.iter().filter(|leader| substitute || judge(leader, true, &port, now).is_ok());
-    standbys.chain(leader).cloned().collect()
+    let leads = |other: &Backend| other.epoch.is_some();
+    let others = table.others.iter();
+    let others = others.filter(|other| (substitute && leads(other)) || judge(other, leads(other), &port, now).is_ok());
+    standbys.chain(leader).chain(others).cloned().collect()
 }
 
 /// What `port` makes of every member, by name.
@@ -254,9 +257,9 @@ mod tests {
         let max_lag = Lag { bytes: Some(1), time: None };
         let lagging = Port { max_lag, ..port(Target::Replica, NoCandidate::Hold) };
         for (port, expected) in [
-            (lagging.clone(), "bcd"),
-            (Port { no_candidate: NoCandidate::Leader, ..lagging.clone() }, "bcda"),
-            (Port { choice: true, ..port(Target::Leader, NoCandidate::Hold) }, "bcda"),
+            (lagging.clone(), "bcde"),
+            (Port { no_candidate: NoCandidate::Leader, ..lagging.clone() }, "bcdae"),
+            (Port { choice: true, ..port(Target::Leader, NoCandidate::Hold) }, "bcdae"),
             (port(Target::Leader, NoCandidate::Hold), "a"),
         ] {
             let found: String = possible(&table(), &port).iter().map(|server| server.member.as_str()).collect();

@@ -87,12 +87,13 @@ pub fn run(plan: Plan) -> io::Result<()> {
                 warn!(%error, "the process whose sockets were taken does not know that it may end");
             }
             let thread = std::thread::Builder::new().name("adoption".into());
+            let listeners = listeners.clone();
             thread.spawn(move || take_sessions(&listeners, &taker))?;
         } else {
             // Of one that takes over the process before has told it.
             tell_systemd(NotifyState::Ready);
         }
-        signals.end(router, next).await;
+        signals.end(router, &listeners, next).await;
         Ok(())
     })
 }
@@ -281,7 +282,7 @@ impl Signals {
     }
 
     /// Returns when the process shall end.
-    async fn end(mut self, router: Arc<Router>, mut next: Next) {
+    async fn end(mut self, router: Arc<Router>, listeners: &Listeners, mut next: Next) {
         let taken = loop {
             tokio::select! {
                 () = self.stop.told() => break None,
@@ -299,7 +300,10 @@ impl Signals {
                 info!(pid, "the next process is in charge");
                 pid.map(NotifyState::MainPid).map(tell_systemd);
             }
-            None => tell_systemd(NotifyState::Stopping),
+            None => {
+                tell_systemd(NotifyState::Stopping);
+                listeners.close();
+            }
         }
         let limit = router.limits().drain_timeout;
         let drained = tokio::select! {

@@ -127,6 +127,8 @@ pub struct RouteTable {
     pub leader: Option<Arc<Backend>>,
     /// Standbys that may be read from, whatever their lag, by name.
     pub standbys: Vec<Arc<Backend>>,
+    /// Servers that get no new sessions, and may have old ones.
+    pub others: Vec<Arc<Backend>>,
     /// Members whose servers answer their agents; of another one with sessions nothing good is known.
     pub up: BTreeSet<MemberName>,
     /// Every member, and why it is a candidate or not, in words.
@@ -145,6 +147,7 @@ impl RouteTable {
             elected: None,
             leader: None,
             standbys: Vec::new(),
+            others: Vec::new(),
             up: BTreeSet::new(),
             verdicts: Vec::new(),
         }
@@ -162,18 +165,19 @@ impl RouteTable {
             elected: None,
             leader: None,
             standbys: Vec::new(),
+            others: Vec::new(),
             up: view.members.iter().filter(|(_, member)| is_up(member)).map(|(name, _)| name.clone()).collect(),
             verdicts: Vec::new(),
         };
         for (name, member) in &view.members {
             let verdict = if view.is_leader(name) { leader_verdict(member) } else { standby_verdict(member) };
             let elected = verdict == Err(NOT_PROMOTED) && member.is_running();
-            let (verdict, address) = match (verdict, member.host_port()) {
-                (Ok(_), None) => ("no usable conn_url", None),
-                (Ok(good), address) => (good, address),
-                (Err(bad), address) => (bad, address.filter(|_| elected)),
+            let address = member.host_port();
+            let told = match verdict {
+                Ok(_) if address.is_none() => "no usable conn_url",
+                Ok(told) | Err(told) => told,
             };
-            table.verdicts.push((name.clone(), verdict));
+            table.verdicts.push((name.clone(), told));
             let Some((host, port)) = address else { continue };
             let backend = Arc::new(Backend {
                 member: name.clone(),
@@ -187,10 +191,11 @@ impl RouteTable {
                 tags: member.tags.iter().filter_map(|(tag, value)| Some((tag.clone(), tags::text(value)?))).collect(),
                 timeline: member.timeline,
             });
-            match view.is_leader(name) {
-                true if elected => table.elected = Some(backend),
-                true => table.leader = Some(backend),
-                false => table.standbys.push(backend),
+            match (verdict, view.is_leader(name)) {
+                (Ok(_), true) => table.leader = Some(backend),
+                (Ok(_), false) => table.standbys.push(backend),
+                (Err(_), true) if elected => table.elected = Some(backend),
+                (Err(_), _) => table.others.push(backend),
             }
         }
         table
@@ -201,7 +206,7 @@ impl RouteTable {
         self.certainty = Certainty::Unconfirmed { proven };
         self.elected = None;
         if !proven {
-            self.leader = None;
+            self.others.extend(self.leader.take());
         }
         self
     }

@@ -139,3 +139,35 @@ async fn guesses_are_limited_and_keys_that_are_known_are_not() {
         while leader.request().await.1 != cancel(b"eyes") {}
     }
 }
+
+#[tokio::test]
+async fn one_that_reaches_another_router_than_its_session_finds_it_too() {
+    let (mut own, mut other) = (World::new(limits()), World::new(limits()));
+    let (mut ports, servers) = (Vec::new(), [Fake::start().await, Fake::start().await, Fake::start().await]);
+    for world in [&mut own, &mut other] {
+        ports.push([world.open(port(Target::Leader)).await, world.open(port(Target::Replica)).await]);
+        world.lead("a", servers[0].at).await;
+        world.follow("b", servers[1].at).await;
+        world.follow("c", servers[2].at).await;
+    }
+    let (writer, reader) = (connect(ports[0][0], STARTUP).await, connect(ports[0][1], STARTUP).await);
+    let _at_leader = servers[0].session().await;
+    let mut asked = connect(ports[1][0], CANCEL).await;
+    assert_eq!(servers[0].request().await.1, CANCEL);
+    assert_eq!(rest(&mut asked).await, b"");
+    // Whoever it was that took the reader: both are asked, also where no new sessions would be sent.
+    let which = tokio::select! { _ = servers[1].session() => 1, _ = servers[2].session() => 2 };
+    let name = ["a", "b", "c"][which];
+    other.change(|view| view.members.get_mut(&name.into()).unwrap().replication_state = None).await;
+    let mut asked = connect(ports[1][1], CANCEL).await;
+    for server in &servers[1..] {
+        assert_eq!(server.request().await.1, CANCEL);
+    }
+    assert_eq!(rest(&mut asked).await, b"");
+    // Nor does the leader get new ones while it is about to stop.
+    other.stops("a").await;
+    let mut asked = connect(ports[1][0], CANCEL).await;
+    assert_eq!(servers[0].request().await.1, CANCEL);
+    assert_eq!(rest(&mut asked).await, b"");
+    drop((writer, reader));
+}

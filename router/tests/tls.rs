@@ -342,22 +342,33 @@ async fn a_new_certificate_is_shown_to_new_clients() {
 
 #[tokio::test]
 async fn client_certificates_are_asked_for() {
-    let files = Certificates::new(&["own", "client"]);
+    let files = Certificates::new(&["own", "client", "stranger"]);
     let mut world = World::new(limits());
     let leader = Fake::start().await;
     world.lead("a", leader.at).await;
-    let mut one = files.port("own");
-    if let Some(tls) = &mut one.tls {
-        (tls.cafile, tls.verify_client) = (Some(files.file("client.pem")), VerifyClient::Required);
-    }
-    let rw = world.open(one).await;
-    let (own, certificate, key) = (files.file("own.pem"), files.file("client.pem"), files.file("client.key"));
-    for (certificate, good) in [(Some(&*certificate), true), (None, false)] {
-        let mut stream = connect(rw, SSL_REQUEST).await;
+    let own = files.file("own.pem");
+    for (verify_client, shown, good) in [
+        (VerifyClient::Required, Some("client"), true),
+        (VerifyClient::Required, None, false),
+        (VerifyClient::Required, Some("stranger"), false),
+        (VerifyClient::Optional, Some("client"), true),
+        (VerifyClient::Optional, None, true),
+        (VerifyClient::Optional, Some("stranger"), false),
+        (VerifyClient::None, Some("stranger"), true),
+    ] {
+        let mut one = files.port("own");
+        one.name = format!("{verify_client:?} {shown:?}");
+        if let Some(tls) = &mut one.tls {
+            (tls.cafile, tls.verify_client) = (Some(files.file("client.pem")), verify_client);
+        }
+        let mut stream = connect(world.open(one).await, SSL_REQUEST).await;
         assert_eq!(within(stream.read_u8()).await.unwrap(), b'S');
-        let config = tls::client_config(Some(&own), certificate, certificate.map(|_| &*key), Verify::Full).unwrap();
+        let (certificate, key) =
+            shown.map(|name| (files.file(&format!("{name}.pem")), files.file(&format!("{name}.key")))).unzip();
+        let config = tls::client_config(Some(&own), certificate.as_deref(), key.as_deref(), Verify::Full).unwrap();
+        let what = format!("{verify_client:?}, {shown:?}");
         let Ok(mut client) = within(TlsConnector::from(config).connect(here(), stream)).await else {
-            assert!(!good);
+            assert!(!good, "{what}");
             continue;
         };
         let _ = client.write_all(STARTUP).await;
@@ -365,10 +376,61 @@ async fn client_certificates_are_asked_for() {
             leader.session().await;
             hears(&mut client, b"R").await;
         } else {
-            assert!(within(client.read_u8()).await.is_err());
+            assert!(within(client.read_u8()).await.is_err(), "{what}");
         }
     }
     leader.stays_alone().await;
+}
+
+/// What is checked of a server grows with the mode; and a server may ask for the router's own certificate.
+#[tokio::test]
+async fn servers_are_checked_as_far_as_the_port_says() {
+    let files = Certificates::new(&["server", "other", "router"]);
+    let elsewhere = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30 -subj /CN=far -addext \
+                     subjectAltName=IP:127.0.0.2 -keyout far.key -out far.pem";
+    let made = Command::new("openssl").args(elsewhere.split_whitespace()).current_dir(files.0.path()).output().unwrap();
+    assert!(made.status.success());
+    let mut world = World::new(limits());
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    for (mode, trusted, shown, good) in [
+        (ServerTlsMode::Require, "server", "other", true),
+        (ServerTlsMode::VerifyCa, "server", "server", true),
+        (ServerTlsMode::VerifyCa, "server", "other", false),
+        (ServerTlsMode::VerifyCa, "far", "far", true),
+        (ServerTlsMode::VerifyFull, "far", "far", false),
+        (ServerTlsMode::VerifyFull, "server", "server", true),
+    ] {
+        let server_tls = ServerTls {
+            mode,
+            cafile: Some(files.file(&format!("{trusted}.pem"))),
+            certfile: Some(files.file("router.pem")),
+            keyfile: Some(files.file("router.key")),
+        };
+        let what = format!("{mode:?}, {shown} where {trusted} is trusted");
+        let one = Port { name: what.clone(), server_tls: Some(server_tls), ..port(Target::Leader) };
+        let client = connect(world.open(one).await, STARTUP).await;
+        let (mut raw, packet) = leader.request().await;
+        assert_eq!(packet, SSL_REQUEST);
+        raw.write_all(b"S").await.unwrap();
+        let (certificate, key) = (files.file(&format!("{shown}.pem")), files.file(&format!("{shown}.key")));
+        let asks =
+            tls::server_config(&certificate, Some(&key), Some(&files.file("router.pem")), VerifyClient::Required);
+        let accepted = within(TlsAcceptor::from(asks.unwrap()).accept(raw)).await;
+        let mut got = Vec::new();
+        if let Ok(mut server) = accepted {
+            assert!(server.get_ref().1.peer_certificates().is_some(), "the router's own");
+            let mut startup = vec![0; STARTUP.len()];
+            if within(server.read_exact(&mut startup)).await.is_ok() {
+                got = startup;
+            }
+        }
+        assert_eq!(got == STARTUP, good, "{what}");
+        // Otherwise it goes on to try.
+        drop(client);
+        eventually(|| world.router.connections() == 0).await;
+        while tokio::time::timeout(Duration::from_millis(20), leader.connection()).await.is_ok() {}
+    }
 }
 
 #[tokio::test]

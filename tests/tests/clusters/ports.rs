@@ -254,6 +254,32 @@ async fn libpq_speaks_tls_through_the_router_and_with_it() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_that_is_replaced_is_shown_without_a_restart() -> Result<()> {
+    let lab = Lab::new("certificates")?;
+    let (certificate, key) = certificate::own(&lab)?;
+    let port = lab.port()?;
+    let more = |_: &Lab| {
+        let tls = json!({"certfile": certificate, "keyfile": key});
+        Ok(vec![json!({"name": "tls", "listen": format!("127.0.0.1:{port}"), "target": "leader", "tls": tls})])
+    };
+    let scene = scene_with(lab.clone(), Spec::new(2, &Program::agent()?), more).await?;
+    let old = lab.dir().join("old.pem");
+    std::fs::copy(&certificate, &old)?;
+    let trusting = |file: &std::path::Path| format!("sslmode=verify-full sslrootcert={}", file.display());
+    psql(&scene, port, &trusting(&old)).await?;
+    // In place, one file after the other.
+    let (certificate, _) = certificate::own(&lab)?;
+    let shown = wait::until("the new certificate to be shown", LIMIT, async || {
+        psql(&scene, port, &trusting(&certificate)).await?;
+        ensure!(psql(&scene, port, &trusting(&old)).await.is_err(), "the old one is");
+        Ok(())
+    });
+    shown.await?;
+    scene.lab.success();
+    Ok(())
+}
+
 /// The state of the configuration, as the router tells it.
 async fn configuration(admin: u16) -> Result<String> {
     let health = rest::get(admin, "/health").await?.body;

@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::json;
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
@@ -277,6 +278,44 @@ async fn every_metric_of_the_alert_rules_is_there() -> Result<()> {
         Ok(())
     });
     all_there.await?;
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn told_to_end_it_waits_for_sessions_and_no_longer_than_it_may() -> Result<()> {
+    let lab = Lab::new("drain")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?)).await?;
+    cluster.settled(LIMIT).await?;
+    for (drain_timeout, leaves) in [(60, true), (2, false)] {
+        let extra = json!({ "limits": { "drain_timeout": drain_timeout } });
+        let (scope, ports) = (&cluster.spec().scope, proxy::Ports::any(&lab)?);
+        let mut router = Proxy::router(&lab, Program::router()?, ports, scope, &etcd.endpoints(), &extra).await?;
+        let target = router.read_write(&cluster.spec().password);
+        let session = target.connect(LIMIT).await?;
+        session.batch_execute("BEGIN").await?;
+        let told = SystemClock.now();
+        router.process().signal(Signal::TERM);
+        wait::until("new connections to be refused", LIMIT, async || {
+            ensure!(TcpStream::connect(("127.0.0.1", ports.read_write)).is_err());
+            Ok(())
+        })
+        .await?;
+        let ready = rest::get(ports.admin, "/ready").await?;
+        ensure!(ready.status == 503 && ready.body["draining"] == true, "{}", ready.body);
+        session.batch_execute("SELECT 1").await?;
+        ensure!(router.process().ended().is_none(), "its session goes on");
+        if leaves {
+            session.batch_execute("COMMIT").await?;
+            drop(session);
+        }
+        let ended = wait::until("the router to end", LIMIT, async || router.process().ended().context("it is there"));
+        ensure!(ended.await?.success());
+        let took = SystemClock.now().since(told);
+        println!("told to end with a session and {drain_timeout} s for it, the router took {took:?}");
+        ensure!(took < Duration::from_secs(10) && (leaves || took >= Duration::from_secs(2)), "{took:?}");
+    }
     lab.success();
     Ok(())
 }
