@@ -167,6 +167,12 @@ impl Heard {
     pub fn hear(&mut self, view: &ClusterView, answers: &[Answer], asked: Instant) {
         let leaders: Vec<&MemberName> =
             answers.iter().filter(|(_, answer)| *answer == Ok(true)).map(|(name, _)| name).collect();
+        let takes_back = |(name, answer): &Answer| {
+            *answer == Ok(false) && self.word.as_ref().is_some_and(|(word_of, _)| word_of == name)
+        };
+        if answers.iter().any(takes_back) {
+            self.word = None;
+        }
         match leaders[..] {
             [leader] => {
                 let (leader, about) = (Some(leader.clone()), Some(subject(view)));
@@ -465,6 +471,15 @@ mod tests {
         let mut world = failsafe();
         world.hear("a", Ok(true), Some(("a", 7)), 1_000);
         assert_eq!(world.read(Some(("a", 9)), 3_001).0, reign("a", 9), "its word was too old");
+
+        let mut world = failsafe();
+        world.hear("a", Ok(true), Some(("a", 7)), 1_000);
+        assert_eq!(world.heard.word(), Some(("a".into(), at(3_000))));
+        world.hear("a", Err(()), Some(("a", 7)), 1_200);
+        assert!(world.heard.word().is_some(), "it may be busy");
+        world.hear("a", Ok(false), Some(("a", 7)), 1_500);
+        assert_eq!(world.heard.word(), None);
+        assert_eq!(world.read(Some(("a", 9)), 1_600).0, reign("a", 9), "it has taken its word back");
     }
 
     #[test]
