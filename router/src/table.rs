@@ -172,33 +172,45 @@ impl RouteTable {
         for (name, member) in &view.members {
             let verdict = if view.is_leader(name) { leader_verdict(member) } else { standby_verdict(member) };
             let elected = verdict == Err(NOT_PROMOTED) && member.is_running();
-            let address = member.host_port();
-            let told = match verdict {
-                Ok(_) if address.is_none() => "no usable conn_url",
-                Ok(told) | Err(told) => told,
+            let (verdict, address) = match (verdict, member.host_port()) {
+                (Ok(_), None) => ("no usable conn_url", None),
+                (Ok(good), address) => (good, address),
+                (Err(bad), address) => (bad, address.filter(|_| elected)),
             };
-            table.verdicts.push((name.clone(), told));
+            table.verdicts.push((name.clone(), verdict));
             let Some((host, port)) = address else { continue };
             let backend = Arc::new(Backend {
                 member: name.clone(),
                 host,
                 port,
                 epoch: reign.clone().filter(|epoch| epoch.member == *name),
-                sync: view.leader.as_ref().is_some_and(|leader| view.sync.leader.as_ref() == Some(&leader.name))
-                    && view.sync.lists(name),
+                sync: is_sync(view, name),
                 lag: lag(view.status.optime, member),
                 behind_since: None,
                 tags: member.tags.iter().filter_map(|(tag, value)| Some((tag.clone(), tags::text(value)?))).collect(),
                 timeline: member.timeline,
             });
-            match (verdict, view.is_leader(name)) {
-                (Ok(_), true) => table.leader = Some(backend),
-                (Ok(_), false) => table.standbys.push(backend),
-                (Err(_), true) if elected => table.elected = Some(backend),
-                (Err(_), _) => table.others.push(backend),
+            match view.is_leader(name) {
+                true if elected => table.elected = Some(backend),
+                true => table.leader = Some(backend),
+                false => table.standbys.push(backend),
             }
         }
+        table.others = table.rest_of(view);
         table
+    }
+
+    /// The servers that are nothing else.
+    fn rest_of(&self, view: &ClusterView) -> Vec<Arc<Backend>> {
+        let known = || self.standbys.iter().chain(&self.leader).chain(&self.elected);
+        let rest = view.members.iter().filter(|(name, _)| known().all(|backend| backend.member != **name));
+        let server = |(name, member): (&MemberName, &Member)| {
+            let (host, port) = member.host_port()?;
+            let epoch = self.reign.clone().filter(|epoch| epoch.member == *name);
+            let tags = member.tags.iter().filter_map(|(tag, value)| Some((tag.clone(), tags::text(value)?))).collect();
+            Some(Arc::new(Backend { epoch, sync: is_sync(view, name), tags, ..Backend::at(name.clone(), host, port) }))
+        };
+        rest.filter_map(server).collect()
     }
 
     /// The same table once the DCS has been silent for too long.
@@ -210,6 +222,11 @@ impl RouteTable {
         }
         self
     }
+}
+
+/// Whether the leader waits for it at commit.
+fn is_sync(view: &ClusterView, name: &MemberName) -> bool {
+    view.leader.as_ref().is_some_and(|leader| view.sync.leader.as_ref() == Some(&leader.name)) && view.sync.lists(name)
 }
 
 /// Whether the holder of the leader key has announced that it is about to stop.
