@@ -11,8 +11,19 @@ use trunkline_common::dcs::{KeyValue, Snapshot};
 use trunkline_common::{LeaseId, Revision};
 use trunkline_router::table::RouteTable;
 
-const KEYS: [&str; 9] =
-    ["initialize", "config", "leader", "members/a", "failover", "sync", "status", "history", "failsafe"];
+const KEYS: &[&str] = &[
+    "initialize",
+    "config",
+    "leader",
+    "members/a",
+    "failover",
+    "sync",
+    "status",
+    "history",
+    "failsafe",
+    "timeline",
+    "routers/r",
+];
 
 fuzz_target!(|writes: Vec<(u8, Vec<u8>)>| {
     let paths = Paths::new("service", "demo");

@@ -590,3 +590,66 @@ async fn an_upgrade_waits_for_etcd_and_nobody_notices() -> Result<()> {
     scene.lab.success();
     Ok(())
 }
+
+/// The next router has never heard etcd, and calls the leader's reign by another name than the one before; and than etcd does later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upgrade_without_etcd_keeps_the_sessions_of_a_leader_that_proves_itself() -> Result<()> {
+    let socket = |lab: &Lab| anyhow::Ok(lab.make_dir("socket")?.join(".s.PGSQL.5000"));
+    let local = |lab: &Lab| Ok(vec![json!({"name": "local", "listen": socket(lab)?, "target": "leader"})]);
+    let mut scene = scene("upgrade-proven", local).await?;
+    let (lab, ports) = (scene.lab.clone(), scene.router.ports());
+    scene.router.process().kill();
+    let detour = Detour::to(&scene.etcd.endpoints()[0]).await?;
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(lab.dir().join("etc/router.yml"))?)?;
+    config["etcd3"]["hosts"] = json!([detour.address()?]);
+    let member = |node: &trunkline_tests::Node| {
+        let api_url = format!("http://127.0.0.1:{}", node.rest_port());
+        json!({"name": node.name(), "api_url": api_url, "connect_address": format!("127.0.0.1:{}", node.port())})
+    };
+    config["members"] = scene.cluster.nodes.iter().map(member).collect();
+    config["limits"] = json!({"stale_after": 1});
+    lab.write_config("next.yml", &config.to_string())?;
+
+    let mut running = router_process(&scene, "before", "router.yml", &[])?;
+    let target = Target::new(ports.read_write, &scene.cluster.spec().password);
+    wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+    target.execute("CREATE TABLE kept (n int)", LIMIT).await?;
+    let session = connect(&scene, ports.read_write, "").await?;
+    session.batch_execute("BEGIN; INSERT INTO kept VALUES (1)").await?;
+    let mut by_socket = Config::new();
+    let socket = socket(&lab)?;
+    by_socket.host_path(socket.parent().context("no directory")?).port(5000).user("postgres");
+    by_socket.password(&scene.cluster.spec().password);
+    let (local, connection) = tokio::time::timeout(LIMIT, by_socket.connect(NoTls)).await??;
+    tokio::spawn(connection);
+    local.batch_execute("BEGIN; INSERT INTO kept VALUES (2)").await?;
+
+    let mut next = router_process(&scene, "next", "next.yml", &["--upgrade"])?;
+    wait::until("the old router to end", LIMIT, async || {
+        ensure!(next.ended().is_none(), "the new router has ended");
+        running.ended().context("it is still there")
+    })
+    .await?;
+    let health = rest::get(ports.admin, "/health").await?.body;
+    ensure!(health["certainty"] == "unconfirmed, leader proven", "{health}");
+    ensure!(metric(ports.admin, "trunkline_router_adopted_total").await? == 2.0);
+    session.execute("INSERT INTO kept VALUES (3)", &[]).await?;
+    ensure!(target.query_one("SELECT 'served'", LIMIT).await? == "served");
+
+    let forwarding = detour.open();
+    wait::until("etcd to be heard", LIMIT, async || {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["certainty"] == "confirmed", "{health}");
+        Ok(())
+    })
+    .await?;
+    session.batch_execute("COMMIT").await?;
+    local.batch_execute("COMMIT").await?;
+    ensure!(target.query_one("SELECT count(*) FROM kept", LIMIT).await? == "3");
+    let (again, connection) = tokio::time::timeout(LIMIT, by_socket.connect(NoTls)).await??;
+    tokio::spawn(connection);
+    ensure!(!is_standby(&again).await?);
+    forwarding.abort();
+    scene.lab.success();
+    Ok(())
+}
