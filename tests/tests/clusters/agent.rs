@@ -1,8 +1,13 @@
 //! The agent dies or is replaced while PostgreSQL goes on.
 
+use std::io::Write as _;
+use std::process::Stdio;
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use trunkline_tests::{LIMIT, Scene, rest, wait};
+use trunkline_tests::workload::{self, Writers};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_agent_takes_over_a_running_postgresql() -> Result<()> {
@@ -69,5 +74,81 @@ async fn an_agent_that_finds_data_of_another_cluster_stops_its_primary_and_ends(
     ended.await?;
     ensure!(scene.cluster.nodes[node].postmaster().is_err(), "its primary goes on without it");
     scene.lab.success();
+    Ok(())
+}
+
+/// What docs/migration.md says of a server that nobody has managed so far.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_of_its_own_becomes_a_cluster_without_a_failed_write() -> Result<()> {
+    let lab = Lab::new("stand-alone")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    // Its own access rules and parameters stay in force.
+    spec.local = json!({ "postgresql": { "pg_hba": null, "parameters": null } });
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    let node = &cluster.nodes[0];
+    let (data, port) = (node.data_dir(), node.port());
+    let run = |tool: &str, arguments: &[&str]| -> Result<()> {
+        let program = Program::new(lab.tools().postgres_bin.join(tool));
+        let mut command = lab.command(&program, node.dir())?;
+        command.arg("-D").arg(&data).args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        ensure!(command.status()?.success(), "{tool} failed");
+        Ok(())
+    };
+    run("initdb", &["-U", "postgres", "-A", "trust", "--no-sync"])?;
+    let mut own = std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"))?;
+    let sockets = node.dir().display();
+    writeln!(own, "port = {port}\nunix_socket_directories = '{sockets}'\nwork_mem = '7MB'\nmax_wal_senders = 10")?;
+    run("pg_ctl", &["start", "-w", "-s", "-l", "server.log"])?;
+    let postmaster = node.postmaster()?;
+    let targets = cluster.targets();
+    let server = &targets[0];
+    let password = &cluster.spec().password;
+    for user in ["replicator REPLICATION", "rewind_user SUPERUSER"] {
+        server.execute(&format!("CREATE USER {user} PASSWORD '{password}'"), LIMIT).await?;
+    }
+    workload::create_table(server).await?;
+    let writers = Writers::start(server, 0, 2, Duration::from_millis(10));
+    writers.progress(20, LIMIT).await?;
+
+    cluster.nodes[0].start()?;
+    wait::until("the agent to lead", LIMIT, async || {
+        let status = cluster.nodes[0].health("/primary").await;
+        ensure!(status == Some(200), "GET /primary is {status:?}");
+        Ok(())
+    })
+    .await?;
+    writers.progress(100, LIMIT).await?;
+    cluster.nodes[1].start()?;
+    ensure!(cluster.settled(LIMIT).await? == 0, "the copy leads");
+    writers.progress(100, LIMIT).await?;
+    let record = writers.stop().await;
+    ensure!(record.failures == 0, "{} statements failed", record.failures);
+    ensure!(cluster.nodes[0].postmaster()? == postmaster, "PostgreSQL was restarted");
+    wait::until("all rows on the copy", LIMIT, async || {
+        let missing = record.missing(&targets[1]).await?;
+        ensure!(missing.is_empty(), "{} rows are missing", missing.len());
+        Ok(())
+    })
+    .await?;
+
+    // /service/demo/initialize, by etcd's JSON gateway.
+    let endpoint = etcd.endpoints().swap_remove(0);
+    let etcd: u16 = endpoint.rsplit_once(':').context("a port")?.1.parse()?;
+    let found = rest::post(etcd, "/v3/kv/range", &json!({ "key": "L3NlcnZpY2UvZGVtby9pbml0aWFsaXpl" }), LIMIT).await?;
+    let system = "SELECT encode(system_identifier::text::bytea, 'base64') FROM pg_control_system()";
+    ensure!(found.body["kvs"][0]["value"] == server.query_one(system, LIMIT).await?, "initialize is {found:?}");
+
+    // Its own settings are in a file of their own, and survive a restart by the agent.
+    let base = std::fs::read_to_string(data.join("postgresql.base.conf"))?;
+    ensure!(base.contains("work_mem = '7MB'"), "postgresql.base.conf has not its settings");
+    let answer = rest::post(cluster.nodes[0].rest_port(), "/restart", &json!({}), LIMIT).await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    for target in &targets {
+        let work_mem = target.query_one("SHOW work_mem", LIMIT).await?;
+        ensure!(work_mem == "7MB", "work_mem is {work_mem} at port {}", target.port());
+    }
+    ensure!(cluster.settled(LIMIT).await? == 0, "leadership moved");
+    lab.success();
     Ok(())
 }

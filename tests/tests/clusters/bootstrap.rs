@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -81,6 +81,34 @@ async fn half_a_cluster_is_moved_aside_and_made_anew() -> Result<()> {
     ensure!(aside.join("PG_VERSION").exists(), "{} is not there", aside.display());
     let log = cluster.nodes[0].log()?;
     ensure!(log.contains("the bootstrap of an earlier agent was cut off"), "{log}");
+    lab.success();
+    Ok(())
+}
+
+/// A cluster without what `post_bootstrap` was to make of it is none: it is moved aside, and made again until that works.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bootstrap_whose_last_step_fails_is_taken_back_and_tried_again() -> Result<()> {
+    let lab = Lab::new("post-bootstrap")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let works = lab.make_dir("notes")?.join("works");
+    let mut spec = Spec::new(1, &Program::agent()?);
+    spec.local = json!({ "bootstrap": { "post_bootstrap": format!("sh -c 'test -e {}'", works.display()) } });
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    cluster.nodes[0].start()?;
+    let aside = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.file_name().to_string_lossy().contains(".failed"))
+    };
+    let dir = cluster.nodes[0].dir().to_owned();
+    wait::until("half a cluster aside", LIMIT, async || {
+        ensure!(std::fs::read_dir(&dir)?.any(aside), "there is none");
+        Ok(())
+    })
+    .await?;
+    ensure!(cluster.nodes[0].health("/primary").await != Some(200), "it leads without it");
+    ensure!(cluster.nodes[0].is_running(), "the agent has ended");
+    std::fs::write(&works, "")?;
+    ensure!(cluster.settled(LIMIT).await? == 0);
+    ensure!(cluster.nodes[0].log()?.contains("the bootstrap failed: "), "the log does not say so");
     lab.success();
     Ok(())
 }

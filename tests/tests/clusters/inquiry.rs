@@ -219,3 +219,50 @@ async fn settings_are_explained_with_what_postgresql_says() -> Result<()> {
     scene.lab.success();
     Ok(())
 }
+
+/// Rules of access are in force as soon as the server has read them, whichever way they come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn edits_of_pg_hba_and_pg_ident_are_in_force_after_a_reload() -> Result<()> {
+    let mut scene = Scene::start("access", 1).await?;
+    scene.node(0).execute("CREATE USER app PASSWORD 'secret'", LIMIT).await?;
+    let (dir, port) = (scene.cluster.nodes[0].dir().to_owned(), scene.cluster.nodes[0].port());
+    let psql = Program::new(scene.lab.tools().postgres_bin.join("psql"));
+    let lab = scene.lab.clone();
+    let connect = |host: &str| -> Result<String> {
+        let to = format!("host={host} port={port} user=app dbname=postgres connect_timeout=10");
+        let mut command = lab.command(&psql, &dir)?;
+        command.env("PGPASSWORD", "secret").args(["-X", "-w", "-A", "-t", "-c", "SELECT current_user", "-d", &to]);
+        let output = command.output()?;
+        Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    };
+    let says = async |host: &str, expected: &str| {
+        wait::until(format!("{expected} from {host}"), LIMIT, async || {
+            let said = connect(host)?;
+            ensure!(said.contains(expected), "{said}");
+            Ok(())
+        })
+        .await
+    };
+    let sockets = dir.display().to_string();
+    says("127.0.0.1", "app").await?;
+
+    // By the file: refused over TCP, and by the name of the operating system's user over the socket.
+    let node = &mut scene.cluster.nodes[0];
+    let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+    let rules = config["postgresql"]["pg_hba"].as_array_mut().context("no pg_hba")?;
+    rules.insert(0, json!("host all app 127.0.0.1/32 reject"));
+    rules.insert(0, json!("local all app peer map=lab"));
+    node.configure(&config.to_string())?;
+    let answer = rest::post(node.rest_port(), "/reload", &json!({}), LIMIT).await?;
+    ensure!(answer.status == 202, "{answer:?}");
+    says("127.0.0.1", "pg_hba.conf rejects connection").await?;
+    says(&sockets, "Peer authentication failed").await?;
+
+    // By the dynamic configuration.
+    scene.cluster.patch_config(&json!({ "postgresql": { "pg_ident": ["lab /^.*$ app"] } })).await?;
+    says(&sockets, "app").await?;
+    scene.cluster.patch_config(&json!({ "postgresql": { "pg_ident": ["lab nobody-of-that-name app"] } })).await?;
+    says(&sockets, "Peer authentication failed").await?;
+    scene.lab.success();
+    Ok(())
+}

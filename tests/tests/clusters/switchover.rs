@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
@@ -50,6 +50,71 @@ async fn what_makes_no_sense_is_refused_and_changes_nothing() -> Result<()> {
         ensure!(answer.status == status, "POST {path} {body} is {}: {}", answer.status, answer.body);
     }
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.lab.success();
+    Ok(())
+}
+
+/// What an operator may ask for by hand and what not: a node that commits do not wait for, none that is down or may never
+/// lead, and somebody where nobody leads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manual_failover_goes_to_whoever_is_named_and_can_lead() -> Result<()> {
+    let mut scene = Scene::start("manual", 3).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let mut other = None;
+    for node in (0..3).filter(|node| *node != leader) {
+        if scene.cluster.nodes[node].health("/async").await == Some(200) {
+            other = Some(node);
+        }
+    }
+    let other = other.context("no asynchronous standby")?;
+    let third = 3 - leader - other;
+    let failover = async |scene: &Scene, at: usize, to: usize| {
+        let body = json!({ "candidate": scene.cluster.nodes[to].name() });
+        rest::post(scene.cluster.nodes[at].rest_port(), "/failover", &body, LIMIT).await
+    };
+    let answer = failover(&scene, leader, other).await?;
+    ensure!(answer.status == 200, "to an asynchronous node: {answer:?}");
+    ensure!(scene.cluster.settled(LIMIT).await? == other, "somebody else leads");
+
+    let node = &mut scene.cluster.nodes[third];
+    let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+    config["tags"] = json!({ "nofailover": true });
+    node.configure(&config.to_string())?;
+    ensure!(rest::post(node.rest_port(), "/reload", &json!({}), LIMIT).await?.status == 202);
+    wait::until("its tag", LIMIT, async || {
+        let status = scene.cluster.nodes[third].status().await?;
+        ensure!(status["tags"]["nofailover"] == true, "{status}");
+        Ok(())
+    })
+    .await?;
+    let refused = "failover is not possible: no good candidates have been found";
+    let answer = failover(&scene, other, third).await?;
+    ensure!((answer.status, answer.body.as_str()) == (412, Some(refused)), "to one that may not lead: {answer:?}");
+
+    scene.cluster.nodes[leader].kill();
+    let answer = failover(&scene, other, leader).await?;
+    ensure!((answer.status, answer.body.as_str()) == (412, Some(refused)), "to a dead one: {answer:?}");
+    ensure!(scene.cluster.settled(LIMIT).await? == other, "leadership moved");
+
+    // Nobody leads, and in a pause nobody comes forward by himself.
+    scene.cluster.nodes[leader].start()?;
+    scene.cluster.settled(LIMIT).await?;
+    scene.cluster.patch_config(&json!({ "pause": true })).await?;
+    wait::until("the pause", LIMIT, async || {
+        ensure!(scene.cluster.nodes[leader].status().await?["pause"] == true);
+        Ok(())
+    })
+    .await?;
+    scene.cluster.nodes[other].kill();
+    wait::until("the leader key to run out", LIMIT, async || {
+        let document = rest::get(scene.cluster.nodes[leader].rest_port(), "/cluster").await?.body;
+        ensure!(!document.to_string().contains(r#""role":"leader""#), "{document}");
+        Ok(())
+    })
+    .await?;
+    let answer = failover(&scene, third, leader).await?;
+    ensure!(answer.status == 200, "without a leader: {answer:?}");
+    ensure!(scene.cluster.leader(LIMIT).await? == leader, "somebody else leads");
     scene.lab.success();
     Ok(())
 }
