@@ -242,7 +242,12 @@ fn foreign_data(s: &Situation, view: &ClusterView) -> Option<Decision> {
         return None;
     }
     let reason = format!("system identifier {own} of the data directory is not that of the cluster, {cluster}");
-    Some(if view.settings.pause { is(Action::Wait, reason) } else { is(Action::Exit, reason) })
+    Some(match view.settings.pause {
+        false => is(Action::Exit, reason),
+        // In the way of whoever has the cluster's data. One that takes writes keeps it until it is down.
+        true if s.leads() && view.is_leader(&s.me.name) && !s.is_primary() => is(Action::Release, reason),
+        true => is(Action::Wait, reason),
+    })
 }
 
 /// From 14 on PostgreSQL pauses replay where a setting is too small for what the primary says (`max_connections` …). Shown as

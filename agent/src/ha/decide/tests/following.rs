@@ -160,4 +160,10 @@ fn data_of_another_cluster_ends_the_agent() {
     assert_eq!(foreign.decide().action, Action::Exit);
     foreign.view().settings.pause = true;
     assert_eq!(foreign.decide().action, Action::Wait);
+    let mut leads = foreign.leading();
+    assert_eq!(leads.decide().action, Action::Wait, "the key is kept by one that takes writes");
+    for down in [standby(1000), stopped(ControlState::ShutDown, false)] {
+        leads.pg = down;
+        assert_eq!(leads.decide().action, Action::Release);
+    }
 }
