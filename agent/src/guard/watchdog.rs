@@ -173,6 +173,13 @@ impl Keeper {
         if fresh || seconds != self.timeout {
             let set = device.set_timeout(seconds);
             match set {
+                // Renewals come ten times in a lease, and one of them may be late.
+                Ok(actual) if actual.saturating_mul(3) < seconds => {
+                    let _ = device.close();
+                    return Err(format!(
+                        "it counts {actual} s instead of {seconds}: a late renewal would reset this machine"
+                    ));
+                }
                 Ok(actual) if actual <= seconds || !self.required => {
                     if actual > seconds {
                         warn!("the watchdog counts {actual} s instead of {seconds}: longer than the lease");
@@ -268,12 +275,12 @@ mod tests {
     use super::*;
 
     /// Notes what is done to it.
-    struct Fake(Arc<Mutex<Vec<String>>>, i32);
+    struct Fake(Arc<Mutex<Vec<String>>>, std::ops::RangeInclusive<i32>);
 
     impl Device for Fake {
         fn set_timeout(&mut self, seconds: i32) -> io::Result<i32> {
             self.0.lock().push(format!("timeout {seconds}"));
-            Ok(seconds.max(self.1))
+            Ok(seconds.clamp(*self.1.start(), *self.1.end()))
         }
 
         fn keepalive(&mut self) -> io::Result<()> {
@@ -292,9 +299,16 @@ mod tests {
     }
 
     fn fake(settings: &local::Watchdog, least: i32) -> (Watchdog, Arc<Mutex<Vec<String>>>) {
+        fake_within(settings, least..=i32::MAX)
+    }
+
+    fn fake_within(
+        settings: &local::Watchdog,
+        counts: std::ops::RangeInclusive<i32>,
+    ) -> (Watchdog, Arc<Mutex<Vec<String>>>) {
         let done: Arc<Mutex<Vec<String>>> = Arc::default();
         let seen = done.clone();
-        let open: Open = Box::new(move || Ok(Box::new(Fake(seen.clone(), least))));
+        let open: Open = Box::new(move || Ok(Box::new(Fake(seen.clone(), counts.clone()))));
         (Watchdog::with(settings, Ok(()), open).expect("thread"), done)
     }
 
@@ -346,6 +360,17 @@ mod tests {
             watchdog.end();
             assert_eq!(watchdog.missing().is_some(), missing);
             assert_eq!(done.lock().last().map(String::as_str), Some(if missing { "close" } else { "keepalive" }));
+        }
+    }
+
+    #[test]
+    fn one_that_counts_too_short_is_not_used() {
+        for (most, used) in [(2, true), (1, false)] {
+            let (watchdog, done) = fake_within(&settings(WatchdogMode::Required, 5), 1..=most);
+            watchdog.arm(lease());
+            watchdog.end();
+            assert_eq!(watchdog.missing().is_none(), used);
+            assert_eq!(done.lock().last().map(String::as_str), Some(if used { "keepalive" } else { "close" }));
         }
     }
 
