@@ -212,6 +212,12 @@ impl Draw {
         if !self.synchronous && self.count == 3 && self.rng.random_ratio(1, 8) {
             self.hard_succession(after, &mut events);
         }
+        if self.rng.random_ratio(1, 16) {
+            self.hard_promise(after, &mut events);
+        }
+        if self.synchronous && self.rng.random_ratio(1, 16) {
+            self.hard_promotion(after, &mut events);
+        }
         events
     }
 
@@ -292,6 +298,41 @@ impl Draw {
         }
         events.push(aimed(first, Some(Aim::Leader), self.host_outage(ms)));
         events.push(aimed(second, Some(Aim::Leader), Fault::StopAgent { node: 0, ms }));
+    }
+
+    /// A leader has the word of everybody on the list for failsafe mode when the DCS is back for a moment, and with it a member
+    /// that had been away and was taken off the list.
+    fn hard_promise(&mut self, after: u64, events: &mut Vec<Event>) {
+        let away = self.rng.random_range(0..self.count);
+        let gone = after + self.rng.random_range(500..2_000);
+        let asks = gone + self.ttl + self.rng.random_range(1_000..3_000);
+        let cut = self.rng.random_range(self.ttl / 2..self.ttl * 3 / 2);
+        let back = asks + self.rng.random_range(0..cut);
+        let again = asks + cut + self.rng.random_range(5..400);
+        let event = |at, aim, what| Event { at, aim, what };
+        events.push(event(gone, None, Fault::Configure { patch: json!({ "failsafe_mode": true }) }));
+        events.push(event(gone, None, Fault::KillAgent { node: away, ms: back - gone }));
+        let from_dcs = Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms: cut };
+        events.push(event(asks, Some(Aim::Leader), from_dcs));
+        events.push(event(again, Some(Aim::Leader), Fault::Isolate { node: 0, ms: self.ttl }));
+    }
+
+    /// Whoever takes the leader key next has a slow disk, and its agent is killed and started anew while it prepares to be
+    /// promoted; nobody else gets its WAL, and it is out soon after.
+    fn hard_promotion(&mut self, after: u64, events: &mut Vec<Event>) {
+        let node = 0;
+        let at = after + self.rng.random_range(1_000..4_000);
+        let (short, soon) = (self.rng.random_range(20..400), at + self.rng.random_range(1..30));
+        let out = self.host_outage(self.ttl * 4);
+        let event = |at, aim, what| Event { at, aim: Some(aim), what };
+        if self.rng.random() {
+            let quorum = json!({ "synchronous_mode": "quorum" });
+            events.push(Event { at: after + 500, aim: None, what: Fault::Configure { patch: quorum } });
+        }
+        events.push(event(at, Aim::NextLeader, Fault::SlowDisk { node, ms: 6_000 }));
+        events.push(event(soon, Aim::NextLeader, Fault::KillAgent { node, ms: short }));
+        events.push(event(at + self.ttl + 5_000, Aim::Leader, self.host_outage(self.ttl * 2)));
+        events.push(event(at + 40, Aim::Leader, out));
     }
 
     /// A leader's agent is started anew, finds that it is to hand over, and is stopped at once.
