@@ -300,21 +300,25 @@ impl Draw {
         events.push(aimed(second, Some(Aim::Leader), Fault::StopAgent { node: 0, ms }));
     }
 
-    /// A leader has the word of everybody on the list for failsafe mode when the DCS is back for a moment, and with it a member
-    /// that had been away and was taken off the list.
+    /// A leader whose renewal got lost has the word of everybody on the list for failsafe mode. The DCS is there meanwhile, and
+    /// with it a member that had been away and was taken off the list; then the leader is cut off from everybody.
     fn hard_promise(&mut self, after: u64, events: &mut Vec<Event>) {
         let away = self.rng.random_range(0..self.count);
         let gone = after + self.rng.random_range(500..2_000);
-        let asks = gone + self.ttl + self.rng.random_range(1_000..3_000);
-        let cut = self.rng.random_range(self.ttl / 2..self.ttl * 3 / 2);
-        let back = asks + self.rng.random_range(0..cut);
-        let again = asks + cut + self.rng.random_range(5..400);
+        let lost = gone + self.ttl + self.rng.random_range(2_000..4_000);
+        let cut = self.rng.random_range(200..900);
+        let back = lost + self.rng.random_range(0..1_000);
+        let again = lost + cut.max(700) + self.rng.random_range(0..700);
         let event = |at, aim, what| Event { at, aim, what };
-        events.push(event(gone, None, Fault::Configure { patch: json!({ "failsafe_mode": true }) }));
+        events.push(event(gone, None, Fault::Configure { patch: json!({ "failsafe_mode": true, "ttl": 2 }) }));
         events.push(event(gone, None, Fault::KillAgent { node: away, ms: back - gone }));
         let from_dcs = Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms: cut };
-        events.push(event(asks, Some(Aim::Leader), from_dcs));
-        events.push(event(again, Some(Aim::Leader), Fault::Isolate { node: 0, ms: self.ttl }));
+        events.push(event(lost, Some(Aim::Leader), from_dcs));
+        events.push(event(
+            again,
+            Some(Aim::Leader),
+            Fault::Isolate { node: 0, ms: self.rng.random_range(1_000..4_000) },
+        ));
     }
 
     /// Whoever takes the leader key next has a slow disk, and its agent is killed and started anew while it prepares to be
