@@ -14,6 +14,7 @@ use serde_json::json;
 use tokio::sync::{mpsc, watch};
 use trunkline_agent::ha::{Ha, Parts};
 use trunkline_agent::node::Board;
+use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::codec;
 use trunkline_common::dcs::follow::Follower;
 use trunkline_common::dcs::memory::MemoryDcs;
@@ -62,7 +63,9 @@ pub fn run(scenario: &Scenario) -> Report {
         if leads {
             healed.0.get_or_insert(since);
         }
-        if healed.0.is_none() && since > scenario.patience_for_a_leader() {
+        // A cluster that is being made on a slow disk takes its time.
+        let made = || matches!(world.view().initialize, Initialize::Done(_));
+        if healed.0.is_none() && since > scenario.patience_for_a_leader() && made() {
             world.show();
             let why = unwell.clone().unwrap_or_default();
             world.stage.judge(|judge, now| {
