@@ -211,7 +211,7 @@ impl Event {
 
 /// What a leader may take longer than lease, turn and request: the start of a server on a disk that was slow a moment ago, its
 /// second try, and a promise in failsafe mode that was given in the last moment of the trouble.
-const ALLOWED: Duration = Duration::from_secs(3);
+const ALLOWED: Duration = Duration::from_secs(10);
 
 impl Scenario {
     /// How long the world waits, from `calm_at` on, until everything has to be well.

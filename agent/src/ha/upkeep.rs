@@ -94,7 +94,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let Some((local, written_at)) = self.parts.postgres.history(timeline).await else { return };
         if let Some(lines) = publish::history(&view, &self.me.name, timeline, &local, &written_at) {
             let value = codec::encode_history(&lines);
-            match self.parts.store.put_history(&self.me.name, &value, view.history_revision).await {
+            let status = self.status(&view).map(|status| codec::encode_status(&status));
+            match self.parts.store.put_history(&self.me.name, &value, view.history_revision, status.as_ref()).await {
                 Ok(_) => self.published.upkept = Some(view.revision),
                 Err(error) => warn!("the history key could not be written: {error}"),
             }

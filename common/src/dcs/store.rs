@@ -334,12 +334,20 @@ impl<D: Dcs> ClusterStore<D> {
 
     /// Replaces `history`, if it still is what was `seen` (0 = absent) and only while the leader key is ours: an unanswered
     /// write may be carried out much later, and must not take the cluster's timeline back, under another leader or our own
-    /// next leadership.
-    pub async fn put_history(&self, name: &MemberName, value: &Value, seen: Revision) -> Result<Outcome, DcsError> {
+    /// next leadership. `status` goes with it: a position of the timeline before says nothing of the new one, on which nobody
+    /// might be far enough to lead by it.
+    pub async fn put_history(
+        &self,
+        name: &MemberName,
+        value: &Value,
+        seen: Revision,
+        status: Option<&Value>,
+    ) -> Result<Outcome, DcsError> {
         let key = self.paths.key("history");
         let leads = Compare::Value(self.paths.key("leader"), name.as_str().into());
         let when = vec![leads, Compare::Modified(key.clone(), seen)];
-        let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
+        let mut then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
+        then.extend(status.map(|status| self.status_op(status)));
         Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
@@ -576,14 +584,18 @@ mod tests {
         let status = json!({"optime": 7});
         assert_eq!(store.put_status(&name("b"), &status).await, Ok(Outcome::Conflict));
         let (none, line) = (Revision(0), json!([[1, 2, "why"]]));
-        assert_eq!(store.put_history(&name("b"), &json!([]), none).await, Ok(Outcome::Conflict));
-        assert!(store.put_history(&name("a"), &line, none).await.unwrap().is_done());
-        assert_eq!(store.put_history(&name("a"), &json!([]), none).await, Ok(Outcome::Conflict), "written meanwhile");
+        assert_eq!(store.put_history(&name("b"), &json!([]), none, None).await, Ok(Outcome::Conflict));
+        assert!(store.put_history(&name("a"), &line, none, Some(&json!({ "optime": 3 }))).await.unwrap().is_done());
+        assert_eq!(
+            store.put_history(&name("a"), &json!([]), none, None).await,
+            Ok(Outcome::Conflict),
+            "written meanwhile"
+        );
         let seen = store.read().await.unwrap().history_revision;
-        assert!(store.put_history(&name("a"), &line, seen).await.unwrap().is_done());
+        assert!(store.put_history(&name("a"), &line, seen, None).await.unwrap().is_done());
         assert_eq!(store.release_leader(&name("b"), a, Some(status.clone()), None).await, Ok(Outcome::Conflict));
         assert_eq!(store.release_leader(&name("a"), other, Some(status.clone()), None).await, Ok(Outcome::Conflict));
-        assert_eq!(store.read().await.unwrap().status.optime.0, 0);
+        assert_eq!(store.read().await.unwrap().status.optime.0, 3);
         assert!(store.release_leader(&name("a"), a, Some(status), None).await.unwrap().is_done());
         let view = store.read().await.unwrap();
         assert_eq!((view.leader.as_ref(), view.status.optime.0), (None, 7));

@@ -173,7 +173,7 @@ async fn put(store: &TestStore, key: &str, value: Value) {
         "history" => {
             let view = store.read().await.unwrap();
             let leader = view.leader.expect("only a leader writes history").name;
-            assert!(store.put_history(&leader, &value, view.history_revision).await.unwrap().is_done());
+            assert!(store.put_history(&leader, &value, view.history_revision, None).await.unwrap().is_done());
         }
         "leader" => {
             let lease = store.grant(Duration::from_secs(60)).await.unwrap().id;
