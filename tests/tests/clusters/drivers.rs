@@ -280,7 +280,7 @@ async fn libpq_18_begins_tls_at_once() -> Result<()> {
     listener.says("hold-listen", "primary", LIMIT).await?;
     listener.ends().await?;
     let metrics = rest::get(stage.scene.router.ports().admin, "/metrics").await?.body;
-    let counted = format!("ended_total{{port=\"leader-{}\",reason=\"switchover\"}} 1", stage.ended.read_write);
+    let counted = format!(",port=\"leader-{}\",reason=\"switchover\"}} 1", stage.ended.read_write);
     ensure!(metrics.as_str().is_some_and(|text| text.contains(&counted)), "{counted} is not in {metrics}");
     stage.scene.lab.success();
     Ok(())

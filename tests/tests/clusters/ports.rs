@@ -112,6 +112,14 @@ async fn readers_leave_a_standby_that_stops_replaying() -> Result<()> {
     let (port, admin) = (scene.router.ports().read_only, scene.router.ports().admin);
     let reader = connect(&scene, port, "").await?;
     ensure!(is_standby(&reader).await?);
+    // Replay that is paused by hand is resumed, except in a pause of the cluster.
+    scene.cluster.patch_config(&json!({ "pause": true })).await?;
+    let paused = wait::until("the standby to hear of the pause", LIMIT, async || {
+        let status = scene.cluster.nodes[1 - leader].status().await?;
+        ensure!(status["pause"] == true, "{status}");
+        Ok(())
+    });
+    paused.await?;
     reader.execute("SELECT pg_wal_replay_pause()", &[]).await?;
     scene.node(leader).execute("CREATE TABLE not_seen_yet ()", LIMIT).await?;
     let ended = wait::until("the reader's session to end", Duration::from_secs(20), async || {
