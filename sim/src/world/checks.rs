@@ -133,8 +133,9 @@ impl World {
 
     /// A healthy cluster carries out a switchover, also where it comes right after one that it has to refuse.
     fn check_switchover(&self) -> Result<(), Livelock> {
-        if self.view().settings.failsafe_mode {
-            // A promise not to lead outlasts the trouble that it was given for.
+        let view = self.view();
+        if view.settings.failsafe_mode || view.failsafe.is_some_and(|members| !members.is_empty()) {
+            // A promise not to lead outlasts the trouble that it was given for, and so does the list of those who gave it.
             self.go_on(self.stage.executor().now() + Duration::from_secs(21))?;
         }
         let view = self.view();
