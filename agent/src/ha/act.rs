@@ -118,6 +118,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn cause(&self, action: &Action) -> Option<&'static str> {
         match action {
             Action::Release if self.memory.must_not_lead.is_some() => Some("watchdog"),
+            Action::Release if self.settings.pause => Some("paused"),
             Action::Release if matches!(self.pg, PgStatus::Running(_)) => Some("not_won"),
             Action::Release => Some("postgresql_down"),
             Action::Resign => Some("dcs_away"),
