@@ -72,6 +72,8 @@ pub(crate) fn agent(
             "parameters": {
                 "unix_socket_directories": dir,
                 "shared_buffers": "32MB",
+                // With the data, so that a server that is killed leaves nothing in /dev/shm.
+                "dynamic_shared_memory_type": "mmap",
                 "min_wal_size": "32MB",
                 "max_wal_size": "96MB",
                 "log_line_prefix": "%m [%p] ",
@@ -81,6 +83,9 @@ pub(crate) fn agent(
     });
     format!("{config:#}\n")
 }
+
+/// How routers write the time, in the words of strftime.
+pub(crate) const LOG_TIME: &str = "%Y-%m-%dT%H:%M:%S%.6f%:z";
 
 /// `router.yml`.
 pub(crate) fn router(ip: Ipv4Addr, etcd: &[String]) -> String {
@@ -93,6 +98,9 @@ pub(crate) fn router(ip: Ipv4Addr, etcd: &[String]) -> String {
             { "name": "read-only", "listen": listen(READ_ONLY_PORT), "target": "replica", "no_candidate": "hold" },
         ],
         "admin": listen(ROUTER_ADMIN_PORT),
+        // Both for [`crate::wire`]: which connection is whose, and when exactly the leader changed.
+        "log_sessions": true,
+        "log": { "dateformat": LOG_TIME },
     });
     format!("{config:#}\n")
 }

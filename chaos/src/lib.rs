@@ -4,7 +4,7 @@
 //! an address, and a small file system. Faults come from a [`schedule`], which comes from a seed or a file;
 //! [`faults`] injects and heals them in the [`world`]. Meanwhile the [`workload`] writes, appends and reads through the
 //! routers and past them and keeps a [`history`] of every call; [`check`] is given that history after the run, and
-//! what the database holds then, and decides. The schedule and the checkers are pure.
+//! what the database holds then, and decides; so does what routers sent on the [`wire`]. The schedule and the checkers are pure.
 
 pub mod check;
 pub mod faults;
@@ -15,5 +15,6 @@ mod network;
 pub mod report;
 pub mod run;
 pub mod schedule;
+pub mod wire;
 pub mod workload;
 pub mod world;

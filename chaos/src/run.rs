@@ -15,6 +15,7 @@ use crate::files::Settings;
 use crate::history::{Call, Micros};
 use crate::report::{Played, Report};
 use crate::schedule::{self, Allowed, Draw, Episode, NODES, ROUTERS};
+use crate::wire::Wire;
 use crate::workload::{self, Recorder, Workload};
 use crate::world::{self, Kind as HostKind, POSTGRES_PORT, READ_ONLY_PORT, READ_WRITE_PORT, World};
 
@@ -132,6 +133,10 @@ async fn play(
         Some(episodes) => (Box::new(episodes.into_iter()), None),
         None => (Box::new(Draw::new(seed, args.allowed(fence.is_ok()))), Some(Duration::from_secs(60 * args.minutes))),
     };
+    let wire = Wire::tap(world);
+    if let Err(why) = &wire {
+        println!("chaos: what routers send to a deposed leader is not looked at ({why:#})");
+    }
     let recorder = Recorder::new(world, leader);
     let workload = Workload::start(world, &recorder, seed).await?;
     let began = world.journal().now();
@@ -185,8 +190,17 @@ async fn play(
     let judged = check::check(&calls, &finals, promises);
     findings.violations.extend(judged.violations);
     findings.notes.extend(judged.notes);
+    if let Ok(wire) = wire {
+        check::deposed(&wire.end(), &router_logs(world)?, &mut findings);
+    }
     measure(&mut played, &calls);
     Ok(Report { seed, played, calls, finals, findings, elapsed: world.journal().now() - began })
+}
+
+fn router_logs(world: &World) -> Result<Vec<String>> {
+    let routers = world.hosts().iter().filter(|host| matches!(host.kind, HostKind::Router(_)));
+    let paths = routers.map(|host| world.lab().dir().join("logs").join(format!("{}.log", host.name)));
+    paths.map(|path| std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))).collect()
 }
 
 /// A calm second, the faults, and the time until everything is as it should be.

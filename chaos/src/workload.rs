@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use futures::FutureExt as _;
 use parking_lot::Mutex;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tokio::sync::watch;
@@ -23,6 +24,8 @@ use crate::world::{Kind, POSTGRES_PORT, READ_ONLY_PORT, READ_WRITE_PORT, World};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pause after an error, so that a refused port is not a busy loop.
 const AFTER_ERROR: Duration = Duration::from_millis(5);
+/// How often a client asks that waits for no answer.
+const PUSH_EVERY: Duration = Duration::from_millis(20);
 /// How likely a client connects anew after a call.
 const RECONNECT: f64 = 0.01;
 /// How many lists are appended to at a time.
@@ -125,6 +128,7 @@ impl Workload {
         for router in 0..ROUTERS {
             let id = |kind: u32| kind * 100 + router as u32;
             tasks.push(tokio::spawn(client(id(1), Port::ReadWrite(router)).insert_rows()));
+            tasks.push(tokio::spawn(push(world.address(Kind::Router(router), READ_WRITE_PORT), stopped.clone())));
             for half in 0..2 {
                 tasks.push(tokio::spawn(client(id(2) + 10 * half, Port::ReadWrite(router)).append_to_lists()));
             }
@@ -340,6 +344,27 @@ impl Client {
 
     async fn pause(&mut self, most_ms: u64) {
         tokio::time::sleep(Duration::from_millis(self.rng.random_range(1..most_ms))).await;
+    }
+}
+
+/// Asks without waiting for answers, so that a router always has something for the leader, also for one that is silent. Not
+/// recorded: nobody learns anything by it.
+async fn push(address: SocketAddrV4, mut stop: watch::Receiver<bool>) {
+    let pushed = async {
+        loop {
+            if let Ok(Ok(client)) = tokio::time::timeout(PATIENCE, connect(address, false)).await {
+                while !client.is_closed() {
+                    // It is sent when it is polled first.
+                    let _ = client.simple_query("SELECT 1").now_or_never();
+                    tokio::time::sleep(PUSH_EVERY).await;
+                }
+            }
+            tokio::time::sleep(AFTER_ERROR).await;
+        }
+    };
+    tokio::select! {
+        () = pushed => {}
+        _ = stop.wait_for(|stop| *stop) => {}
     }
 }
 

@@ -173,12 +173,20 @@ impl World {
                 Some(cgroup) => self.lab.command_in(cgroup, &host.program, &host.dir)?,
                 None => self.lab.command(&host.program, &host.dir)?,
             };
-            let proc = self.network.lock().on(at, || self.lab.spawn(&host.name, command));
+            let proc = self.on(at, || self.lab.spawn(&host.name, command));
             unit.hold = now + RESTART_AFTER;
             unit.proc = Some(proc?);
             self.journal.note(&format!("{}: started", host.name));
         }
         Ok(())
+    }
+
+    /// Runs `work` on a thread in the namespace of a host: what it starts is on that host.
+    ///
+    /// # Errors
+    /// The namespace can't be entered, or `work` fails.
+    pub fn on<T: Send>(&self, host: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.network.lock().on(host, work)
     }
 
     /// All hosts: nodes, then etcd members, then routers.

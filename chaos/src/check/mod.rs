@@ -2,6 +2,7 @@
 //!
 //! Everything here is a plain function of the history and of what the database holds at the end.
 
+mod deposed;
 mod graph;
 mod lists;
 mod loss;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use crate::history::{Call, Finals, Micros};
 
+pub(crate) use deposed::check as deposed;
 pub use outage::{Gap, acknowledgements, longest_gap};
 
 /// What a run promises.
@@ -47,6 +49,8 @@ pub enum Kind {
     LateAcknowledgement,
     /// The same, past the routers.
     LateDirectAcknowledgement,
+    /// A router sent something on a session of a leader after it had said that this leader is deposed.
+    SentToDeposed,
     /// A read saw a value that was never committed, or twice, or in an order that contradicts other reads.
     ListRead,
     /// No serial order that respects real time explains the transactions.
