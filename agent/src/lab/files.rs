@@ -49,6 +49,8 @@ pub(super) fn patroni_yml(spec: &Spec, node: &Node, etcd: &[String]) -> String {
             "parameters": {
                 "unix_socket_directories": node.dir(),
                 "shared_buffers": "32MB",
+                // With the data, so that a server that is killed leaves nothing in /dev/shm.
+                "dynamic_shared_memory_type": "mmap",
                 "max_wal_size": "256MB",
                 "log_line_prefix": "%m [%p] ",
                 "password_encryption": "scram-sha-256",

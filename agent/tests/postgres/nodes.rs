@@ -183,6 +183,8 @@ pub fn config(data_dir: &Path, port: u16) -> PostgresConfig {
             ("unix_socket_directories", "/tmp"),
             ("fsync", "off"),
             ("shared_buffers", "16MB"),
+            // With the data, so that a server that is killed leaves nothing in /dev/shm.
+            ("dynamic_shared_memory_type", "mmap"),
             ("logging_collector", "on"),
         ]),
         protected: map(&[
