@@ -8,7 +8,7 @@ use serde_json::json;
 use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, LeaderKey, SyncState};
 use trunkline_common::dcs::store::{Alongside, Outcome, Seen, SyncWrite};
-use trunkline_common::dcs::{Dcs, DcsError, codec};
+use trunkline_common::dcs::{Dcs, DcsError, codec, lasts};
 use trunkline_common::{Clock, ClusterView, MemberName, Revision, TimelineId};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
@@ -259,7 +259,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         self.memory.failsafe_refused = None;
         self.memory.heard = answers.iter().filter_map(|(name, answer)| Some((name.clone(), answer.lsn?))).collect();
-        if !self.lease.prolong(now, asked_at + ttl) {
+        if !self.lease.prolong(now, asked_at + lasts(ttl)) {
             warn!("failsafe mode: all members agree, but too late");
         }
         self.upkeep_slots().await;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 
 use super::store::{Alongside, ClusterStore, Outcome, Seen};
-use super::{Change, Compare, Dcs, DcsError, KeyValue, Op, Txn, TxnResult, WatchEvent};
+use super::{Change, Compare, Dcs, DcsError, KeyValue, Op, Txn, TxnResult, WatchEvent, lasts};
 use crate::cluster::RouterRecord;
 use crate::{Clock, LeaseId, Revision};
 
@@ -170,8 +170,8 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
         let asked = self.clock.now();
         let lease = self.dcs.grant(Duration::from_secs(2)).await.expect("a lease");
         assert!(lease.ttl >= Duration::from_secs(2), "no less than asked for");
-        assert!(lease.until >= asked + lease.ttl, "counted from sending, not before");
-        assert!(lease.until <= self.clock.now() + lease.ttl, "counted from sending, not after");
+        assert!(lease.until >= asked + lasts(lease.ttl), "counted from sending, not before");
+        assert!(lease.until <= self.clock.now() + lasts(lease.ttl), "counted from sending, not after");
         let written = self.put(&key, "x", lease.id).await.revision;
         let mut watch = self.other.watch(&self.key("honest/"), Revision(written.0 + 1)).await.expect("a watch");
         self.clock.sleep(lease.ttl / 2).await;

@@ -156,7 +156,7 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
         let (sent, answer) = self.shared.endpoints.call(Resend::Always, grant).await?;
         let (id, ttl) = (LeaseId(answer.id()), Duration::from_secs(answer.ttl().unsigned_abs()));
         self.remember(id, ttl);
-        Ok(Lease { id, ttl, until: sent + ttl })
+        Ok(Lease::counted(id, ttl, sent))
     }
 
     async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
@@ -171,7 +171,7 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
         let sent = self.shared.endpoints.call(Resend::Always, renew).await;
         let sent = self.forget_if_lost(lease, sent)?;
         self.shared.latency.lock().renewals.add(clock.now().since(sent));
-        Ok(Lease { id: lease, ttl, until: sent + ttl })
+        Ok(Lease::counted(lease, ttl, sent))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {

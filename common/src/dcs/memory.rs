@@ -245,13 +245,13 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
     async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
         let sent = self.clock.now();
         let (id, ttl) = self.call(move |data, now| Ok(data.grant(ttl, now))).await?;
-        Ok(Lease { id, ttl, until: sent + ttl })
+        Ok(Lease::counted(id, ttl, sent))
     }
 
     async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
         let sent = self.clock.now();
         let ttl = self.call(move |data, now| data.renew(lease, now)).await?;
-        Ok(Lease { id: lease, ttl, until: sent + ttl })
+        Ok(Lease::counted(lease, ttl, sent))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {

@@ -123,8 +123,23 @@ pub struct Lease {
     pub id: LeaseId,
     /// What the store granted, which may be more than was asked for.
     pub ttl: Duration,
-    /// The last acknowledged request's *sending* time plus `ttl`: before this the store cannot have ended it.
+    /// The last acknowledged request's *sending* time and what [lasts](lasts) of `ttl`: before this the store cannot have
+    /// ended it.
     pub until: Instant,
+}
+
+impl Lease {
+    /// One that was granted, or renewed, on a request that was sent at `sent`.
+    pub fn counted(id: LeaseId, ttl: Duration, sent: Instant) -> Self {
+        Self { id, ttl, until: sent + lasts(ttl) }
+    }
+}
+
+/// How much of a time that another machine counts has passed here for certain before it has passed there: each of two
+/// clocks may be wrong by 500 ppm, which is as much as a kernel lets NTP correct. It matters where nothing else is left
+/// between two leaders: a host that was frozen, and thaws in the last milliseconds of its lease.
+pub fn lasts(time: Duration) -> Duration {
+    time - time / 1000
 }
 
 /// The events of a watch, as both stores give them.
