@@ -36,13 +36,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             (kind, TaskEnd::Refused(why)) => {
                 warn!("{} failed: {why}", kind.label());
-                self.note_failure(now, why);
+                self.note_failure(kind, now, why);
                 self.stay_out_after_some(now);
                 return;
             }
             (kind, TaskEnd::Failed { why, damaged }) => {
                 warn!("{} failed: {why}", kind.label());
-                self.note_failure(now, why.clone());
+                self.note_failure(kind, now, why.clone());
                 if kind == TaskKind::Rewind {
                     self.memory.divergence = match damaged {
                         true => DivergenceState::RewindFailed(why),
@@ -132,10 +132,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
-    /// Something failed: not again at once.
-    pub(super) fn note_failure(&mut self, now: Instant, why: String) {
+    /// Something failed: not again at once. What reads all data of another server, or all of one's own, waits up to 32 s
+    /// for its next try; anything else 8 s, because this may be the only server there is, and its cause is gone.
+    pub(super) fn note_failure(&mut self, kind: TaskKind, now: Instant, why: String) {
+        let most = match kind {
+            TaskKind::Clone | TaskKind::Reinitialize | TaskKind::Rewind | TaskKind::CustomBootstrap => 5,
+            _ => 3,
+        };
         self.memory.failures = self.memory.failures.saturating_add(1);
-        let exponent = self.memory.failures.min(6) - 1;
+        let exponent = (self.memory.failures - 1).min(most);
         let pause = self.settings().loop_wait.min(Duration::from_secs(1)) * 2u32.pow(exponent);
         self.memory.retry_at = Some(now + pause);
         self.memory.last_failure = Some(why);

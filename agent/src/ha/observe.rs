@@ -10,6 +10,7 @@ use trunkline_common::{Clock, ClusterView};
 use trunkline_config::{PostgresConfig, tags};
 
 use super::situation::{self, DivergenceState};
+use super::task::TaskKind;
 use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing, urls};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres};
@@ -152,7 +153,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let short_lived = self.memory.up_since.is_some_and(|up| now.since(up) < SHORT_LIFE);
         if matches!(pg, PgStatus::Stopped(_)) && short_lived && !self.memory.demoted && !self.settings.pause {
             self.memory.up_since = None;
-            self.note_failure(now, "PostgreSQL ended right after its start".to_owned());
+            self.note_failure(TaskKind::Start, now, "PostgreSQL ended right after its start".to_owned());
         }
         let leaderless = self.view.as_ref().is_some_and(|view| view.leader.is_none());
         self.memory.leaderless_since = leaderless.then(|| self.memory.leaderless_since.unwrap_or(now));
