@@ -19,6 +19,11 @@ use crate::postgres::{Running, WalSender};
 /// Stands in `synchronous_standby_names` where strict mode has nobody to name: commits wait (Patroni's name for it).
 pub const STRICT_PLACEHOLDER: &str = "__patroni_strict_sync_replica_placeholder__";
 
+/// `synchronous_standby_names` of strict mode where nobody can be named.
+pub fn strict_placeholder() -> String {
+    quoted(STRICT_PLACEHOLDER)
+}
+
 /// The next single step towards the wanted state.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SyncStep {
@@ -75,7 +80,7 @@ pub fn names_on_promotion(view: &ClusterView, me: &MemberName, configured: &str)
     }
     let standbys = inherited(view, me);
     match standbys.is_empty() && view.settings.synchronous_mode_strict {
-        true => quoted(STRICT_PLACEHOLDER),
+        true => strict_placeholder(),
         false => names_text(&standbys),
     }
 }
@@ -121,7 +126,7 @@ pub fn names_in_key(view: &ClusterView, me: &MemberName, configured: &str) -> St
         };
     }
     match view.sync.standbys.is_empty() && view.settings.synchronous_mode_strict {
-        true => quoted(STRICT_PLACEHOLDER),
+        true => strict_placeholder(),
         false => names_text(&view.sync.standbys),
     }
 }
@@ -175,7 +180,7 @@ pub fn step(
     if active.is_empty() && settings.synchronous_mode_strict {
         // Nobody can confirm, and commits shall wait: keep waiting for those that were synchronous, so that the first
         // one to come back is enough.
-        let names = if sync.standbys.is_empty() { quoted(STRICT_PLACEHOLDER) } else { names_text(&sync.standbys) };
+        let names = if sync.standbys.is_empty() { strict_placeholder() } else { names_text(&sync.standbys) };
         return set(names, "no standby can confirm commits, and synchronous_mode_strict is set".to_owned());
     }
     let confirmed: Vec<String> = active

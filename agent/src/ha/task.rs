@@ -17,6 +17,7 @@ use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, Sy
 use trunkline_config::dynamic::{Settings, SynchronousMode};
 
 use super::lease::LeaseHandle;
+use super::sync;
 use crate::peer::Peers;
 use crate::postgres::{CustomBootstrap, Divergence, PgError, Postgres, StartAs, StopMode, Upstream, WantedSlot};
 
@@ -181,7 +182,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
         // From here on this is a whole cluster, and may be the one that `initialize` names: never thrown away, unless
         // somebody else certainly has made another.
-        let synchronous = Settings::from_value(&plan.config).0.synchronous_mode != SynchronousMode::Off;
+        let settings = Settings::from_value(&plan.config).0;
+        let synchronous = settings.synchronous_mode != SynchronousMode::Off;
+        if synchronous && settings.synchronous_mode_strict {
+            // Not one commit before somebody can confirm it, from the moment on at which clients are sent here.
+            self.postgres.set_synchronous_standby_names(sync::strict_placeholder()).await.map_err(pg)?;
+        }
         match self.store.finish_bootstrap(&self.name, lease.id, running.system_id, synchronous).await {
             Ok(Outcome::Done(_)) => {
                 info!("initialized a new cluster");

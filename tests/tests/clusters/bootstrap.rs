@@ -112,3 +112,28 @@ async fn a_bootstrap_whose_last_step_fails_is_taken_back_and_tried_again() -> Re
     lab.success();
     Ok(())
 }
+
+/// Strict synchronous mode counts from the first moment on at which clients are sent to a new cluster.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_strict_cluster_commits_nothing_before_a_standby_confirms() -> Result<()> {
+    let lab = Lab::new("strict")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs["synchronous_mode_strict"] = Value::from(true);
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    cluster.nodes[0].start()?;
+    let first = wait::until("a leader", LIMIT, async || {
+        ensure!(cluster.nodes[0].health("/primary").await == Some(200), "nobody leads");
+        Ok(())
+    });
+    first.await?;
+    let (alone, short) = (cluster.nodes[0].target(&cluster.spec().password), Duration::from_secs(3));
+    let names = alone.query_one("SHOW synchronous_standby_names", short).await?;
+    ensure!(names.contains("strict_sync"), "commits wait for '{names}'");
+    ensure!(alone.execute("CREATE TABLE t (id int)", short).await.is_err(), "a commit that one node alone has");
+    cluster.nodes[1].start()?;
+    cluster.settled(LIMIT).await?;
+    alone.execute("CREATE TABLE u (id int)", Duration::from_secs(10)).await?;
+    lab.success();
+    Ok(())
+}
