@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use trunkline_common::Clock;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
 use trunkline_common::dcs::store::ClusterStore;
+use trunkline_common::{Clock, MemberName};
 use trunkline_router::table::RouteTable;
 
 use crate::executor::{ProcessId, SimClock};
@@ -111,6 +111,11 @@ async fn route(
             // Where new sessions go, and where the old ones go on.
             let targets = table.leader.iter().map(|leader| &leader.member).chain(table.reign.iter().map(|r| &r.member));
             targets.for_each(|target| stage.judge(|judge, now| judge.routes(now, holder, target)));
+            let unwanted = |name: &MemberName| view.members.get(name).is_some_and(|m| m.tag_is_true("noloadbalance"));
+            if let Some(standby) = table.standbys.iter().find(|standby| unwanted(&standby.member)) {
+                let what = format!("a router sends reads to {}, which is tagged noloadbalance", standby.member);
+                stage.judge(|judge, now| judge.violation(now, what));
+            }
             let table = if confirmed { table } else { table.unconfirmed(false) };
             publish.send_if_modified(|old| {
                 let changed = **old != table;

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
 use crate::scenario::{Aim, End, Event, Fault, Node, Scenario};
+use crate::server::FOREIGN_SLOT;
 
 impl Scenario {
     /// Draws one.
@@ -17,7 +18,12 @@ impl Scenario {
         let count = *[2, 3, 3, 3, 3, 4, 5].choose(&mut rng).unwrap_or(&3);
         let priority = |rng: &mut SmallRng| if rng.random_ratio(1, 8) { rng.random_range(0..3) } else { 1 };
         let mut nodes: Vec<Node> = (0..count)
-            .map(|_| Node { ppm: rng.random_range(-500..=500), priority: priority(&mut rng), tags: Map::new() })
+            .map(|_| Node {
+                ppm: rng.random_range(-500..=500),
+                priority: priority(&mut rng),
+                watchdog: false,
+                tags: Map::new(),
+            })
             .collect();
         // At least two that may lead, or nothing of interest happens.
         nodes[0].priority = nodes[0].priority.max(1);
@@ -52,7 +58,52 @@ impl Scenario {
         let mut draw = Draw { shares: shares(&mut rng), rng, count, routers, ttl: ttl * 1000, synchronous };
         let events = draw.events();
         let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
-        Self { seed, nodes, routers, settings, events, calm_at }
+        let mut scenario = Self { seed, nodes, routers, settings, events, calm_at };
+        preferences(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0001), &mut scenario);
+        scenario
+    }
+}
+
+/// Who is preferred for what, in some worlds. Drawn from numbers of their own: all other worlds are as they were without this.
+fn preferences(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if rng.random_ratio(1, 8) {
+        let may_lead = scenario.nodes.iter_mut().filter(|node| node.priority > 0);
+        may_lead.for_each(|node| node.priority = rng.random_range(1..=3));
+    }
+    if scenario.settings["synchronous_mode"] != json!(false) && rng.random_ratio(1, 4) {
+        for node in scenario.nodes.iter_mut().filter(|node| !node.tags.contains_key("nosync")) {
+            node.tags.insert("sync_priority".to_owned(), json!(rng.random_range(1..=3)));
+        }
+    }
+    if rng.random_ratio(1, 8) {
+        scenario.settings["postgresql"]["remove_data_directory_on_diverged_timelines"] = json!(true);
+    }
+    for tag in ["clonefrom", "noloadbalance"] {
+        if rng.random_ratio(1, 6) {
+            let tagged = scenario.nodes.iter_mut().filter(|_| rng.random());
+            tagged.for_each(|node| drop(node.tags.insert(tag.to_owned(), json!(true))));
+        }
+    }
+    if rng.random_ratio(1, 12) {
+        scenario.settings["ignore_slots"] = json!([{ "name": FOREIGN_SLOT, "type": "physical" }]);
+        scenario.add(BOOTSTRAP + rng.random_range(0..10_000), Some(Aim::Leader), Fault::MakeSlot { node: 0 });
+    }
+    if rng.random_ratio(1, 12) {
+        scenario.nodes.iter_mut().for_each(|node| node.watchdog = true);
+        for _ in 0..rng.random_range(1..4) {
+            let (node, ms) = (rng.random_range(0..scenario.nodes.len()), rng.random_range(1_000..20_000));
+            let aim = rng.random::<bool>().then_some(Aim::Leader);
+            scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, Fault::BreakWatchdog { node, ms });
+        }
+    }
+}
+
+impl Scenario {
+    fn add(&mut self, at: u64, aim: Option<Aim>, what: Fault) {
+        let event = Event { at, aim, what };
+        self.calm_at = self.calm_at.max(event.ends() + 100);
+        self.events.push(event);
+        self.events.sort_by_key(|event| event.at);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use trunkline_agent::guard::{Deadline, Guard};
+use trunkline_agent::guard::{Deadline, Guard, Status};
 use trunkline_common::{Clock, Instant};
 
 use crate::executor::{ProcessId, SimClock};
@@ -138,6 +138,11 @@ impl Guard for ModelGuard {
                 judge.violation(now, format!("host {host} takes the leader's address while host {other} has it"))
             });
         }
+    }
+
+    fn status(&self) -> Status {
+        let broken = self.stage.server(self.host, |server| server.must_not_lead());
+        Status { must_not_lead: broken.map(|_| "/dev/watchdog: I/O error".to_owned()), ..Status::default() }
     }
 
     fn deadline(&self) -> Option<Deadline> {

@@ -47,6 +47,8 @@ pub struct Judge {
     pub keeps_all: bool,
     /// There are pauses in this world, and servers that nobody guards in them.
     pub pauses: bool,
+    /// Commits wait for a standby from the first one on to the last, or stand still: strict synchronous mode.
+    pub strict: bool,
     /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
     pub lag_allowed: u64,
     /// The largest timeline that the store has shown.
@@ -114,6 +116,28 @@ impl Judge {
         if lag > self.lag_allowed {
             let allowed = self.lag_allowed;
             self.violation(now, format!("{name} leads {lag} bytes behind the last leader, {allowed} are allowed"));
+        }
+    }
+
+    /// A server that was on timeline `from` begins to take writes, and nobody has asked for this one.
+    pub fn promoted(&mut self, now: Duration, name: &str, from: u32) {
+        if from < self.timeline && !self.pauses {
+            let known = self.timeline;
+            self.violation(now, format!("{name} leads from timeline {from} on, and the cluster is on {known}"));
+        }
+    }
+
+    /// A commit is acknowledged that so many standbys have confirmed.
+    pub fn confirmed(&mut self, now: Duration, host: usize, by: usize) {
+        if self.strict && by == 0 {
+            self.violation(now, format!("host {host} acknowledges, in strict mode, what no standby has confirmed"));
+        }
+    }
+
+    /// A commit is acknowledged by a server which, for a while, has not been `watched` by the kernel although it has to be.
+    pub fn watched(&mut self, now: Duration, host: usize, watched: bool) {
+        if !watched && !self.pauses {
+            self.violation(now, format!("host {host} takes writes without the watchdog that is required"));
         }
     }
 

@@ -27,5 +27,6 @@ pub mod shrink;
 pub mod stage;
 pub mod streaming;
 pub mod trace;
+pub mod trouble;
 pub mod wal;
 pub mod world;

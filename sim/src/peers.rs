@@ -93,7 +93,7 @@ impl Peers for ModelPeers {
                     lsn: if in_recovery { running.lsn } else { trunkline_common::Lsn::INVALID },
                     timeline: running.timeline,
                     failover_priority: api.priority,
-                    watchdog_failed: false,
+                    watchdog_failed: api.postgres.must_not_lead(),
                 })
             });
             (name, answer.await.flatten())

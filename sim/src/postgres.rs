@@ -4,9 +4,12 @@
 //! reality (a promotion, a start, a shutdown), and stops half-way where it is not (a copy, a rewind).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rand::Rng;
+use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use trunkline_agent::postgres::slots::{Slot, Step, steps};
 use trunkline_agent::postgres::{
@@ -18,9 +21,10 @@ use trunkline_config::PostgresConfig;
 
 use crate::executor::{ProcessId, SimClock};
 use crate::scenario::End;
-use crate::server::{self, Data, Names, Phase, Server};
+use crate::server::{self, Data, FOREIGN_SLOT, Names, Phase, Server};
 use crate::stage::{Stage, host_of};
 use crate::wal::{Kind, Record, Wal, index, position};
+use crate::world::promises;
 
 /// The server of one host as its agent sees it.
 #[derive(Clone)]
@@ -29,12 +33,24 @@ pub struct ModelPostgres {
     host: usize,
     clock: SimClock,
     config: PostgresConfig,
+    /// What its agent has seen last.
+    seen: Arc<Mutex<Option<Running>>>,
 }
 
 impl ModelPostgres {
     /// The server of `host`, asked by an agent that lives by `clock`.
     pub fn new(stage: &Stage, host: usize, clock: SimClock, config: PostgresConfig) -> Self {
-        Self { stage: stage.clone(), host, clock, config }
+        Self { stage: stage.clone(), host, clock, config, seen: Arc::default() }
+    }
+
+    /// The same, asked on behalf of others: what they are told its agent has not seen.
+    pub fn of_the_api(&self) -> Self {
+        Self { seen: Arc::default(), ..self.clone() }
+    }
+
+    /// A watchdog that is required does not work here.
+    pub fn must_not_lead(&self) -> bool {
+        self.server(|server| server.must_not_lead().is_some())
     }
 
     fn server<T>(&self, look: impl FnOnce(&mut Server) -> T) -> T {
@@ -120,6 +136,21 @@ impl ModelPostgres {
     }
 }
 
+impl ModelPostgres {
+    /// A whole data directory is replaced only where an operator asks for it, or a setting allows just that.
+    fn judge_leave(&self) {
+        let settings = self.stage.key("config").map(|config| config["postgresql"].clone()).unwrap_or_default();
+        let set = |key: &str| settings[key] == json!(true);
+        let (diverged, failed) =
+            (set("remove_data_directory_on_diverged_timelines"), set("remove_data_directory_on_rewind_failure"));
+        let without_leave = self.server(|server| !(server.reinitialized || diverged || failed && server.rewound));
+        if without_leave {
+            let host = self.host;
+            self.stage.judge(|judge, now| judge.violation(now, format!("n{host} removes its data without leave")));
+        }
+    }
+}
+
 const HALF_A_COPY: &str = "half a copy";
 
 /// pg_rewind was cut off: only a copy can take its place.
@@ -140,7 +171,12 @@ impl Postgres for ModelPostgres {
             return PgStatus::Unresponsive;
         }
         self.stage.micros(100..1_500).await;
-        self.server(|server| status(server))
+        let status = self.server(|server| status(server));
+        *self.seen.lock() = match &status {
+            PgStatus::Running(running) => Some(running.clone()),
+            _ => None,
+        };
+        status
     }
 
     fn exits(&self) -> watch::Receiver<u64> {
@@ -193,7 +229,14 @@ impl Postgres for ModelPostgres {
 
     async fn clone_from(&self, source: Upstream) -> Result<(), PgError> {
         self.judge_removal("a copy from elsewhere takes its place");
-        self.server(|server| server.data = None);
+        match self.server(|server| server.data.as_ref().is_some_and(|data| data.damage != Some(HALF_A_COPY))) {
+            true => self.judge_leave(),
+            false => promises::check_source(&self.stage, self.host, &source.name),
+        }
+        self.server(|server| {
+            (server.reinitialized, server.rewound) = (false, false);
+            server.data = None;
+        });
         self.check_disk()?;
         let unreachable = || PgError::Failed(format!("{} can't be reached", source.name));
         let begun = self.source(&source).ok_or_else(unreachable)?;
@@ -232,6 +275,9 @@ impl Postgres for ModelPostgres {
             return Err(PgError::Unusable(HALF_REWOUND.to_owned()));
         }
         if self.postmaster().is_none() {
+            if role == StartAs::Primary {
+                promises::check_start(&self.stage, self.host);
+            }
             self.check_disk()?;
             let there = self.server(|server| {
                 let Some(data) = &mut server.data else { return false };
@@ -337,6 +383,7 @@ impl Postgres for ModelPostgres {
     }
 
     async fn rewind(&self, upstream: Upstream) -> Result<(), PgError> {
+        self.server(|server| server.rewound = true);
         self.check_disk()?;
         let unreachable = || PgError::Failed(format!("{} can't be reached", upstream.name));
         let begun = self.source(&upstream).ok_or_else(unreachable)?;
@@ -402,7 +449,7 @@ impl Postgres for ModelPostgres {
             self.judge_removal("it is taken for half a cluster");
         }
         self.work(1..5).await;
-        self.server(|server| server.data = None);
+        self.server(|server| (server.data, server.rewound) = (None, false));
         Ok(())
     }
 
@@ -439,6 +486,9 @@ impl Postgres for ModelPostgres {
     }
 
     async fn set_synchronous_standby_names(&self, names: String) -> Result<(), PgError> {
+        if let Some(running) = self.seen.lock().as_ref().filter(|running| running.role == PgRole::Primary) {
+            promises::check_lag(&self.stage, running, &names);
+        }
         self.check_disk()?;
         self.server(|server| {
             if let Some(data) = &mut server.data {
@@ -463,6 +513,7 @@ impl Postgres for ModelPostgres {
         }
         self.stage.micros(200..3_000).await;
         self.check_disk()?;
+        let ignored = self.stage.key("config").is_some_and(|config| config.get("ignore_slots").is_some());
         self.server(|server| {
             let gone = || PgError::Failed("the server is not running".to_owned());
             let postmaster = server.running().ok_or_else(gone)?;
@@ -487,7 +538,13 @@ impl Postgres for ModelPostgres {
                 tracing::debug!("{step}");
                 match step {
                     Step::Create(name) => data.create_slot(name),
-                    Step::Drop(name) => drop(data.slots.remove(&name)),
+                    Step::Drop(name) => {
+                        if name == FOREIGN_SLOT && ignored {
+                            let what = format!("{} drops the slot {name}, which ignore_slots names", server.name);
+                            self.stage.judge(|judge, now| judge.violation(now, what));
+                        }
+                        data.slots.remove(&name);
+                    }
                     Step::Advance(name, to) => drop(data.slots.insert(name, index(to).min(data.wal.len()))),
                     Step::InUse(_) => done.again = true,
                     Step::Decode(_) | Step::Missing(_) => {}

@@ -32,6 +32,9 @@ pub struct Node {
     pub ppm: i64,
     /// The tag `failover_priority`; 0 is `nofailover`.
     pub priority: i64,
+    /// It may lead only with a kernel watchdog.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub watchdog: bool,
     /// Its other tags.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub tags: Map<String, Value>,
@@ -127,6 +130,10 @@ pub enum Fault {
     SlowDisk { node: usize, ms: u64 },
     /// The operator's `pre_promote` says no.
     RefusePromotion { node: usize, ms: u64 },
+    /// The kernel watchdog does not work.
+    BreakWatchdog { node: usize, ms: u64 },
+    /// Some other program makes a replication slot for itself.
+    MakeSlot { node: usize },
     /// The wall clock jumps.
     WallJump { node: usize, by: i64 },
     /// `trunklinectl switchover`.
@@ -162,6 +169,8 @@ impl Fault {
             | Self::DiskFull { node, .. }
             | Self::SlowDisk { node, .. }
             | Self::RefusePromotion { node, .. }
+            | Self::BreakWatchdog { node, .. }
+            | Self::MakeSlot { node }
             | Self::WallJump { node, .. }
             | Self::Restart { node }
             | Self::Reinitialize { node } => *node = target,
@@ -177,6 +186,48 @@ impl Fault {
             _ => (),
         }
         self
+    }
+}
+
+impl Fault {
+    /// Whom it disturbs, beyond a server that is down for a moment: `None` is everybody.
+    pub fn hits(&self) -> Vec<Option<usize>> {
+        let node = |end: &End| match end {
+            End::Agent(node) | End::Postgres(node) => Some(Some(*node)),
+            End::Router(_) | End::Dcs => None,
+        };
+        match self {
+            Self::KillAgent { node, .. }
+            | Self::StopAgent { node, .. }
+            | Self::CrashHost { node, .. }
+            | Self::FreezeAgent { node, .. }
+            | Self::FreezePostgres { node, .. }
+            | Self::FreezeHost { node, .. }
+            | Self::Isolate { node, .. }
+            | Self::LoseAnswers { node, .. }
+            | Self::LoseEvents { node, .. }
+            | Self::SlowDcs { node, .. }
+            | Self::SlowWatch { node, .. }
+            | Self::DiskFull { node, .. }
+            | Self::SlowDisk { node, .. }
+            | Self::Restart { node }
+            | Self::Reinitialize { node } => vec![Some(*node)],
+            Self::Cut { from, to, .. } => [from, to].into_iter().filter_map(node).collect(),
+            Self::DcsDown { .. }
+            | Self::DcsLeaderChange { .. }
+            | Self::BreakWatches
+            | Self::Compact
+            | Self::Configure { .. }
+            | Self::Pause { .. } => vec![None],
+            Self::KillPostgres { .. }
+            | Self::FreezeRouter { .. }
+            | Self::RefusePromotion { .. }
+            | Self::BreakWatchdog { .. }
+            | Self::MakeSlot { .. }
+            | Self::WallJump { .. }
+            | Self::Switchover { .. }
+            | Self::Failover { .. } => Vec::new(),
+        }
     }
 }
 
@@ -203,6 +254,7 @@ impl Event {
                 | Fault::DiskFull { ms, .. }
                 | Fault::SlowDisk { ms, .. }
                 | Fault::RefusePromotion { ms, .. }
+                | Fault::BreakWatchdog { ms, .. }
                 | Fault::Pause { ms } => *ms,
                 _ => 0,
             }
@@ -235,6 +287,16 @@ impl Scenario {
     pub fn always_synchronous(&self) -> bool {
         let switched = |event: &Event| matches!(&event.what, Fault::Configure { patch } if patch.get("synchronous_mode") == Some(&json!(false)));
         self.settings["synchronous_mode"] != json!(false) && !self.events.iter().any(switched)
+    }
+
+    /// Whether commits wait for standbys all the time, also where there is none.
+    pub fn always_strict(&self) -> bool {
+        let loosened = |event: &Event| match &event.what {
+            Fault::Configure { patch } => patch.get("synchronous_mode_strict") == Some(&json!(false)),
+            _ => false,
+        };
+        let strict = self.settings["synchronous_mode_strict"] == json!(true);
+        strict && self.always_synchronous() && !self.events.iter().any(loosened)
     }
 
     /// The largest `maximum_lag_on_failover` that is ever in force.

@@ -4,6 +4,7 @@
 //! what survives which kind of end, and that everything takes time in which something else can fail.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
@@ -15,6 +16,7 @@ use crate::judge::Reign;
 use crate::stage::{Stage, name};
 use crate::streaming::{REPLICATION_TIMEOUT, receive};
 use crate::wal::{Kind, Record, Wal};
+use crate::world::promises;
 
 /// One host's PostgreSQL.
 pub struct Server {
@@ -36,6 +38,16 @@ pub struct Server {
     pub refuses_promotion: bool,
     /// Everything that writes much takes seconds.
     pub disk_slow: bool,
+    /// The last time that its postmaster was killed, if it was the leader's and took writes.
+    pub killed: Option<Killed>,
+    /// pg_rewind has been at work in this data directory.
+    pub rewound: bool,
+    /// It must not lead without a kernel watchdog.
+    pub watchdog_required: bool,
+    /// Since when that does not work.
+    pub watchdog_broken: Option<Duration>,
+    /// An operator has asked for a new copy.
+    pub reinitialized: bool,
 }
 
 /// A data directory.
@@ -70,6 +82,9 @@ pub struct Data {
     /// From where on each slot could keep WAL when it was first made here: it was too late for what is older.
     pub slots_since: BTreeMap<String, usize>,
 }
+
+/// The slot of some other program.
+pub const FOREIGN_SLOT: &str = "theirs";
 
 /// So many records stay in any case (`wal_keep_size`): some ten seconds of writes.
 const WAL_KEPT: usize = 400;
@@ -119,6 +134,28 @@ pub struct Postmaster {
     pub senders: BTreeMap<MemberName, Sender>,
     /// Its own WAL receiver streams.
     pub streaming: bool,
+    /// Since when it has accepted connections, and streamed without a break; when it was sent WAL last.
+    pub since: Since,
+}
+
+/// A postmaster was killed.
+#[derive(Debug, Clone, Copy)]
+pub struct Killed {
+    /// When.
+    pub at: Duration,
+    /// For how long it had accepted connections.
+    pub up: Duration,
+}
+
+/// Moments in the life of a postmaster.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Since {
+    /// It has accepted connections since then.
+    pub running: Duration,
+    /// Its receiver has streamed since then, if it does.
+    pub streaming: Duration,
+    /// It was sent WAL last.
+    pub grown: Duration,
 }
 
 /// How far a postmaster is.
@@ -160,6 +197,11 @@ impl Server {
             disk_full: false,
             refuses_promotion: false,
             disk_slow: false,
+            killed: None,
+            rewound: false,
+            watchdog_required: false,
+            watchdog_broken: None,
+            reinitialized: false,
         }
     }
 
@@ -181,6 +223,11 @@ impl Server {
     /// The postmaster, if it accepts connections.
     pub fn running(&self) -> Option<&Postmaster> {
         self.postmaster.as_ref().filter(|postmaster| postmaster.phase == Phase::Running)
+    }
+
+    /// Since when it must not lead: a watchdog that is required does not work.
+    pub fn must_not_lead(&self) -> Option<Duration> {
+        self.watchdog_broken.filter(|_| self.watchdog_required)
     }
 
     /// Whether the commit of the record before `end` has all confirmations that it needs.
@@ -297,6 +344,7 @@ pub fn spawn(stage: &Stage, host: usize) {
             names: data.names.clone(),
             senders: BTreeMap::new(),
             streaming: false,
+            since: Since::default(),
         });
         let damage = data.damage;
         server.touch();
@@ -318,6 +366,7 @@ pub fn spawn(stage: &Stage, host: usize) {
         stage.server(host, |server| {
             if let Some(postmaster) = server.postmaster(number) {
                 postmaster.phase = Phase::Running;
+                postmaster.since.running = stage.executor().now();
             }
             server.touch();
         });
@@ -380,7 +429,14 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
         }
         // Who comes back in place was elected before, maybe on request.
         if !requested && !mute && !again {
-            stage.judge(|judge, now| judge.elected(now, &name, wal.end(), Lsn(known)));
+            let from = match wal.records() {
+                [.., before, last] if last.kind == Kind::Promotion => before.timeline,
+                _ => wal.timeline(),
+            };
+            stage.judge(|judge, now| {
+                judge.elected(now, &name, wal.end(), Lsn(known));
+                judge.promoted(now, &name, from.0);
+            });
         }
         postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder, !mute)));
     });
@@ -434,6 +490,9 @@ pub fn shut_down(stage: &Stage, host: usize, number: u64, process: ProcessId, sh
             Some(primary)
         });
         let Some(primary) = primary else { return };
+        if primary {
+            promises::watch_stop(&stage, host, number);
+        }
         let slow = stage.server(host, |server| server.disk_slow);
         stage.micros(if slow { 500_000..6_000_000 } else { 5_000..40_000 }).await;
         if primary {
@@ -542,7 +601,18 @@ async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Writ
         return None;
     }
     if (!private || is_initialised(stage)) && !is_forgotten(stage, host) {
-        stage.judge(|judge, now| judge.acknowledged(now, id, host, reign));
+        let has = |sender: &&Sender| sender.flushed >= end;
+        let (by, unwatched) = stage.server(host, |server| {
+            let by = server.postmaster(number).map_or(0, |postmaster| postmaster.senders.values().filter(has).count());
+            (by, server.must_not_lead())
+        });
+        let long =
+            |since: Duration| stage.quiet_for(host).min(stage.executor().now() - since) > Duration::from_secs(10);
+        stage.judge(|judge, now| {
+            judge.confirmed(now, host, by);
+            judge.watched(now, host, unwatched.is_none_or(|since| !long(since)));
+            judge.acknowledged(now, id, host, reign);
+        });
     }
     Some(Written::Done)
 }

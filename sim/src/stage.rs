@@ -17,6 +17,7 @@ use crate::judge::Judge;
 use crate::peers::Api;
 use crate::scenario::End;
 use crate::server::Server;
+use crate::trouble::Trouble;
 
 /// The stage of one world. Clones are the same one.
 #[derive(Clone)]
@@ -30,6 +31,7 @@ struct Inner {
     judge: Mutex<Judge>,
     apis: Mutex<BTreeMap<usize, Api>>,
     guards: Mutex<BTreeMap<usize, ModelGuard>>,
+    trouble: Mutex<Trouble>,
     next: Mutex<u64>,
 }
 
@@ -63,6 +65,7 @@ impl Stage {
             judge: Mutex::default(),
             apis: Mutex::default(),
             guards: Mutex::default(),
+            trouble: Mutex::default(),
             next: Mutex::new(0),
         }))
     }
@@ -101,6 +104,22 @@ impl Stage {
     /// The server of a host.
     pub fn server<T>(&self, host: usize, look: impl FnOnce(&mut Server) -> T) -> T {
         look(&mut self.0.servers.lock()[host])
+    }
+
+    /// Something goes wrong for these nodes (`None`: for all), or is over.
+    pub fn trouble(&self, whom: &[Option<usize>], begins: bool) {
+        let (now, mut trouble) = (self.0.executor.now(), self.0.trouble.lock());
+        for whom in whom {
+            match begins {
+                true => trouble.begins(*whom),
+                false => trouble.ends(*whom, now),
+            }
+        }
+    }
+
+    /// For how long a host has been left alone by all faults; the end of its server is not counted as one.
+    pub fn quiet_for(&self, host: usize) -> Duration {
+        self.0.trouble.lock().quiet_for(host, self.0.executor.now())
     }
 
     /// The API of a host's agent, if that runs.

@@ -86,6 +86,7 @@ fn set_streaming(stage: &Stage, host: usize, number: u64, streaming: bool) {
     stage.server(host, |server| {
         if let Some(postmaster) = server.postmaster(number) {
             postmaster.streaming = streaming;
+            postmaster.since.streaming = stage.executor().now();
         }
     });
 }
@@ -131,7 +132,8 @@ async fn pump(
         if !sent.is_empty() {
             stage.micros(100..1_500).await;
             let flushed = stage.server(host, |server| {
-                server.postmaster(number).filter(|p| p.role == PgRole::Standby)?;
+                let postmaster = server.postmaster(number).filter(|p| p.role == PgRole::Standby)?;
+                postmaster.since.grown = stage.executor().now();
                 let data = server.data.as_mut()?;
                 sent.into_iter().for_each(|record| data.wal.push(record));
                 let flushed = data.wal.len();

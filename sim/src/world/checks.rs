@@ -16,6 +16,7 @@ use trunkline_common::{Clock, ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::World;
+use super::promises::{Term, Vacancy};
 use crate::clients;
 use crate::executor::{Drift, Livelock, SimClock};
 use crate::postgres::HALF_REWOUND;
@@ -34,6 +35,8 @@ impl World {
         let world = self.clone();
         executor.spawn(self.process, async move {
             let mut before = Arc::<ClusterView>::default();
+            let mut vacancy = Vacancy::default();
+            let mut term = None;
             while knowledge.changed().await.is_ok() {
                 let Some(view) = knowledge.borrow_and_update().view.clone() else { continue };
                 if let Some(timeline) = view.timeline() {
@@ -43,6 +46,20 @@ impl World {
                 world.leads.send_if_modified(|old| std::mem::replace(old, leads.clone()) != leads);
                 if let Some(wrong) = world.wrong_in(&before, &view) {
                     world.stage.judge(|judge, now| judge.violation(now, wrong));
+                }
+                let created = |view: &ClusterView| view.leader.as_ref().map(|leader| leader.created);
+                if created(&before) != created(&view) {
+                    if let Some(left) = &before.leader {
+                        vacancy = Vacancy { leader: Some(left.name.clone()), since: world.stage.executor().now() };
+                        let wrong = term.take().and_then(|term: Term| world.left_behind(&term, &left.name, &view));
+                        wrong.into_iter().for_each(|wrong| world.stage.judge(|judge, now| judge.violation(now, wrong)));
+                    }
+                    if view.leader.is_some() {
+                        let wrong = world.wrong_election(&before, &view, &vacancy);
+                        wrong.into_iter().for_each(|wrong| world.stage.judge(|judge, now| judge.violation(now, wrong)));
+                        let (since, reigns) = world.stage.judge(|judge, now| (now, judge.reigns));
+                        term = before.leader.is_none().then(|| Term { before: before.clone(), since, reigns });
+                    }
                 }
                 before = view;
             }
@@ -84,9 +101,11 @@ impl World {
     pub(super) fn unwell(&self) -> (bool, Option<String>) {
         let Some(leader) = self.stage.holder() else { return (false, Some("nobody holds the leader key".to_owned())) };
         let members = self.view().members;
-        let reclones = self.scenario.settings["postgresql"]["remove_data_directory_on_rewind_failure"] == json!(true);
+        let removes = |on| self.scenario.settings["postgresql"][on] == json!(true);
+        let replaces = removes("remove_data_directory_on_diverged_timelines");
+        let reclones = replaces || removes("remove_data_directory_on_rewind_failure");
         let fills = self.scenario.events.iter().any(|event| matches!(event.what, Fault::DiskFull { .. }));
-        let rewinds = self.scenario.settings["postgresql"]["use_pg_rewind"] != json!(false);
+        let rewinds = replaces || self.scenario.settings["postgresql"]["use_pg_rewind"] != json!(false);
         self.stage.servers(|servers| {
             let Some(primary) = servers.iter().find(|server| server.name.0 == leader) else {
                 return (false, Some(format!("{leader} is nobody")));
@@ -141,30 +160,40 @@ impl World {
         let view = self.view();
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
         let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
-        let candidate = self.stage.servers(|servers| {
-            let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
-            // One may be left to a person, and another that hangs below it with it.
-            let follows = |server: &Server| {
-                let own = server.data.as_ref().map(|data| &data.wal);
-                own.zip(wal).is_some_and(|(own, leader)| own.is_prefix_of(&leader.wal))
-            };
-            let able = |server: &&Server| {
-                server.name != leader
-                    && server.running().is_some_and(|postmaster| postmaster.streaming)
-                    && follows(server)
-                    && self.scenario.nodes[server.host].priority > 0
-                    && (!synchronous || view.sync.lists(&server.name))
-            };
-            servers.iter().find(able).map(|server| (server.host, server.name.clone()))
-        });
+        let candidate = |outside: bool| {
+            self.stage.servers(|servers| {
+                let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
+                // One may be left to a person, and another that hangs below it with it.
+                let follows = |server: &Server| {
+                    let own = server.data.as_ref().map(|data| &data.wal);
+                    own.zip(wal).is_some_and(|(own, leader)| own.is_prefix_of(&leader.wal))
+                };
+                let able = |server: &&Server| {
+                    server.name != leader
+                        && server.running().is_some_and(|postmaster| postmaster.streaming)
+                        && follows(server)
+                        && self.scenario.nodes[server.host].priority > 0
+                        && (!synchronous || view.sync.lists(&server.name) != outside)
+                };
+                servers.iter().find(able).map(|server| (server.host, server.name.clone()))
+            })
+        };
+        // To one outside of the set only by an operator's word, who may lose commits by it; here none can be lost.
+        let outside =
+            candidate(true).filter(|_| view.settings.synchronous_mode == SynchronousMode::On && self.sometimes(3));
+        let (outside, candidate) = (outside.is_some(), outside.or_else(|| candidate(false)));
         // Close to the limit it may rightly be refused.
         let Some((host, candidate)) = candidate.filter(|_| view.settings.maximum_lag_on_failover >= 6_400) else {
             return Ok(());
         };
         let host_of_leader = host_of(leader.as_str()).unwrap_or_default();
-        let at = self.sometimes(3).then(|| self.clock(host_of_leader, self.process).wall() + TimeDelta::seconds(3));
+        let at = (!outside && self.sometimes(3))
+            .then(|| self.clock(host_of_leader, self.process).wall() + TimeDelta::seconds(3));
         let due = at.map_or(Duration::ZERO, |_| self.stage.executor().now() + Duration::from_secs(3));
         let mut request = json!({ "leader": leader.0, "member": candidate.0 });
+        if outside {
+            request = json!({ "member": candidate.0 });
+        }
         if let Some(at) = at {
             request["scheduled_at"] = Value::from(at.to_rfc3339());
         }
@@ -180,7 +209,7 @@ impl World {
         while self.stage.executor().now() < end {
             self.go_on(self.stage.executor().now() + Duration::from_millis(100))?;
             let view = self.view();
-            if synchronous && view.is_leader(&leader) && !view.sync.lists(&candidate) {
+            if synchronous && !outside && view.is_leader(&leader) && !view.sync.lists(&candidate) {
                 // Another one has taken its place meanwhile: then it is rightly refused.
                 return Ok(());
             }
@@ -193,7 +222,8 @@ impl World {
                 return Ok(());
             }
         }
-        self.stage.judge(|judge, now| judge.violation(now, format!("a switchover to {candidate} was not carried out")));
+        let what = if outside { "failover" } else { "switchover" };
+        self.stage.judge(|judge, now| judge.violation(now, format!("a {what} to {candidate} was not carried out")));
         Ok(())
     }
 
@@ -301,6 +331,7 @@ impl World {
                 judge.violation(now, "all is well, but no client can write through a router");
             }
         });
+        self.check_synchronous_set()?;
         self.check_switchover()?;
         if self.scenario.always_synchronous() {
             let leader = self.stage.holder();

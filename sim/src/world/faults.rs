@@ -16,7 +16,7 @@ use trunkline_config::merge;
 use super::World;
 use crate::executor::ProcessId;
 use crate::scenario::{Aim, End, Event, Fault, NEXT_LEADER_WITHIN};
-use crate::server::{self, Server};
+use crate::server::{self, FOREIGN_SLOT, Killed, Server};
 use crate::stage::{host_of, name};
 
 impl World {
@@ -37,7 +37,10 @@ impl World {
             None => event.what,
         };
         tracing::info!("FAULT {what:?}");
+        let hit = what.hits();
+        self.stage.trouble(&hit, true);
         self.happen(what).await;
+        self.stage.trouble(&hit, false);
     }
 
     /// The holder of the leader key. Before there is one: whoever makes the cluster.
@@ -125,7 +128,15 @@ impl World {
                     self.restart_agent(node, process, 100).await;
                 }
             }
-            Fault::KillPostgres { node } => server::kill(&self.stage, node),
+            Fault::KillPostgres { node } => {
+                let leads = self.stage.holder() == Some(name(node).0);
+                let now = self.stage.executor().now();
+                self.stage.server(node, |server| {
+                    let up = server.running().map(|postmaster| now - postmaster.since.running);
+                    server.killed = up.filter(|_| leads && server.is_primary()).map(|up| Killed { at: now, up });
+                });
+                server::kill(&self.stage, node);
+            }
             Fault::CrashHost { node, ms } => {
                 self.hosts.lock()[node].down += 1;
                 if let Some(process) = self.agent_process(node) {
@@ -239,6 +250,17 @@ impl World {
                 self.wait(ms).await;
                 self.stage.server(node, |server| server.refuses_promotion = false);
             }
+            Fault::BreakWatchdog { node, ms } => {
+                let since = self.stage.executor().now();
+                self.stage.server(node, |server| server.watchdog_broken = Some(since));
+                self.wait(ms).await;
+                self.stage.server(node, |server| server.watchdog_broken = None);
+            }
+            Fault::MakeSlot { node } => self.stage.server(node, |server| {
+                if let Some(data) = server.data.as_mut().filter(|_| server.postmaster.is_some()) {
+                    data.create_slot(FOREIGN_SLOT.to_owned());
+                }
+            }),
             Fault::SlowDisk { node, ms } => {
                 self.stage.server(node, |server| server.disk_slow = true);
                 self.wait(ms).await;
@@ -264,6 +286,7 @@ impl World {
             }
             Fault::Reinitialize { node } => {
                 let (reply, _) = oneshot::channel();
+                self.stage.server(node, |server| server.reinitialized = true);
                 self.command(node, Command::Reinitialize { force: false, from_leader: false, reply }).await;
             }
             Fault::Configure { patch } => self.configure(patch).await,

@@ -2,6 +2,7 @@
 
 mod checks;
 mod faults;
+pub(crate) mod promises;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -176,6 +177,7 @@ impl World {
         let stage = Stage::new(executor, store);
         stage.judge(|judge, _| {
             judge.keeps_all = scenario.always_synchronous();
+            judge.strict = scenario.always_strict();
             judge.lag_allowed = scenario.largest_lag();
             judge.pauses = scenario.events.iter().any(|event| matches!(event.what, Fault::Pause { .. }));
         });
@@ -231,7 +233,9 @@ impl World {
             local.tags.insert("failover_priority".to_owned(), json!(node.priority));
         }
         let drift = Drift { uptime: Duration::from_secs(1_000 * (host as u64 + 1)), ppm: node.ppm };
-        self.stage.servers(|servers| servers.push(Server::new(host)));
+        self.stage.servers(|servers| {
+            servers.push(Server { watchdog_required: node.watchdog, ..Server::new(host) });
+        });
         self.hosts.lock().push(Host {
             drift,
             wall_offset: Arc::default(),
@@ -294,9 +298,13 @@ impl World {
             let exit = Ha::new(parts, keeper_stopped).run(stopped).await;
             ending.send_replace(true);
             tracing::info!("the agent has ended: {exit:?}");
+            supervisor.stage.trouble(&[Some(host)], true);
             supervisor.supervise(host, process);
         });
-        self.stage.set_api(host, Api { process, postgres, priority: self.scenario.nodes[host].priority, commands });
+        self.stage.set_api(
+            host,
+            Api { process, postgres: postgres.of_the_api(), priority: self.scenario.nodes[host].priority, commands },
+        );
         {
             let mut hosts = self.hosts.lock();
             hosts[host].link = Some(link);
@@ -312,6 +320,7 @@ impl World {
             world.stage.executor().sleep(Duration::from_millis(100)).await;
             world.stage.executor().kill(process);
             world.restart_agent(host, process, 1_000).await;
+            world.stage.trouble(&[Some(host)], false);
         });
     }
 
