@@ -42,9 +42,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.settle_divergence();
         self.introduce();
         self.publish_member().await;
-        self.upkeep_keys().await;
         self.checkpoint_after_promotion();
+        // Before the status is written, which goes with the history: it says what is kept here, for members that are away too.
         self.upkeep_slots().await;
+        self.upkeep_keys().await;
         self.upkeep_status().await;
         self.upkeep_failsafe().await;
         self.upkeep_sync().await
