@@ -25,7 +25,7 @@ use trunkline_common::{Clock, ClusterView, Instant, MemberName};
 
 use crate::heard::{Answer, Heard, Reading};
 use crate::lag::Lags;
-use crate::probe::Prober;
+use crate::probe::{Probe, Prober};
 use crate::router::Router;
 
 /// How often the members are asked while the DCS is silent, and how long they may take to answer.
@@ -52,11 +52,7 @@ pub async fn run(
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = router.clock.now();
-        // Nothing is confirmed before the DCS has been read, but it is given its time.
-        let stale_at = Some(known.confirmed_at.unwrap_or(started) + router.limits().stale_after);
-        let fresh = stale_at.is_some_and(|stale| now < stale);
-        let confirmed = fresh && known.confirmed_at.is_some();
-        let well = confirmed && known.trouble.is_none();
+        let Grade { stale_at, fresh, confirmed, well } = Grade::of(&known, started, router.limits().stale_after, now);
         let lease = known.view.as_ref().map_or(Duration::ZERO, |view| view.settings.router_lease);
         let registered = *registration.borrow_and_update();
         let lapses = registered.0.filter(|until| now < *until);
@@ -82,7 +78,7 @@ pub async fn run(
         let epoch = known.view.as_ref().and_then(|view| view.leader.as_ref()).map(|key| key.created);
         router.registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
-        let stale_at = stale_at.filter(|_| fresh);
+        let stale_at = Some(stale_at).filter(|_| fresh);
         let events = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(lapses).chain(asks);
         let wake = events.min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
@@ -114,17 +110,43 @@ pub async fn run(
     }
 }
 
+/// How good knowledge is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grade {
+    /// When it is not fresh any more.
+    pub stale_at: Instant,
+    /// The DCS has not been silent for too long, or is still given its time to be read for the first time.
+    pub fresh: bool,
+    /// It has been read, and has not been silent for too long.
+    pub confirmed: bool,
+    /// Nor is there any doubt.
+    pub well: bool,
+}
+
+impl Grade {
+    /// Of what is known at `now` to who has followed since `started`.
+    pub fn of(known: &Knowledge, started: Instant, stale_after: Duration, now: Instant) -> Self {
+        let stale_at = known.confirmed_at.unwrap_or(started) + stale_after;
+        let fresh = now < stale_at;
+        let confirmed = fresh && known.confirmed_at.is_some();
+        Self { stale_at, fresh, confirmed, well: confirmed && known.trouble.is_none() }
+    }
+}
+
 /// Seconds since the DCS last confirmed what is known, -1 if it never did.
 pub fn age(knowledge: &Knowledge, now: Instant) -> f64 {
     knowledge.confirmed_at.map_or(-1.0, |confirmed| now.since(confirmed).as_secs_f64())
 }
 
 /// Who is to be asked whether it leads, and how often.
-struct Question {
-    reading: Reading,
+#[derive(Debug)]
+pub struct Question {
+    /// What was known when it came up.
+    pub reading: Reading,
+    /// After which pause to ask, and to ask again.
+    pub pause: Duration,
     /// Their REST APIs.
     members: BTreeMap<MemberName, String>,
-    pause: Duration,
     /// It is about a leader whose key has vanished: only another key makes the answer worthless.
     vacant: bool,
 }
@@ -132,7 +154,7 @@ struct Question {
 impl Question {
     /// `well`: the DCS confirms the view, and there is no doubt. `at_risk`: the leader's sessions end soon unless it proves
     /// itself.
-    fn of(heard: &Heard, reading: Reading, now: Instant, well: bool, at_risk: bool) -> Option<Self> {
+    pub fn of(heard: &Heard, reading: Reading, now: Instant, well: bool, at_risk: bool) -> Option<Self> {
         let view = &reading.view;
         let urls = view.members.iter().filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?)));
         let suspect = heard.suspect().filter(|_| well);
@@ -156,7 +178,7 @@ impl Question {
     }
 
     /// Asks them, unless the DCS has an answer first.
-    async fn ask(&self, prober: &Prober, mut knowledge: watch::Receiver<Knowledge>) -> Option<Vec<Answer>> {
+    pub async fn ask(&self, prober: &impl Probe, mut knowledge: watch::Receiver<Knowledge>) -> Option<Vec<Answer>> {
         let answered_by_dcs = async {
             let has_key = |known: &Knowledge| known.view.as_ref().is_some_and(|view| view.leader.is_some());
             let _ = match self.vacant {

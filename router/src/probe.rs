@@ -19,7 +19,16 @@ use trunkline_config::local::Ctl;
 /// The longest answer that is read.
 const ANSWER: u64 = 64 << 10;
 
-/// Asks members. Without TLS settings those with `https` URLs can't be asked.
+/// Asks members whether they lead.
+pub trait Probe {
+    /// Whether the member behind `api_url` says that it is the primary.
+    ///
+    /// # Errors
+    /// It says nothing; why, in words.
+    fn is_primary(&self, api_url: &str, limit: Duration) -> impl Future<Output = Result<bool, String>> + Send;
+}
+
+/// Asks members over HTTP. Without TLS settings those with `https` URLs can't be asked.
 #[derive(Clone, Default)]
 pub struct Prober {
     tls: Option<TlsConnector>,
@@ -45,14 +54,6 @@ impl Prober {
         let (ca, certificate) = (ctl.cacert.as_deref(), ctl.certfile.as_deref());
         let config = tls::client_config(ca, certificate, ctl.keyfile.as_deref(), verify)?;
         Ok(Self { tls: Some(TlsConnector::from(Arc::clone(&config))) })
-    }
-
-    /// Whether the member behind `api_url` says that it is the primary.
-    ///
-    /// # Errors
-    /// It says nothing; why, in words.
-    pub async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
-        judge(&self.get(api_url, "/primary", limit).await?)
     }
 
     /// The leader's last position, or the one up to which a standby has replayed.
@@ -81,6 +82,12 @@ impl Prober {
             Ok(Err(error)) => Err(format!("no answer: {error}")),
             Err(_) => Err("no answer in time".into()),
         }
+    }
+}
+
+impl Probe for Prober {
+    async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
+        judge(&self.get(api_url, "/primary", limit).await?)
     }
 }
 

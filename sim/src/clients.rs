@@ -8,9 +8,12 @@ use tokio::sync::watch;
 use trunkline_common::dcs::follow::{Follower, Knowledge};
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::{Clock, MemberName};
+use trunkline_router::follow::{Grade, Question};
+use trunkline_router::heard::Heard;
 use trunkline_router::table::RouteTable;
 
 use crate::executor::{ProcessId, SimClock};
+use crate::peers::ModelProber;
 use crate::scenario::End;
 use crate::server::{self, Written};
 use crate::stage::{Stage, host_of, paths};
@@ -53,6 +56,7 @@ impl Router {
     /// Starts one.
     pub fn start(
         stage: &Stage,
+        router: usize,
         clock: SimClock,
         process: ProcessId,
         link: trunkline_common::dcs::memory::MemoryDcs<SimClock>,
@@ -60,9 +64,9 @@ impl Router {
         let store = ClusterStore::new(link, paths());
         let knowledge = Follower::spawn(store, clock.clone());
         let (publish, tables) = watch::channel(Arc::new(RouteTable::unknown()));
-        let routing = stage.clone();
+        let (routing, prober) = (stage.clone(), ModelProber::new(stage, router, clock.clone()));
         clock.clone().spawn(async move {
-            route(routing, clock, knowledge, publish).await;
+            route(routing, clock, prober, knowledge, publish).await;
         });
         Self { process, tables }
     }
@@ -93,43 +97,67 @@ impl Router {
     }
 }
 
-/// The router's own task: a table for every change of knowledge.
+/// The router's own task: a table for every change of what it knows and hears, made as it is in the router that ships.
 async fn route(
     stage: Stage,
     clock: SimClock,
+    prober: ModelProber,
     mut knowledge: watch::Receiver<Knowledge>,
     publish: watch::Sender<Arc<RouteTable>>,
 ) {
+    let started = clock.now();
+    let (mut heard, mut proved_last, mut asked_at) = (Heard::default(), None::<MemberName>, started);
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = clock.now();
-        let stale_at = known.confirmed_at.map(|confirmed| confirmed + STALE_AFTER);
-        let confirmed = stale_at.is_some_and(|stale| now < stale);
+        let grade = Grade::of(&known, started, STALE_AFTER, now);
+        let mut question = None;
         if let Some(view) = &known.view {
-            let table = RouteTable::from_view(view);
+            let reading = heard.read(view, now, grade.confirmed, grade.well);
+            let table = &reading.table;
+            // New sessions go to the holder of the key, or to who has proved that it leads; old ones also go on while who has
+            // proved it last does not answer any more.
             let holder = view.leader.as_ref().map(|key| &key.name);
-            // Where new sessions go, and where the old ones go on.
-            let targets = table.leader.iter().map(|leader| &leader.member).chain(table.reign.iter().map(|r| &r.member));
-            targets.for_each(|target| stage.judge(|judge, now| judge.routes(now, holder, target)));
+            let proven = heard.proven().or(heard.suspect());
+            if proven.is_some() {
+                proved_last = proven.cloned();
+            }
+            let new = table.leader.iter().map(|leader| &leader.member).filter(|target| proven != Some(target));
+            let old =
+                table.reign.iter().map(|reign| &reign.member).filter(|target| proved_last.as_ref() != Some(target));
+            for target in new.chain(old) {
+                stage.judge(|judge, now| judge.routes(now, holder, target));
+            }
             let unwanted = |name: &MemberName| view.members.get(name).is_some_and(|m| m.tag_is_true("noloadbalance"));
             if let Some(standby) = table.standbys.iter().find(|standby| unwanted(&standby.member)) {
                 let what = format!("a router sends reads to {}, which is tagged noloadbalance", standby.member);
                 stage.judge(|judge, now| judge.violation(now, what));
             }
-            let table = if confirmed { table } else { table.unconfirmed(false) };
             publish.send_if_modified(|old| {
-                let changed = **old != table;
+                let changed = **old != *table;
                 if changed {
-                    *old = Arc::new(table);
+                    *old = Arc::new(table.clone());
                 }
                 changed
             });
+            question = Question::of(&heard, reading, now, grade.well, false);
         }
-        let wake = stale_at.filter(|_| confirmed).unwrap_or(now + Duration::from_secs(1));
+        let ask_at = question.as_ref().map(|question| asked_at + question.pause);
+        let events =
+            ask_at.into_iter().chain(Some(grade.stale_at).filter(|_| grade.fresh)).chain(heard.waits_until(now));
+        let wake = events.min().unwrap_or(now + Duration::from_secs(1));
         tokio::select! {
             biased;
             changed = knowledge.changed() => if changed.is_err() { return },
-            () = clock.sleep_until(wake) => {}
+            () = clock.sleep_until(wake) => {
+                let asked = clock.now();
+                if let Some(question) = question.filter(|_| ask_at.is_some_and(|at| at <= asked)) {
+                    if let Some(answers) = question.ask(&prober, knowledge.clone()).await {
+                        heard.hear(&question.reading.view, &answers, asked);
+                    }
+                    asked_at = clock.now();
+                }
+            }
         }
     }
 }

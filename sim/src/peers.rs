@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use serde_json::Value;
-use tokio::sync::{mpsc, oneshot};
-use trunkline_agent::node::Command;
+use tokio::sync::{mpsc, oneshot, watch};
+use trunkline_agent::node::{Board, Command};
 use trunkline_agent::peer::{FailsafeAnswer, PeerStatus, Peers};
 use trunkline_agent::postgres::{PgRole, PgStatus, Postgres};
+use trunkline_agent::rest::Sources;
+use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, MemberName};
+use trunkline_router::probe::Probe;
 
 use crate::executor::{ProcessId, SimClock};
 use crate::postgres::ModelPostgres;
@@ -21,12 +24,84 @@ use crate::stage::{Stage, host_of};
 pub struct Api {
     /// The agent's process.
     pub process: ProcessId,
+    /// Its name.
+    pub name: MemberName,
+    /// Its clock.
+    pub clock: SimClock,
+    /// What it knows of the cluster.
+    pub knowledge: watch::Receiver<Knowledge>,
+    /// What its loop publishes.
+    pub board: watch::Receiver<Board>,
     /// Its server.
     pub postgres: ModelPostgres,
     /// Its `failover_priority`.
     pub priority: i64,
     /// Its loop.
     pub commands: mpsc::Sender<Command>,
+}
+
+/// One request from `from` to the agent behind `api_url`: `None` if there is no answer within `deadline`. The answer is made
+/// by that agent's process, and so stands still and dies with it.
+async fn ask<T, F>(
+    stage: &Stage,
+    clock: &SimClock,
+    from: End,
+    api_url: &str,
+    deadline: Duration,
+    answer: impl FnOnce(Api) -> F + Send,
+) -> Option<T>
+where
+    T: Send + 'static,
+    F: Future<Output = T> + Send + 'static,
+{
+    let there = api_url.split("://").nth(1).and_then(|rest| rest.split(':').next()).and_then(host_of)?;
+    let to = End::Agent(there);
+    let request = async {
+        stage.micros(100..2_000).await;
+        if !stage.network(|network| network.open(from, to)) {
+            return std::future::pending().await;
+        }
+        // Refused where nobody listens.
+        let api = stage.api(there)?;
+        let (sender, answered) = oneshot::channel();
+        let process = api.process;
+        let work = answer(api);
+        stage.executor().spawn(process, async move {
+            let _ = sender.send(work.await);
+        });
+        let answer = answered.await.ok()?;
+        stage.micros(100..2_000).await;
+        if !stage.network(|network| network.open(to, from)) {
+            return std::future::pending().await;
+        }
+        Some(answer)
+    };
+    clock.within(deadline, request).await.flatten()
+}
+
+/// Asks other agents on behalf of a router.
+pub struct ModelProber {
+    stage: Stage,
+    router: usize,
+    clock: SimClock,
+}
+
+impl ModelProber {
+    /// `router` asks.
+    pub fn new(stage: &Stage, router: usize, clock: SimClock) -> Self {
+        Self { stage: stage.clone(), router, clock }
+    }
+}
+
+impl Probe for ModelProber {
+    async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
+        let answer = ask(&self.stage, &self.clock, End::Router(self.router), api_url, limit, |api| async move {
+            let Api { name, clock, knowledge, board, postgres, .. } = api;
+            let sources = Sources { knowledge: &knowledge, board: &board, postgres: &postgres, clock: &clock };
+            sources.prove_leadership(&name).await
+        });
+        answer.await.ok_or_else(|| "no answer".to_owned())
+    }
 }
 
 /// Asks other agents on behalf of one.
@@ -43,36 +118,12 @@ impl ModelPeers {
         Self { stage: stage.clone(), host, clock }
     }
 
-    /// One request to another agent: `None` if there is no answer within `deadline`. The answer is made by that agent's
-    /// process, and so stands still and dies with it.
     async fn ask<T, F>(&self, api_url: &str, deadline: Duration, answer: impl FnOnce(Api) -> F + Send) -> Option<T>
     where
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        let there = api_url.split("://").nth(1).and_then(|rest| rest.split(':').next()).and_then(host_of)?;
-        let (from, to) = (End::Agent(self.host), End::Agent(there));
-        let request = async {
-            self.stage.micros(100..2_000).await;
-            if !self.stage.network(|network| network.open(from, to)) {
-                return std::future::pending().await;
-            }
-            // Refused where nobody listens.
-            let api = self.stage.api(there)?;
-            let (sender, answered) = oneshot::channel();
-            let process = api.process;
-            let work = answer(api);
-            self.stage.executor().spawn(process, async move {
-                let _ = sender.send(work.await);
-            });
-            let answer = answered.await.ok()?;
-            self.stage.micros(100..2_000).await;
-            if !self.stage.network(|network| network.open(to, from)) {
-                return std::future::pending().await;
-            }
-            Some(answer)
-        };
-        self.clock.within(deadline, request).await.flatten()
+        ask(&self.stage, &self.clock, End::Agent(self.host), api_url, deadline, answer).await
     }
 }
 

@@ -46,13 +46,11 @@ pub use self::listener::Server;
 use self::metrics::Instruments;
 use self::policy::Policy;
 use self::status::Picture;
+pub use self::status::Sources;
 use self::switchover::Action;
 use crate::node::{Board, Command};
 use crate::peer::{HttpPeers, RestClient};
 use crate::postgres::{PgError, PgStatus, Postgres, Setting, Took};
-
-/// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
-const OBSERVE_LIMIT: Duration = Duration::from_millis(1500);
 
 /// Why the API can't be served or changed.
 #[derive(Debug, thiserror::Error)]
@@ -333,14 +331,12 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
 
     /// The view, unless the DCS has not confirmed it for `ttl`.
     fn confirmed_view(&self) -> Option<Arc<ClusterView>> {
-        let knowledge = self.knowledge.borrow();
-        let view = knowledge.view.clone()?;
-        (knowledge.confirmed_at? + view.settings.ttl > self.clock.now()).then_some(view)
+        self.sources().confirmed_view()
     }
 
     /// The settings last known, confirmed or not.
     fn settings(&self) -> Settings {
-        self.knowledge.borrow().view.as_ref().map(|view| view.settings.clone()).unwrap_or_default()
+        self.sources().settings()
     }
 
     fn peers(&self) -> HttpPeers {
@@ -349,17 +345,11 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
 
     /// Looks at everything there is to know now.
     async fn picture(&self) -> Picture {
-        let look =
-            tokio::time::timeout(OBSERVE_LIMIT + Duration::from_millis(200), self.postgres.observe(OBSERVE_LIMIT));
-        let postgres = look.await.unwrap_or(PgStatus::Unresponsive);
-        // After the look, so that a turn of the loop meanwhile is not missed.
-        Picture {
-            now: self.clock.now(),
-            view: self.confirmed_view(),
-            settings: self.settings(),
-            board: self.board.borrow().clone(),
-            postgres,
-        }
+        self.sources().picture().await
+    }
+
+    fn sources(&self) -> Sources<'_, P, C> {
+        Sources { knowledge: &self.knowledge, board: &self.board, postgres: &self.postgres, clock: &self.clock }
     }
 }
 

@@ -1,18 +1,73 @@
 //! The documents: how this node is (`/patroni` and every health path, rest-api §3.1), how the cluster is (`/cluster`, §3.2).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use chrono::{DateTime, FixedOffset};
 use serde_json::{Map, Value, json};
+use tokio::sync::watch;
 use trunkline_common::cluster::Initialize;
-use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, SystemId};
+use trunkline_common::dcs::follow::Knowledge;
+use trunkline_common::{Clock, ClusterView, Instant, Lsn, Member, MemberName, SystemId};
 use trunkline_config::Settings;
 use trunkline_config::dynamic::SynchronousMode;
 
-use super::Identity;
-use super::health::Inputs;
+use super::health::{self, Inputs, Query};
+use super::{Identity, Observe};
 use crate::node::{Board, Noted, PATRONI_VERSION};
 use crate::postgres::{PgRole, PgStatus, Running};
+
+/// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
+const OBSERVE_LIMIT: Duration = Duration::from_millis(1500);
+
+/// Where answers come from.
+#[derive(Debug)]
+pub struct Sources<'a, P, C> {
+    /// The watched cluster.
+    pub knowledge: &'a watch::Receiver<Knowledge>,
+    /// What the HA loop publishes.
+    pub board: &'a watch::Receiver<Board>,
+    /// PostgreSQL.
+    pub postgres: &'a P,
+    /// The time.
+    pub clock: &'a C,
+}
+
+impl<P: Observe, C: Clock> Sources<'_, P, C> {
+    /// Whether `GET /primary` gets 200 and the role of a primary, by which this node proves to a router that it leads.
+    pub async fn prove_leadership(&self, name: &MemberName) -> bool {
+        let picture = self.picture().await;
+        let code = health::code("/primary", &Query::default(), &picture.inputs(name));
+        code == 200 && picture.role() == "primary"
+    }
+
+    /// Looks at everything there is to know now.
+    pub(crate) async fn picture(&self) -> Picture {
+        let limit = OBSERVE_LIMIT + Duration::from_millis(200);
+        let look = self.clock.within(limit, self.postgres.observe(OBSERVE_LIMIT));
+        let postgres = look.await.unwrap_or(PgStatus::Unresponsive);
+        // After the look, so that a turn of the loop meanwhile is not missed.
+        Picture {
+            now: self.clock.now(),
+            view: self.confirmed_view(),
+            settings: self.settings(),
+            board: self.board.borrow().clone(),
+            postgres,
+        }
+    }
+
+    /// The view, unless the DCS has not confirmed it for `ttl`.
+    pub(crate) fn confirmed_view(&self) -> Option<Arc<ClusterView>> {
+        let knowledge = self.knowledge.borrow();
+        let view = knowledge.view.clone()?;
+        (knowledge.confirmed_at? + view.settings.ttl > self.clock.now()).then_some(view)
+    }
+
+    /// The settings last known, confirmed or not.
+    pub(crate) fn settings(&self) -> Settings {
+        self.knowledge.borrow().view.as_ref().map(|view| view.settings.clone()).unwrap_or_default()
+    }
+}
 
 /// Everything one answer is made of, taken together.
 #[derive(Debug, Clone)]

@@ -272,12 +272,12 @@ impl World {
         let (config, _) = PostgresConfig::effective(&local, &Settings::default());
         let postgres = ModelPostgres::new(&self.stage, host, clock.clone(), config);
         let knowledge = Follower::spawn(store.clone(), clock.clone());
-        let (board, _) = watch::channel(Board::starting(clock.now()));
+        let (board, published) = watch::channel(Board::starting(clock.now()));
         let (commands, received) = mpsc::channel(64);
         let guard = self.stage.guard(host);
         let parts = Parts {
             store,
-            knowledge,
+            knowledge: knowledge.clone(),
             guard: match guard {
                 Some(guard) => Arc::new(guard),
                 None => Arc::new(trunkline_agent::guard::NoGuard),
@@ -301,10 +301,18 @@ impl World {
             supervisor.stage.trouble(&[Some(host)], true);
             supervisor.supervise(host, process);
         });
-        self.stage.set_api(
-            host,
-            Api { process, postgres: postgres.of_the_api(), priority: self.scenario.nodes[host].priority, commands },
-        );
+        let priority = self.scenario.nodes[host].priority;
+        let api = Api {
+            process,
+            name: name(host),
+            clock,
+            knowledge,
+            board: published,
+            postgres: postgres.of_the_api(),
+            priority,
+            commands,
+        };
+        self.stage.set_api(host, api);
         {
             let mut hosts = self.hosts.lock();
             hosts[host].link = Some(link);
@@ -352,7 +360,7 @@ impl World {
         let process = executor.process(format!("router{router}"));
         let clock = SimClock::new(executor, process, Drift::default(), Arc::default());
         let link = self.stage.store().client_with(clock.clone());
-        let running = Router::start(&self.stage, clock, process, link.clone());
+        let running = Router::start(&self.stage, router, clock, process, link.clone());
         for _ in 0..2 {
             running.client(&self.stage, router, self.seen.clone());
         }
