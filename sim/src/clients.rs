@@ -115,17 +115,26 @@ async fn route(
         if let Some(view) = &known.view {
             let reading = heard.read(view, now, grade.confirmed, grade.well);
             let table = &reading.table;
-            // New sessions go to the holder of the key, or to who has proved that it leads; old ones also go on while who has
-            // proved it last does not answer any more.
             let holder = view.leader.as_ref().map(|key| &key.name);
-            let proven = heard.proven().or(heard.suspect());
-            if proven.is_some() {
-                proved_last = proven.cloned();
+            if heard.proven().is_some() {
+                proved_last = heard.proven().cloned();
             }
-            let new = table.leader.iter().map(|leader| &leader.member).filter(|target| proven != Some(target));
-            let old =
-                table.reign.iter().map(|reign| &reign.member).filter(|target| proved_last.as_ref() != Some(target));
-            for target in new.chain(old) {
+            // The DCS's word counts where it is known. The key of a leader that may go on by failsafe mode vanishes, and where the
+            // DCS is silent, members prove that they lead: then old sessions go on also while they don't answer any more.
+            let listed =
+                |target: &MemberName| view.failsafe.as_ref().is_some_and(|members| members.contains_key(target));
+            let goes_on = |target: &MemberName| {
+                let trusted = heard.suspect() == Some(target) && heard.waits_until(now).is_some();
+                trusted && view.settings.failsafe_mode && listed(target)
+            };
+            let may = |target: &MemberName, word: Option<&MemberName>| match (grade.confirmed, holder) {
+                (true, Some(holder)) => holder == target,
+                (true, None) => goes_on(target),
+                (false, _) => holder == Some(target) || word == Some(target) || goes_on(target),
+            };
+            let new = table.leader.iter().map(|leader| (&leader.member, heard.proven()));
+            let old = table.reign.iter().map(|reign| (&reign.member, proved_last.as_ref()));
+            for (target, _) in new.chain(old).filter(|(target, word)| !may(target, *word)) {
                 stage.judge(|judge, now| judge.routes(now, holder, target));
             }
             let unwanted = |name: &MemberName| view.members.get(name).is_some_and(|m| m.tag_is_true("noloadbalance"));
