@@ -7,6 +7,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
+use crate::outside;
 use crate::scenario::{Aim, End, Event, Fault, Node, Scenario};
 use crate::server::FOREIGN_SLOT;
 
@@ -60,6 +61,9 @@ impl Scenario {
         let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
         let mut scenario = Self { seed, nodes, routers, settings, events, calm_at };
         preferences(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0001), &mut scenario);
+        standby_cluster(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0003), &mut scenario);
+        nostream(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0004), &mut scenario);
+        trials(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0002), &mut scenario);
         scenario
     }
 }
@@ -95,6 +99,53 @@ fn preferences(rng: &mut SmallRng, scenario: &mut Scenario) {
             let aim = rng.random::<bool>().then_some(Aim::Leader);
             scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, Fault::BreakWatchdog { node, ms });
         }
+    }
+}
+
+/// A member that gets no WAL but what an archive has, and here there is none.
+fn nostream(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.nodes.len() > 3 && rng.random_ratio(1, 8) {
+        let node = rng.random_range(0..scenario.nodes.len());
+        scenario.nodes[node].tags.insert("nostream".to_owned(), json!(true));
+    }
+}
+
+/// A standby cluster, which may become an ordinary one.
+fn standby_cluster(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 24) {
+        return;
+    }
+    scenario.settings["standby_cluster"] = json!({ "host": outside::HOST, "port": 5432 });
+    if rng.random() {
+        let promoted = BOOTSTRAP + rng.random_range(0..25_000);
+        scenario.add(promoted, None, Fault::Configure { patch: json!({ "standby_cluster": null }) });
+    }
+}
+
+/// Faults in an order in which a promise of the settings is put to the test.
+fn trials(rng: &mut SmallRng, scenario: &mut Scenario) {
+    let count = scenario.nodes.len();
+    if count < 3 {
+        return;
+    }
+    let (at, node) = (BOOTSTRAP + rng.random_range(1_000..20_000), rng.random_range(0..count));
+    if rng.random_ratio(1, 16) {
+        // A standby stands still, and the leader that is to make room waits for it.
+        scenario.settings["primary_stop_timeout"] = json!(1);
+        scenario.add(at, None, Fault::FreezePostgres { node, ms: rng.random_range(9_000..15_000) });
+        let asked = at + rng.random_range(100..1_500);
+        scenario.add(asked, None, Fault::Switchover { candidate: None });
+    }
+    if scenario.settings["synchronous_mode"] == json!(true) && rng.random_ratio(1, 16) {
+        // What a standby confirms gets lost, and the one that commits have waited for is out.
+        scenario.settings["maximum_lag_on_syncnode"] = json!(640);
+        for other in (0..count).filter(|other| *other != node) {
+            let cut = Fault::Cut { from: End::Postgres(node), to: End::Postgres(other), both: false, ms: 12_000 };
+            scenario.add(at, None, cut);
+        }
+        let gone = at + rng.random_range(1_500..4_000);
+        scenario.add(gone, Some(Aim::Synchronous), Fault::KillAgent { node, ms: 5_000 });
+        scenario.add(gone, Some(Aim::Synchronous), Fault::KillPostgres { node });
     }
 }
 

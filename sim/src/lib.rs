@@ -19,6 +19,7 @@ mod draw;
 pub mod executor;
 pub mod guard;
 pub mod judge;
+pub mod outside;
 pub mod peers;
 pub mod postgres;
 pub mod scenario;

@@ -20,6 +20,7 @@ use trunkline_common::{Clock, History, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
 use crate::executor::{ProcessId, SimClock};
+use crate::outside;
 use crate::scenario::End;
 use crate::server::{self, Data, FOREIGN_SLOT, Names, Phase, Server};
 use crate::stage::{Stage, host_of};
@@ -106,6 +107,15 @@ impl ModelPostgres {
 
     /// What is in another server, if it answers.
     fn source(&self, upstream: &Upstream) -> Option<Source> {
+        if upstream.host == outside::HOST {
+            return self.stage.outside(|there| Source {
+                primary: true,
+                checkpointed: true,
+                system: there.system,
+                wal: there.wal.clone(),
+                oldest: 0,
+            });
+        }
         let from = host_of(&upstream.host)?;
         if !self.stage.talks(End::Postgres(self.host), End::Postgres(from)) {
             return None;
@@ -129,7 +139,8 @@ impl ModelPostgres {
             let whole = |server: &&mut Server| server.data.as_ref().is_some_and(|data| data.damage.is_none());
             servers.iter_mut().filter(|server| server.host != self.host).filter(whole).count()
         });
-        if others == 0 && self.server(|server| server.data.is_some()) {
+        let half = |data: &Data| data.damage == Some(HALF_A_COPY);
+        if others == 0 && self.server(|server| server.data.as_ref().is_some_and(|data| !half(data))) {
             let host = self.host;
             self.stage.judge(|judge, now| judge.violation(now, format!("n{host} removes the last copy: {why}")));
         }
@@ -147,6 +158,18 @@ impl ModelPostgres {
         if without_leave {
             let host = self.host;
             self.stage.judge(|judge, now| judge.violation(now, format!("n{host} removes its data without leave")));
+        }
+    }
+}
+
+/// A copy of a standby may be behind what an earlier copy here has had: the slots that know that don't keep what it needs.
+fn outrun(servers: &mut [Server], host: usize) {
+    let slot = servers[host].name.slot_name();
+    let length = servers[host].data.as_ref().map_or(0, |data| data.wal.len());
+    for data in servers.iter_mut().filter_map(|server| server.data.as_mut()) {
+        if let Some(kept) = data.slots.get(&slot).copied().filter(|kept| *kept > length) {
+            let since = data.slots_since.entry(slot.clone()).or_default();
+            *since = kept.max(*since);
         }
     }
 }
@@ -267,7 +290,13 @@ impl Postgres for ModelPostgres {
             }
             server.touch();
         });
+        self.stage.servers(|servers| outrun(servers, self.host));
         Ok(())
+    }
+
+    async fn clone_remote(&self, source: Option<Upstream>, _: Vec<String>) -> Result<(), PgError> {
+        let source = source.ok_or_else(|| PgError::Failed("there is no archive here".to_owned()))?;
+        self.clone_from(source).await
     }
 
     async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {
@@ -334,7 +363,7 @@ impl Postgres for ModelPostgres {
     }
 
     async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
-        if self.server(|server| server.refuses_promotion) {
+        if self.server(|server| server.refuses_promotion.is_some()) {
             self.stage.micros(1_000..20_000).await;
             return Err(PgError::Refused("it ended with exit status: 1".to_owned()));
         }

@@ -34,8 +34,8 @@ pub struct Server {
     pub changed: watch::Sender<u64>,
     /// Nothing can be written.
     pub disk_full: bool,
-    /// What `pre_promote` says.
-    pub refuses_promotion: bool,
+    /// Since when `pre_promote` says no.
+    pub refuses_promotion: Option<Duration>,
     /// Everything that writes much takes seconds.
     pub disk_slow: bool,
     /// The last time that its postmaster was killed, if it was the leader's and took writes.
@@ -195,7 +195,7 @@ impl Server {
             exits: watch::Sender::new(0),
             changed: watch::Sender::new(0),
             disk_full: false,
-            refuses_promotion: false,
+            refuses_promotion: None,
             disk_slow: false,
             killed: None,
             rewound: false,
@@ -404,7 +404,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
     let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host));
     let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
-    let initialised = is_initialised(stage);
+    let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
     // A switchover may have to do with a candidate that is behind.
     let requested = stage.key("failover").is_some_and(|request| request != json!({}));
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
@@ -418,6 +418,9 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
         }
         data.state = ControlState::InProduction;
         let (wal, name) = (data.wal.clone(), server.name.0.clone());
+        if initialised && standby_cluster && !mute {
+            stage.judge(|judge, now| judge.violation(now, format!("{name} takes writes in a standby cluster")));
+        }
         let Some(postmaster) = server.postmaster(number) else { return };
         postmaster.role = PgRole::Primary;
         // A cluster that is being bootstrapped has no leader key yet, and no clients.

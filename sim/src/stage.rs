@@ -14,6 +14,7 @@ use trunkline_common::dcs::paths::Paths;
 use crate::executor::{Executor, SimClock};
 use crate::guard::ModelGuard;
 use crate::judge::Judge;
+use crate::outside::Outside;
 use crate::peers::Api;
 use crate::scenario::End;
 use crate::server::Server;
@@ -32,6 +33,7 @@ struct Inner {
     apis: Mutex<BTreeMap<usize, Api>>,
     guards: Mutex<BTreeMap<usize, ModelGuard>>,
     trouble: Mutex<Trouble>,
+    outside: Mutex<Option<Outside>>,
     next: Mutex<u64>,
 }
 
@@ -66,6 +68,7 @@ impl Stage {
             apis: Mutex::default(),
             guards: Mutex::default(),
             trouble: Mutex::default(),
+            outside: Mutex::default(),
             next: Mutex::new(0),
         }))
     }
@@ -104,6 +107,21 @@ impl Stage {
     /// The server of a host.
     pub fn server<T>(&self, host: usize, look: impl FnOnce(&mut Server) -> T) -> T {
         look(&mut self.0.servers.lock()[host])
+    }
+
+    /// There is a server outside, for a standby cluster to follow.
+    pub fn set_outside(&self, outside: Outside) {
+        *self.0.outside.lock() = Some(outside);
+    }
+
+    /// The server outside, if there is one.
+    pub fn outside<T>(&self, look: impl FnOnce(&mut Outside) -> T) -> Option<T> {
+        self.0.outside.lock().as_mut().map(look)
+    }
+
+    /// Whether this is a standby cluster now.
+    pub fn is_standby_cluster(&self) -> bool {
+        self.key("config").is_some_and(|config| config["standby_cluster"].is_object())
     }
 
     /// Something goes wrong for these nodes (`None`: for all), or is over.

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use trunkline_agent::postgres::{PgRole, Upstream};
 
+use crate::outside;
 use crate::scenario::End;
 use crate::server::{Phase, Sender, forget_sender};
 use crate::stage::{Stage, host_of};
+use crate::world::promises;
 
 /// How long either side waits for a silent other one.
 pub const REPLICATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,6 +25,9 @@ pub async fn receive(stage: Stage, host: usize, number: u64) {
         let Some((standby, upstream)) = target else { return };
         if !standby {
             return;
+        }
+        if upstream.as_ref().is_some_and(|upstream| upstream.host == outside::HOST) {
+            outside::stream(&stage, host, number).await;
         }
         if let Some(from) = upstream.as_ref().and_then(|upstream| host_of(&upstream.host)) {
             stream(&stage, host, number, from, upstream.clone()).await;
@@ -55,6 +60,7 @@ async fn stream(stage: &Stage, host: usize, number: u64, from: usize, upstream: 
 /// Registers with the upstream, if what is here is a beginning of what is there, the rest of it is still there, and so is the
 /// slot to stream by.
 fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64, slot: Option<String>) -> Option<u64> {
+    promises::check_receiver(stage, host);
     stage.servers(|servers| {
         let own = servers[host].data.as_ref()?.wal.clone();
         let standby = servers[host].name.clone();

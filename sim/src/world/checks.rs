@@ -19,6 +19,7 @@ use super::World;
 use super::promises::{Term, Vacancy};
 use crate::clients;
 use crate::executor::{Drift, Livelock, SimClock};
+use crate::outside;
 use crate::postgres::HALF_REWOUND;
 use crate::scenario::Fault;
 use crate::server::Server;
@@ -100,7 +101,7 @@ impl World {
     /// Whether somebody leads, and what is not as it should be.
     pub(super) fn unwell(&self) -> (bool, Option<String>) {
         let Some(leader) = self.stage.holder() else { return (false, Some("nobody holds the leader key".to_owned())) };
-        let members = self.view().members;
+        let (members, standby_cluster) = (self.view().members, self.stage.is_standby_cluster());
         let removes = |on| self.scenario.settings["postgresql"][on] == json!(true);
         let replaces = removes("remove_data_directory_on_diverged_timelines");
         let reclones = replaces || removes("remove_data_directory_on_rewind_failure");
@@ -110,7 +111,16 @@ impl World {
             let Some(primary) = servers.iter().find(|server| server.name.0 == leader) else {
                 return (false, Some(format!("{leader} is nobody")));
             };
-            if !primary.is_primary() {
+            if standby_cluster {
+                let upstream = primary.data.as_ref().and_then(|data| data.upstream.as_ref());
+                let follows = upstream.is_some_and(|upstream| upstream.host == outside::HOST);
+                if !follows || !primary.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming) {
+                    return (
+                        true,
+                        Some(format!("{leader} leads a standby cluster and does not follow the server outside")),
+                    );
+                }
+            } else if !primary.is_primary() {
                 return (false, Some(format!("{leader} holds the leader key and takes no writes")));
             }
             let Some(wal) = primary.data.as_ref().map(|data| &data.wal) else { return (false, None) };
@@ -131,6 +141,10 @@ impl World {
                 let Some(data) = &server.data else { return (true, Some(format!("{} has no data", server.name))) };
                 if !members.contains_key(&server.name) {
                     return (true, Some(format!("{} is no member", server.name)));
+                }
+                let alone = self.scenario.nodes[server.host].tags.contains_key("nostream");
+                if alone && server.running().is_some_and(|postmaster| postmaster.role == PgRole::Standby) {
+                    continue;
                 }
                 let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
                 if follows && data.wal.is_prefix_of(wal) {
@@ -159,7 +173,9 @@ impl World {
         }
         let view = self.view();
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
-        let synchronous = view.settings.synchronous_mode != SynchronousMode::Off;
+        // Nothing takes writes there, and nothing is waited for.
+        let standby_cluster = self.stage.is_standby_cluster();
+        let synchronous = view.settings.synchronous_mode != SynchronousMode::Off && !standby_cluster;
         let candidate = |outside: bool| {
             self.stage.servers(|servers| {
                 let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
@@ -179,8 +195,8 @@ impl World {
             })
         };
         // To one outside of the set only by an operator's word, who may lose commits by it; here none can be lost.
-        let outside =
-            candidate(true).filter(|_| view.settings.synchronous_mode == SynchronousMode::On && self.sometimes(3));
+        let outside = candidate(true)
+            .filter(|_| synchronous && view.settings.synchronous_mode == SynchronousMode::On && self.sometimes(3));
         let (outside, candidate) = (outside.is_some(), outside.or_else(|| candidate(false)));
         // Close to the limit it may rightly be refused.
         let Some((host, candidate)) = candidate.filter(|_| view.settings.maximum_lag_on_failover >= 6_400) else {
@@ -213,8 +229,8 @@ impl World {
                 // Another one has taken its place meanwhile: then it is rightly refused.
                 return Ok(());
             }
-            let done =
-                self.stage.holder().as_ref() == Some(&candidate.0) && self.stage.server(host, |s| s.is_primary());
+            let done = self.stage.holder().as_ref() == Some(&candidate.0)
+                && (standby_cluster || self.stage.server(host, |s| s.is_primary()));
             if done && self.stage.executor().now() < due {
                 self.stage.judge(|judge, now| judge.violation(now, "a scheduled switchover came before its time"));
             }
@@ -304,6 +320,7 @@ impl World {
         self.check_slots();
         // Strict, and nobody can confirm: then commits have to wait.
         let strict = self.view().settings.synchronous_mode_strict;
+        let standby_cluster = self.stage.is_standby_cluster();
         let leader = self.stage.holder();
         let streams = self.stage.servers(|servers| {
             // One that follows another standby confirms nothing.
@@ -319,7 +336,7 @@ impl World {
         // its consequence, such as a leader that gives up.
         let now = || self.stage.executor().now();
         let (mut end, limit) = (now() + clients::PATIENCE, now() + self.scenario.patience());
-        while self.seen.lock().done == before && now() < end.min(limit) {
+        while self.seen.lock().done == before && now() < end.min(limit) && !standby_cluster {
             self.go_on(now() + Duration::from_millis(100))?;
             if self.unwell().1.is_some() {
                 end = now() + clients::PATIENCE;
@@ -327,7 +344,7 @@ impl World {
         }
         let after = self.seen.lock().done;
         self.stage.judge(|judge, now| {
-            if judge.violations.is_empty() && after == before && (streams || !strict) {
+            if judge.violations.is_empty() && after == before && (streams || !strict) && !standby_cluster {
                 judge.violation(now, "all is well, but no client can write through a router");
             }
         });

@@ -246,9 +246,10 @@ impl World {
                 });
             }
             Fault::RefusePromotion { node, ms } => {
-                self.stage.server(node, |server| server.refuses_promotion = true);
+                let since = self.stage.executor().now();
+                self.stage.server(node, |server| server.refuses_promotion = Some(since));
                 self.wait(ms).await;
-                self.stage.server(node, |server| server.refuses_promotion = false);
+                self.stage.server(node, |server| server.refuses_promotion = None);
             }
             Fault::BreakWatchdog { node, ms } => {
                 let since = self.stage.executor().now();

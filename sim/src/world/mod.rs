@@ -26,6 +26,7 @@ use trunkline_config::{Env, Local, PostgresConfig, Settings};
 use crate::clients::{self, Router, Seen};
 use crate::executor::{Drift, Executor, Livelock, ProcessId, SimClock};
 use crate::guard::ModelGuard;
+use crate::outside;
 use crate::peers::{Api, ModelPeers};
 use crate::postgres::ModelPostgres;
 use crate::scenario::{End, Fault, Scenario};
@@ -192,6 +193,9 @@ impl World {
             frozen: Arc::default(),
             leads: watch::Sender::default(),
         };
+        if scenario.settings["standby_cluster"].is_object() {
+            outside::start(&world.stage, process);
+        }
         for host in 0..scenario.nodes.len() {
             world.add_host(host);
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use trunkline_agent::postgres::{PgRole, Running, WalSender};
+use trunkline_common::cluster::Initialize;
 use trunkline_common::{ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 
@@ -50,12 +51,22 @@ impl World {
         let (unwatched, settled) =
             (self.stage.server(host, |server| server.must_not_lead()), self.stage.quiet_for(host) > SETTLED);
         let paused = self.stage.judge(|judge, _| judge.pauses);
-        if unwatched.is_some_and(|since| since + SETTLED < self.stage.executor().now()) && settled && !paused {
+        let known = unwatched.is_some_and(|since| since + SETTLED < self.stage.executor().now());
+        // Who makes the cluster looks at it before, and gives the key up as soon as it has it.
+        let made = matches!(before.initialize, Initialize::Done(_));
+        if known && settled && made && !paused {
             return Some(format!("{leader} leads without the watchdog that is required"));
         }
         let requested = before.failover.is_some() || view.failover.is_some();
         let failsafe = view.settings.failsafe_mode || view.failsafe.as_ref().is_some_and(|list| !list.is_empty());
-        if requested || failsafe || paused || !settled || self.stage.server(host, |server| server.is_primary()) {
+        let standby_cluster = before.settings.standby_cluster.is_some();
+        if requested
+            || failsafe
+            || paused
+            || standby_cluster
+            || !settled
+            || self.stage.server(host, |server| server.is_primary())
+        {
             return None;
         }
         self.too_soon(leader, host, view, vacancy)
@@ -122,16 +133,15 @@ impl World {
         })
     }
 
-    /// A leader has left in order, and was never promoted: then `sync` says what it said before, or nobody of those who had every
+    /// A leader has left in order, and was never promoted, as `pre_promote` did not let it: then `sync` says what it said before, or nobody of those who had every
     /// commit may lead.
     pub(super) fn left_behind(&self, term: &Term, leader: &MemberName, view: &ClusterView) -> Option<String> {
         let host = host_of(leader.as_str())?;
         let promoted = self.stage.judge(|judge, _| judge.reigns) > term.reigns;
         let lasted = self.stage.executor().now() - term.since;
-        let all_along = self.stage.server(host, |server| {
-            server.running().is_some_and(|p| p.role == PgRole::Standby && p.since.running < term.since)
-        });
-        let in_order = all_along && self.stage.quiet_for(host) > lasted + SETTLED;
+        let refused =
+            self.stage.server(host, |server| server.refuses_promotion.is_some_and(|since| since < term.since));
+        let in_order = refused && self.stage.quiet_for(host) > lasted + SETTLED;
         let said = |view: &ClusterView| {
             let leader = view.sync.leader.iter().map(|leader| leader.0.as_str());
             let mut names: Vec<&str> = leader.chain(view.sync.standbys.iter().map(String::as_str)).collect();
@@ -164,7 +174,11 @@ impl World {
         let tag = |host: usize, tag: &str| self.scenario.nodes[host].tags.get(tag).cloned();
         // Whom a cascade takes confirmations from is another story.
         let cascade = (0..self.scenario.nodes.len()).any(|host| tag(host, "replicatefrom").is_some());
-        if settings.synchronous_mode == SynchronousMode::Off || cascade || self.unwell().1.is_some() {
+        if settings.synchronous_mode == SynchronousMode::Off
+            || settings.standby_cluster.is_some()
+            || cascade
+            || self.unwell().1.is_some()
+        {
             return None;
         }
         let able = |server: &&Server| {
@@ -203,6 +217,14 @@ impl World {
     }
 }
 
+/// `nostream`: such a member connects to nobody.
+pub(crate) fn check_receiver(stage: &Stage, host: usize) {
+    let member = stage.key(&format!("members/n{host}")).unwrap_or_default();
+    if member["tags"]["nostream"] == Value::Bool(true) {
+        stage.judge(|judge, now| judge.violation(now, format!("n{host} streams, and is tagged nostream")));
+    }
+}
+
 /// `clonefrom`: the leader is spared where another member that is tagged for it could be copied.
 pub(crate) fn check_source(stage: &Stage, host: usize, source: &MemberName) {
     let leader = stage.holder();
@@ -231,9 +253,10 @@ pub(crate) fn check_source(stage: &Stage, host: usize, source: &MemberName) {
 /// `primary_stop_timeout`: a primary that is asked to make room is stopped at once when that has taken so long.
 pub(crate) fn watch_stop(stage: &Stage, host: usize, number: u64) {
     let config = stage.key("config").unwrap_or_default();
-    let requested = stage.key("failover").is_some_and(|request| request.get("member").is_some());
+    let requested = stage.key("failover").is_some_and(|request| request.get("leader").is_some());
     let limit = config["primary_stop_timeout"].as_u64().filter(|limit| *limit > 0 && requested);
-    let Some(limit) = limit.map(|limit| Duration::from_secs(limit) + Duration::from_secs(2)) else { return };
+    // A candidate has some seconds to get the shutdown checkpoint, whatever the limit.
+    let Some(limit) = limit.map(|limit| Duration::from_secs(limit.max(4) + 2)) else { return };
     let watching = stage.clone();
     let process = stage.executor().process(format!("judge of n{host}"));
     stage.executor().spawn(process, async move {
