@@ -142,8 +142,9 @@ impl World {
                 if !members.contains_key(&server.name) {
                     return (true, Some(format!("{} is no member", server.name)));
                 }
-                let alone = self.scenario.nodes[server.host].tags.contains_key("nostream");
-                if alone && server.running().is_some_and(|postmaster| postmaster.role == PgRole::Standby) {
+                // Nor does anybody below get what such a member does not get.
+                let alone = |server: &Server| self.scenario.nodes[server.host].tags.contains_key("nostream");
+                if alone(server) && server.running().is_some_and(|postmaster| postmaster.role == PgRole::Standby) {
                     continue;
                 }
                 let follows = server.running().is_some_and(|p| p.role == PgRole::Standby && p.streaming);
@@ -155,7 +156,7 @@ impl World {
                     servers.iter().find(|server| server.name == upstream.name && server.name.0 != leader)
                 };
                 let mut chain = std::iter::successors(Some(server), above).take(servers.len());
-                if !server.is_primary() && chain.any(takes_a_person) {
+                if !server.is_primary() && chain.any(|server| takes_a_person(server) || alone(server)) {
                     continue;
                 }
                 return (true, Some(format!("{} does not follow {leader}", server.name)));
