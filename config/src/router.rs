@@ -36,6 +36,9 @@ pub struct RouterConfig {
     pub admin: Option<String>,
     /// Threads that move bytes; 0 = one per core.
     pub threads: usize,
+    /// After so many questions of its client that were answered (or soon after its start) a session that just talks moves to a thread
+    /// that does nothing else; 0 = never.
+    pub settle_after: u32,
     /// Bounds of everything.
     pub limits: Limits,
     /// Logging.
@@ -127,6 +130,9 @@ impl RouterConfig {
 }
 
 /// Others are for an agent that shares the environment.
+/// So many turns are worth more than the move costs.
+const SETTLE_AFTER: u32 = 32;
+
 const VARIABLES: &[&str] = &["PATRONI_SCOPE", "PATRONI_NAMESPACE", "PATRONI_ETCD3_", "PATRONI_ETCD_", "PATRONI_LOG_"];
 
 const KNOWN: &[&str] = &[
@@ -140,6 +146,7 @@ const KNOWN: &[&str] = &[
     "log_sessions",
     "admin",
     "threads",
+    "settle_after",
     "limits",
     "log",
 ];
@@ -166,6 +173,7 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
         }
     }
     let threads = root.integer("threads", 0..=1024, None).and_then(|threads| usize::try_from(threads).ok());
+    let settle_after = root.integer("settle_after", 0..=1_000_000, None).and_then(|turns| u32::try_from(turns).ok());
     let log = local::read_log(root);
     Some(RouterConfig {
         scope: scope?,
@@ -176,6 +184,7 @@ fn read(root: &Section<'_>) -> Option<RouterConfig> {
         ports: ports?,
         admin,
         threads: threads.unwrap_or(0),
+        settle_after: settle_after.unwrap_or(SETTLE_AFTER),
         limits,
         log,
     })
@@ -305,7 +314,7 @@ mod tests {
             config.ports.iter().map(|p| (p.name.as_str(), p.listen[0].to_string(), p.no_candidate)).collect();
         let expected = [("rw", "0.0.0.0:5000", NoCandidate::Hold), ("ro", "0.0.0.0:5001", NoCandidate::Leader)];
         assert_eq!(ports, expected.map(|(name, listen, policy)| (name, listen.to_owned(), policy)));
-        assert_eq!((config.admin, config.threads), (None, 0));
+        assert_eq!((config.admin, config.threads, config.settle_after), (None, 0, 32));
     }
 
     #[test]
@@ -318,13 +327,14 @@ ports:
 - {{name: all, listen: '0.0.0.0:6002', target: any, no_candidate: hold, max_lag: 100}}
 admin: {{listen: '127.0.0.1:8010'}}
 threads: 2
+settle_after: 0
 limits: {{max_sessions: 10, max_held: 0, hold_timeout: 500ms, release_rate: 5, startup_timeout: 1min, stale_after: 2.5}}
 log: {{level: debug, type: json}}
 "
         );
         let (config, notices) = load(&text).expect("loads");
         assert_eq!(notices, Vec::<String>::new());
-        assert_eq!(config.namespace, "db");
+        assert_eq!((config.namespace.as_str(), config.threads, config.settle_after), ("db", 2, 0));
         assert_eq!(config.ports[0].no_candidate, NoCandidate::Refuse);
         assert_eq!(config.ports[1].max_lag, Lag { bytes: Some(16 << 20), time: None });
         assert_eq!((config.ports[1].target, config.ports[1].no_candidate), (Target::Sync, NoCandidate::Leader));

@@ -59,6 +59,7 @@ async fn metrics(State(admin): State<Admin>) -> Response {
     let metrics = &admin.router.metrics;
     admin.measure_ports();
     metrics.held.set(admin.router.hold.held() as i64);
+    metrics.settled.set(admin.router.lean.sessions() as i64);
     metrics.ahead.set(admin.router.ahead.taken() as i64);
     metrics.knowledge_age.set(admin.age());
     metrics.registered.set(i64::from(admin.registered()));

@@ -1,5 +1,6 @@
 //! `trunkline-router [--validate] router.yml`
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
@@ -98,6 +99,9 @@ fn run(config: RouterConfig, arguments: Arguments) -> anyhow::Result<()> {
         }
         None => (None, Inherited::new()),
     };
+    if let Some(after) = NonZeroU32::new(config.settle_after) {
+        router.lean.start(threads, after).context("threads for sessions that just talk")?;
+    }
     let (listeners, threads) = Listeners::new(router.clone(), threads);
     listeners.apply(&config.ports, inherited)?;
     let listeners = Arc::new(listeners);
@@ -182,6 +186,7 @@ fn background(
         };
         tokio::spawn(reloader.run());
         tokio::spawn(survey::candidates(router.clone()));
+        tokio::spawn(survey::settling(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
         let store = ClusterStore::new(dcs, paths);

@@ -26,6 +26,8 @@ pub struct Metrics {
     pub limits: GaugeVec,
     /// Those of a port, by port and name; set when asked for.
     pub port_limits: GaugeVec,
+    /// Sessions that just talk, on threads of their own; set when asked for.
+    pub settled: IntGauge,
     /// Connections to a server that does not lead yet; set when asked for.
     pub ahead: IntGauge,
     /// Connections that wait for a server; set when asked for.
@@ -118,6 +120,10 @@ impl Metrics {
             port_limits: add(
                 r,
                 GaugeVec::new(opts("port_limit", "The bounds of a port that are in force."), &["port", "limit"]),
+            )?,
+            settled: add(
+                r,
+                IntGauge::with_opts(opts("settled", "Sessions that just talk, on threads that do nothing else.")),
             )?,
             ahead: add(r, IntGauge::with_opts(opts("ahead", "Connections to a server that does not lead yet.")))?,
             held: add(r, IntGauge::with_opts(opts("held", "Connections that wait for a server.")))?,

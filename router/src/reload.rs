@@ -119,6 +119,7 @@ fn needs_restart(before: &RouterConfig, after: &RouterConfig) -> Vec<&'static st
         ("members", before.members != after.members),
         ("admin", before.admin != after.admin),
         ("threads", before.threads != after.threads),
+        ("settle_after", before.settle_after != after.settle_after),
         ("log", before.log != after.log),
     ];
     changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()

@@ -40,6 +40,8 @@ pub struct Router {
     pub ahead: Arc<Places>,
     /// Pipes for streaming.
     pub pipes: relay::Pool,
+    /// Threads for sessions that just talk, where there are any.
+    pub lean: relay::Lean,
     /// How a new leader learns of this router.
     pub registration: Registration,
     /// How many cancel requests are passed on.
@@ -86,6 +88,7 @@ impl Router {
             hold: Hold::new(limits.max_held, limits.release_rate),
             ahead: Places::new(limits.max_ahead),
             pipes: relay::Pool::new(PIPES),
+            lean: relay::Lean::default(),
             registration: Registration::default(),
             cancels: CancelLimit::default(),
             clock: SystemClock,

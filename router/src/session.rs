@@ -24,7 +24,7 @@ use crate::proxy::{self, Header};
 use crate::reply::Refusal;
 use crate::router::Router;
 use crate::search::{Found, Outcome, Request, Search};
-use crate::sessions::{Cut, Line};
+use crate::sessions::{Cut, Line, Session};
 use crate::startup::{self, Malformed, Packet, Progress};
 use crate::wire::{Leg, Wire};
 use crate::{answer, cancel, relay, socket};
@@ -86,8 +86,8 @@ pub fn serve(
             }
             Err((ended, _)) => *ended,
         };
-        match &begun {
-            Ok(begun) => begun.tell_end(&router, ended),
+        match begun {
+            Ok(begun) => begun.over(&router, ended),
             Err((ended, peer)) => {
                 let reason = ended.label();
                 tell!(listening.settings().log_sessions, port = &*listening.name, %peer, reason, "connection ended");
@@ -104,7 +104,7 @@ pub async fn resume(router: Arc<Router>, adopted: Adopted) {
         Ok(mut begun) => {
             begun.tell_begin(&router, "session taken over");
             let ended = begun.relay(&router).await;
-            begun.tell_end(&router, ended);
+            begun.over(&router, ended);
         }
         Err(ended) => {
             debug!(port = &*name, %member, reason = ended.label(), "session not taken over");
@@ -128,11 +128,27 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     }
     let meter = router.metrics.meter(&registered.port, registered.backend.member.as_str());
     router.metrics.adopted.inc();
-    // Whatever it began with: its start is over.
-    let start = relay::Start { resignation: resignation(router), carried, ..relay::Start::default() };
-    let start = Some(Box::new(start));
     let parties = relay::Parties { client, server, session, meter };
-    Ok(Begun { parties, start, tls: None, permit: Some(permit), _counted: None })
+    Ok(Begun { parties, start: goes_on(router, carried, None), tls: None, permit: Some(permit), _counted: None })
+}
+
+/// Goes on with a session that has just talked.
+async fn come_back(router: Arc<Router>, back: relay::Back, permit: Option<Permit>, counted: Option<Box<Counted>>) {
+    let relay::Back { client, server, session, meter, carried, why } = back;
+    let Ok((client, server)) = session.watch(client, server) else {
+        return tell_end(&router, &session, Ended::Relayed(relay::End::ServerLost));
+    };
+    let parties = relay::Parties { client, server, session, meter };
+    let start = goes_on(&router, carried, Some(why));
+    let mut begun = Begun { parties, start, tls: None, permit, _counted: counted };
+    let ended = begun.relay(&router).await;
+    begun.over(&router, ended);
+}
+
+/// What a session begins with that has been relayed before: whatever that was, its start is over.
+fn goes_on(router: &Router, carried: relay::Carried, why: Option<relay::Why>) -> Option<Box<relay::Start>> {
+    let (resignation, settles) = (resignation(router), router.lean.after());
+    Some(Box::new(relay::Start { resignation, carried, settles, why, ..relay::Start::default() }))
 }
 
 /// A session that a server has taken. As it lasts, what it needs at the start or seldom is in boxes.
@@ -156,30 +172,10 @@ struct Encrypted {
 
 impl Begun {
     fn tell_begin(&self, router: &Router, what: &str) {
-        let Some((line, info)) = self.line(router).filter(|(_, info)| *info || enabled!(Level::DEBUG)) else { return };
+        let told = line(router, &self.parties.session).filter(|(_, info)| *info || enabled!(Level::DEBUG));
+        let Some((line, info)) = told else { return };
         let (port, member, server) = (&*line.port, line.backend.member.as_str(), line.backend.address());
         tell!(info, port, client = %line.client, member, server, seen_as = line.from.map(display), "{what}");
-    }
-
-    fn tell_end(&self, router: &Router, ended: Ended) {
-        let Some((line, info)) = self.line(router) else { return };
-        let (port, member, reason) = (&*line.port, line.backend.member.as_str(), ended.label());
-        router.metrics.ended.with_label_values(&[port, member, reason]).inc();
-        if !info && !enabled!(Level::DEBUG) {
-            return;
-        }
-        let (server, seconds) = (line.backend.address(), router.clock.now().since(line.began).as_secs_f64());
-        let ((to_server, to_client), seen_as) = (line.bytes, line.from.map(display));
-        tell!(
-            info, port, client = %line.client, member, server, seen_as, reason, seconds, to_server, to_client, "session ended"
-        );
-    }
-
-    /// What is told of the session, and whether its port wants it told.
-    fn line(&self, router: &Router) -> Option<(Line, bool)> {
-        let line = self.parties.session.line()?;
-        let info = router.port(&line.port).is_some_and(|port| port.settings().log_sessions);
-        Some((line, info))
     }
 
     /// To the end of the session, or until it leaves.
@@ -190,6 +186,7 @@ impl Begun {
         let start = self.start();
         match relay::relay(&self.parties, start, &router.pipes).await {
             relay::Outcome::Ended(end) => self.ended(end),
+            relay::Outcome::Settled(carried) => self.settles(*carried),
             other => Box::pin(self.part(other, None)).await,
         }
     }
@@ -215,6 +212,7 @@ impl Begun {
         let idle = match outcome {
             relay::Outcome::Ended(end) => return self.ended(end),
             relay::Outcome::Left(carried) => return self.leave(*carried).await,
+            relay::Outcome::Settled(carried) => return self.settles(*carried),
             relay::Outcome::Overdue => {
                 self.parties.session.end(Cut::Overdue);
                 return Ended::Cut(Cut::Overdue);
@@ -228,6 +226,32 @@ impl Begun {
         if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
     }
 
+    fn settles(&mut self, carried: relay::Carried) -> Ended {
+        self.start = Some(Box::new(relay::Start { carried, ..relay::Start::default() }));
+        Ended::Settled
+    }
+
+    /// Its relay is over, here at least.
+    fn over(self, router: &Arc<Router>, ended: Ended) {
+        match ended {
+            Ended::Settled => self.settle(router),
+            ended => tell_end(router, &self.parties.session, ended),
+        }
+    }
+
+    /// To where it just talks, and comes back from when it has something else to do.
+    fn settle(mut self, router: &Arc<Router>) {
+        let traces = self.start.take().and_then(|start| start.carried.traces);
+        let Begun { parties, permit, _counted, .. } = self;
+        let relay::Parties { client, server, session, meter } = parties;
+        let Ok((client, server)) = session.unwatch(client, server) else {
+            return tell_end(router, &session, Ended::Relayed(relay::End::ServerLost));
+        };
+        let (runtime, back) = (tokio::runtime::Handle::current(), router.clone());
+        let take_back = Box::new(move |guest| drop(runtime.spawn(come_back(back, guest, permit, _counted))));
+        router.lean.enter(relay::Guest { client, server, session, meter, traces, take_back });
+    }
+
     /// To the next process. If nobody takes it any more, its sockets are closed with it.
     async fn leave(&mut self, carried: relay::Carried) -> Ended {
         if let (Some((exit, registered)), Some(permit)) = (self.parties.session.exit(), self.permit.take()) {
@@ -236,6 +260,27 @@ impl Begun {
         }
         Ended::Left
     }
+}
+
+fn tell_end(router: &Router, session: &Session, ended: Ended) {
+    let Some((line, info)) = line(router, session) else { return };
+    let (port, member, reason) = (&*line.port, line.backend.member.as_str(), ended.label());
+    router.metrics.ended.with_label_values(&[port, member, reason]).inc();
+    if !info && !enabled!(Level::DEBUG) {
+        return;
+    }
+    let (server, seconds) = (line.backend.address(), router.clock.now().since(line.began).as_secs_f64());
+    let ((to_server, to_client), seen_as) = (line.bytes, line.from.map(display));
+    tell!(
+        info, port, client = %line.client, member, server, seen_as, reason, seconds, to_server, to_client, "session ended"
+    );
+}
+
+/// What is told of a session, and whether its port wants it told.
+fn line(router: &Router, session: &Session) -> Option<(Line, bool)> {
+    let line = session.line()?;
+    let info = router.port(&line.port).is_some_and(|port| port.settings().log_sessions);
+    Some((line, info))
 }
 
 /// From the first packet to a session, or to why there is none, which the client has been told.
@@ -262,7 +307,8 @@ async fn begin(
             let Found { server, session, meter, tls, said, packet, .. } = found;
             let plain = matches!(packet, Packet::Startup { .. });
             let resignation = resignation(router);
-            let start = relay::Start { unread, plain, resignation, carried: relay::Carried::default() };
+            let settles = router.lean.after();
+            let start = relay::Start { unread, plain, resignation, settles, ..relay::Start::default() };
             let tls = (matches!(leg, Leg::Tls(_)) || tls.is_some()).then(|| {
                 let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
                 Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said })
@@ -519,6 +565,8 @@ enum Ended {
     Switchover,
     /// The next process has it.
     Left,
+    /// It goes on elsewhere in this process.
+    Settled,
     Cancel(&'static str),
 }
 
@@ -549,6 +597,8 @@ impl Ended {
             Ended::ClientGone => "client_gone",
             Ended::Handshake => "no_tls",
             Ended::Left => "handed_over",
+            // Never told.
+            Ended::Settled => "settled",
             Ended::Cancel(_) => "cancel",
         }
     }

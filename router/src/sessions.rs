@@ -9,7 +9,9 @@
 //! host with a healthy-looking connection makes no difference. The relay notices by itself and cleans up.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::task::Waker;
@@ -22,7 +24,7 @@ use trunkline_common::{Instant, MemberName, Revision};
 
 use crate::handover::Leaving;
 use crate::port::Peer;
-use crate::socket;
+use crate::socket::{self, Connection};
 use crate::table::{Backend, Epoch};
 
 /// Why a session was ended from outside.
@@ -55,6 +57,8 @@ struct Ticket {
     cut: AtomicU8,
     /// Its server is about to stop.
     resign: AtomicBool,
+    /// It has been there for a while.
+    settle: AtomicBool,
     waker: AtomicWaker,
     /// Bytes relayed to the server, and to the client.
     up: AtomicU64,
@@ -62,12 +66,14 @@ struct Ticket {
 }
 
 /// What a session is asked to do as soon as it can.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Call {
     /// To go to the next process.
     pub leave: bool,
     /// To end, as its server is about to stop.
     pub resign: bool,
+    /// To [settle](crate::relay::Lean): it has been there for a while.
+    pub settle: bool,
 }
 
 #[derive(Debug, Default)]
@@ -81,6 +87,8 @@ struct Inner {
     resigns: bool,
     next: u64,
     live: HashMap<u64, Box<Live>>,
+    /// Those that have begun, or come back, since it was last asked for them; `None`: nobody asks.
+    fresh: Option<Vec<u64>>,
     /// Sessions by the key that cancels them, as far as it is known.
     keys: HashMap<Arc<[u8]>, u64>,
     load: HashMap<MemberName, usize>,
@@ -99,8 +107,9 @@ struct Live {
     /// What cancels it.
     key: Option<Arc<[u8]>>,
     /// `None` until the server has taken the session.
-    client: Option<Arc<TcpStream>>,
-    server: Arc<TcpStream>,
+    client: Option<Connection>,
+    /// `None` while it changes hands, which happens under the lock.
+    server: Option<Connection>,
     ticket: Arc<Ticket>,
 }
 
@@ -161,8 +170,9 @@ impl Session {
         if self.cut().is_some() || self.ticket.resign.load(Ordering::Acquire) {
             return false;
         }
+        inner.note_fresh(self.id);
         if let Some(live) = inner.live.get_mut(&self.id) {
-            live.client = Some(client.clone());
+            live.client = Some(Connection::Watched(client.clone()));
         }
         true
     }
@@ -196,7 +206,44 @@ impl Session {
         Call {
             leave: self.sessions.leaving.load(Ordering::Acquire),
             resign: self.ticket.resign.load(Ordering::Acquire),
+            settle: self.ticket.settle.load(Ordering::Acquire),
         }
+    }
+
+    /// Takes both connections from the runtime; they still end with the session.
+    ///
+    /// # Errors
+    /// The connections are lost.
+    pub fn unwatch(&self, client: Arc<TcpStream>, server: Arc<TcpStream>) -> io::Result<(Arc<OwnedFd>, Arc<OwnedFd>)> {
+        self.change_hands(|| {
+            let (client, server) = (Connection::unwatch(client)?, Connection::unwatch(server)?);
+            Ok(((client.clone(), server.clone()), Connection::Bare(client), Connection::Bare(server)))
+        })
+    }
+
+    /// Gives them to the runtime that this is called in.
+    ///
+    /// # Errors
+    /// The connections are lost.
+    pub fn watch(&self, client: Arc<OwnedFd>, server: Arc<OwnedFd>) -> io::Result<(Arc<TcpStream>, Arc<TcpStream>)> {
+        self.change_hands(|| {
+            let (client, server) = (Connection::watch(client)?, Connection::watch(server)?);
+            Ok(((client.clone(), server.clone()), Connection::Watched(client), Connection::Watched(server)))
+        })
+    }
+
+    /// Under the lock, so that whoever ends the session finds either the one or the other.
+    fn change_hands<T>(&self, change: impl FnOnce() -> io::Result<(T, Connection, Connection)>) -> io::Result<T> {
+        let mut inner = self.sessions.inner.lock();
+        // One that comes back does not go again at once.
+        self.ticket.settle.store(false, Ordering::Release);
+        inner.note_fresh(self.id);
+        let live = inner.live.get_mut(&self.id).ok_or(io::ErrorKind::NotFound)?;
+        // Whoever changes has the last references.
+        (live.client, live.server) = (None, None);
+        let (changed, client, server) = change()?;
+        (live.client, live.server) = (Some(client), Some(server));
+        Ok(changed)
     }
 
     /// Where it goes, and what it was registered as.
@@ -287,8 +334,10 @@ impl Sessions {
         }
         let mut live = Live::new(&registered.port, registered.client, backend, epoch, server, now);
         live.ticket.resign.store(inner.resigns && live.epoch.is_some(), Ordering::Release);
-        live.client = Some(client.clone());
-        Some(self.register(&mut inner, live))
+        live.client = Some(Connection::Watched(client.clone()));
+        let session = self.register(&mut inner, live);
+        inner.note_fresh(session.id);
+        Some(session)
     }
 
     fn register(self: &Arc<Self>, inner: &mut Inner, live: Box<Live>) -> Session {
@@ -347,6 +396,19 @@ impl Sessions {
             live.ticket.waker.wake();
         };
         Some(of_leader.map(asked).count()).filter(|_| resigns)
+    }
+
+    /// Asks those to settle that have begun, or come back, since the last time.
+    pub fn settle_fresh(&self) {
+        let mut inner = self.inner.lock();
+        let fresh = inner.fresh.replace(Vec::new()).unwrap_or_default();
+        for live in fresh.iter().filter_map(|id| inner.live.get(id)) {
+            if !matches!(live.server, Some(Connection::Watched(_))) {
+                continue;
+            }
+            live.ticket.settle.store(true, Ordering::Release);
+            live.ticket.waker.wake();
+        }
     }
 
     /// Ends the sessions of a port on a member that `is_over` says yes to, and says how many.
@@ -439,6 +501,12 @@ impl Sessions {
 }
 
 impl Inner {
+    fn note_fresh(&mut self, id: u64) {
+        if let Some(fresh) = &mut self.fresh {
+            fresh.push(id);
+        }
+    }
+
     fn all(&self) -> impl Iterator<Item = &Live> {
         self.live.values().map(|live| &**live)
     }
@@ -461,7 +529,7 @@ impl Live {
             began,
             key: None,
             client: None,
-            server: server.clone(),
+            server: Some(Connection::Watched(server.clone())),
             ticket: Arc::default(),
         })
     }
@@ -472,7 +540,7 @@ impl Live {
             client: self.peer,
             backend: self.backend.clone(),
             // Gone already where it is not known.
-            from: self.server.local_addr().ok(),
+            from: self.server.as_ref().and_then(Connection::local_addr),
             began: self.began,
             bytes: (self.ticket.up.load(Ordering::Relaxed), self.ticket.down.load(Ordering::Relaxed)),
         }
@@ -480,7 +548,9 @@ impl Live {
 
     fn end(&self, cut: Cut) {
         self.ticket.cut.store(cut as u8, Ordering::Release);
-        socket::abort(&self.server);
+        if let Some(server) = &self.server {
+            socket::abort(server);
+        }
         if let Some(client) = &self.client {
             socket::close_both_ways(client);
         }

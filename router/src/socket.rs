@@ -2,9 +2,10 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -326,8 +327,8 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 /// Turns `TCP_USER_TIMEOUT` off. Linux ends a connection by it also when the peer is alive and acknowledges every probe,
 /// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die, and so would a client
 /// that reads its rows slowly. From then on the number of probes is the bound.
-pub fn forget_user_timeout(stream: &TcpStream) {
-    let forgotten = sockopt::set_tcp_keepcnt(stream, PROBES).and_then(|()| sockopt::set_tcp_user_timeout(stream, 0));
+pub fn forget_user_timeout(stream: impl AsFd) {
+    let forgotten = sockopt::set_tcp_keepcnt(&stream, PROBES).and_then(|()| sockopt::set_tcp_user_timeout(&stream, 0));
     if let Err(error) = forgotten {
         tracing::debug!(%error, "TCP_USER_TIMEOUT can't be turned off");
     }
@@ -335,16 +336,59 @@ pub fn forget_user_timeout(stream: &TcpStream) {
 
 /// Ends a connection with a reset, at once and from any thread: what waits in its buffers is neither sent nor read any
 /// more. (To connect a TCP socket to `AF_UNSPEC` is how Linux disconnects it.)
-pub fn abort(stream: &TcpStream) {
-    if rustix::net::connect_unspec(stream).is_err() {
+pub fn abort(stream: impl AsFd) {
+    if rustix::net::connect_unspec(&stream).is_err() {
         close_both_ways(stream);
     }
 }
 
 /// Ends both directions, whoever is reading or writing. What was written before is still delivered.
-pub fn close_both_ways(stream: &TcpStream) {
+pub fn close_both_ways(stream: impl AsFd) {
     // ENOTCONN: closed already.
     let _ = rustix::net::shutdown(stream, Shutdown::Both);
+}
+
+/// A connection, wherever its events are waited for.
+#[derive(Debug, Clone)]
+pub enum Connection {
+    /// By the runtime of a thread.
+    Watched(Arc<TcpStream>),
+    /// By nobody, or some other way.
+    Bare(Arc<OwnedFd>),
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Connection::Watched(stream) => stream.as_fd(),
+            Connection::Bare(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Connection {
+    /// Takes the only reference to a stream from its runtime.
+    ///
+    /// # Errors
+    /// There are other references, or the kernel refuses. The connection is gone then, as far as this reference goes.
+    pub fn unwatch(stream: Arc<TcpStream>) -> io::Result<Arc<OwnedFd>> {
+        let stream = Arc::into_inner(stream).ok_or(io::ErrorKind::ResourceBusy)?;
+        Ok(Arc::new(stream.into_std()?.into()))
+    }
+
+    /// The reverse, for the runtime that this is called in.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn watch(socket: Arc<OwnedFd>) -> io::Result<Arc<TcpStream>> {
+        let socket = Arc::into_inner(socket).ok_or(io::ErrorKind::ResourceBusy)?;
+        TcpStream::from_std(socket.into()).map(Arc::new)
+    }
+
+    /// The address that its peer sees; `None` where there is none any more.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        rustix::net::getsockname(self).ok()?.try_into().ok()
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What is looked at again and again, beside the sessions: who is a candidate of which port, which one line in the log
 //! tells whenever it changes; sessions on standbys that are down or too far behind, which end; and positions, where a port limits
-//! lag in time.
+//! lag in time; sessions that are there for a while, which settle.
 
 use std::collections::BTreeMap;
 use std::mem::Discriminant;
@@ -23,6 +23,9 @@ use crate::sessions::Cut;
 /// How often: lag in time grows by itself.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// How often sessions settle: those that end sooner are not worth it, and until then they need more memory.
+const SETTLE_PAUSE: Duration = Duration::from_millis(100);
+
 /// How long a member may take to tell its position.
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
 
@@ -34,6 +37,18 @@ pub async fn candidates(router: Arc<Router>) {
         let _ = tokio::time::timeout(PAUSE, tables.changed()).await;
         look(&router, &mut seen);
         end_sessions(&router, &mut down);
+    }
+}
+
+/// Lets sessions settle that have been there for a while, if there is a place for them.
+pub async fn settling(router: Arc<Router>) {
+    if router.lean.after().is_none() {
+        return;
+    }
+    // Also once that has failed: those that are fresh are remembered until they are asked for.
+    loop {
+        router.sessions.settle_fresh();
+        router.clock.sleep(SETTLE_PAUSE).await;
     }
 }
 

@@ -20,12 +20,14 @@
 
 mod copy;
 mod course;
+mod lean;
 pub mod pause;
 mod splice;
 mod tls;
 
 use std::future::poll_fn;
 use std::io;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -33,6 +35,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+pub use lean::{Back, Direction, Guest, Lean, Why};
 pub use splice::Pool;
 pub use tls::relay_tls;
 
@@ -88,6 +91,11 @@ pub struct Start {
     pub resignation: Option<Duration>,
     /// What it brings along from another process.
     pub carried: Carried,
+    /// After so many messages of its client that were each the answer to one of its server, or when it is asked to, it is
+    /// [settled](Outcome::Settled).
+    pub settles: Option<NonZeroU32>,
+    /// Why it came back from [where it was settled](Lean).
+    pub why: Option<Why>,
 }
 
 /// What a session takes along from one process to the next.
@@ -117,20 +125,28 @@ pub enum Outcome {
     Overdue,
     /// The session goes on in another process, with these bytes first.
     Left(Box<Carried>),
+    /// It just talks: it may go on where that is cheaper. No bytes are left behind.
+    Settled(Box<Carried>),
 }
 
 /// Relays until both directions have ended, and says which side ended first; or until the session leaves.
 pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Future<Output = Outcome> + Send + 'a {
     let watch = start.plain.then(|| Box::new(Watch { key: KeyWatch::default(), session: &parties.session }));
     let Carried { up, down, traces, budget } = start.carried;
+    let half = |direction| Half {
+        way: if start.why == Some(Why::Streams(direction)) { splice::Way::streaming() } else { splice::Way::default() },
+        broken: start.why == Some(Why::Broken(direction)),
+        ..Half::default()
+    };
     let begun = || start.plain.then(|| (Trace::of_client(), Trace::of_server()));
     let (of_client, of_server) = traces.or_else(begun).filter(|_| start.resignation.is_some()).unzip();
     let mut relay = Relay {
-        up: Half { unread: start.unread, rest: up, trace: of_client, ..Half::default() },
-        down: Half { watch, rest: down, trace: of_server, ..Half::default() },
+        up: Half { unread: start.unread, rest: up, trace: of_client, ..half(Direction::Up) },
+        down: Half { watch, rest: down, trace: of_server, ..half(Direction::Down) },
         unanswered_up: Some(0),
         unanswered_down: Some(0),
         course: Course::new(budget.or(start.resignation)),
+        settling: start.settles.map(|turns| Settling { turns: turns.get(), server_spoke: false }),
     };
     poll_fn(move |cx| {
         let call = parties.session.called(cx.waker());
@@ -142,6 +158,7 @@ pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Fut
             // This step may have ended its start, or a transaction.
             Poll::Pending => match relay.follow(call) {
                 Some(outcome) => Poll::Ready(outcome),
+                None if relay.is_settled(call) => Poll::Ready(Outcome::Settled(Box::new(relay.carried()))),
                 None => relay.course.poll(cx, call, relay.up.side(), relay.down.side()),
             },
         }
@@ -156,6 +173,7 @@ struct Relay<'a> {
     /// The same of the client.
     unanswered_down: Option<u32>,
     course: Course,
+    settling: Option<Settling>,
 }
 
 impl Relay<'_> {
@@ -179,6 +197,13 @@ impl Relay<'_> {
     /// Whether nothing has ended, and the start is over.
     fn can_leave(&self) -> bool {
         course::is_open(self.up.side(), self.down.side()) && self.down.watch.is_none()
+    }
+
+    /// Whether it shall go on elsewhere, and nothing of it is here.
+    fn is_settled(&self, call: Call) -> bool {
+        let settled = self.settling.as_ref().is_some_and(|settling| settling.turns == 0 || call.settle);
+        let is_free = self.can_leave() && self.up.is_empty() && self.down.is_empty();
+        settled && is_free && !call.leave && !call.resign
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, parties: &Parties, pool: &Pool) -> Poll<End> {
@@ -212,6 +237,9 @@ impl Relay<'_> {
             self.up.way.answered();
         }
         parties.session.moved(up, down);
+        if let Some(settling) = &mut self.settling {
+            settling.moved(up > 0, down > 0);
+        }
         note_unanswered(&mut self.unanswered_up, up, down, &parties.server);
         note_unanswered(&mut self.unanswered_down, down, up, &parties.client);
     }
@@ -223,6 +251,22 @@ fn note_unanswered(unanswered: &mut Option<u32>, sent: u64, heard: u64, peer: &T
     if *bytes > UNANSWERED {
         socket::forget_user_timeout(peer);
         *unanswered = None;
+    }
+}
+
+/// How far a session is from being settled.
+struct Settling {
+    /// Messages of its client that still have to come, each after one of its server.
+    turns: u32,
+    server_spoke: bool,
+}
+
+impl Settling {
+    fn moved(&mut self, up: bool, down: bool) {
+        if up && self.server_spoke {
+            self.turns = self.turns.saturating_sub(1);
+        }
+        self.server_spoke = down || (self.server_spoke && !up);
     }
 }
 
@@ -265,6 +309,8 @@ struct Half<'a> {
     stop: Option<Stop>,
     /// The source ended after the destination had broken.
     drained: bool,
+    /// Its source is known to be broken, behind what can still be read.
+    broken: bool,
 }
 
 impl Half<'_> {
@@ -276,6 +322,11 @@ impl Half<'_> {
     /// What has been read and not been written.
     fn take_rest(&mut self) -> Vec<u8> {
         [std::mem::take(&mut self.rest), std::mem::take(&mut self.way).into_rest()].concat()
+    }
+
+    /// Everything that was read has been written, by copying.
+    fn is_empty(&self) -> bool {
+        self.rest.is_empty() && self.way.is_empty()
     }
 
     /// Nothing will be read from the source any more.
@@ -316,7 +367,8 @@ impl Half<'_> {
         match step {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(0)) => {
-                self.finish(sockets.to, Stop::Eof, last);
+                let stop = if self.broken { Stop::Read } else { Stop::Eof };
+                self.finish(sockets.to, stop, last);
                 Poll::Ready(0)
             }
             Poll::Ready(Ok(bytes)) => Poll::Ready(bytes),

@@ -108,6 +108,16 @@ impl Way {
         rest
     }
 
+    /// One that begins with splicing.
+    pub(super) fn streaming() -> Self {
+        Self { streams: true, ..Self::default() }
+    }
+
+    /// Whether it copies and has nothing in a pipe.
+    pub(super) fn is_empty(&self) -> bool {
+        !self.streams && self.pipe.is_none()
+    }
+
     /// Whether the next step should splice.
     pub(super) fn streams(&self) -> bool {
         self.streams

@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,11 @@ impl World {
     /// With members that are known without the DCS.
     pub fn seeded(limits: Limits, seed: Option<ClusterView>) -> Self {
         let router = Router::new(limits).unwrap();
+        // As early as possible, so that every test meets it, unless it shall not.
+        if std::env::var("TRUNKLINE_TEST_SETTLE").as_deref() != Ok("0") {
+            router.lean.start(1, NonZeroU32::MIN).unwrap();
+            tokio::spawn(survey::settling(router.clone()));
+        }
         let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
         tokio::spawn(survey::candidates(router.clone()));
         tokio::spawn(follow::run(router.clone(), Prober::default(), receiver, seed));
