@@ -1,5 +1,6 @@
 //! `trunkline-agent`: arguments, configuration, runtime and signals. What it does is in the library.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -143,7 +144,8 @@ fn validate(args: &Args, env: &Env) -> ExitCode {
     match loaded {
         Ok(local) if problems.is_empty() => {
             if args.print {
-                print!("{}", trunkline_config::yaml::to_yaml(&local.raw));
+                // Whoever reads it may have seen enough.
+                let _ = std::io::stdout().write_all(trunkline_config::yaml::to_yaml(&local.raw).as_bytes());
             }
             ExitCode::SUCCESS
         }

@@ -71,7 +71,7 @@ pub async fn run(args: Args) -> Result<bool> {
     let seed = args.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
     if let Some(count) = args.print {
         for episode in Draw::new(seed, args.allowed(true)).take(count) {
-            println!("{}", schedule::line(&episode));
+            writeln!(std::io::stdout(), "{}", schedule::line(&episode))?;
         }
         return Ok(true);
     }
