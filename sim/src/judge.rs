@@ -119,9 +119,10 @@ impl Judge {
         }
     }
 
-    /// A server that was on timeline `from` begins to take writes, and nobody has asked for this one.
-    pub fn promoted(&mut self, now: Duration, name: &str, from: u32) {
-        if from < self.timeline && !self.pauses {
+    /// A server that was on timeline `from` begins to take writes on `timeline`, and nobody has asked for this one. It may have
+    /// begun the newest one itself.
+    pub fn promoted(&mut self, now: Duration, name: &str, from: u32, timeline: u32) {
+        if from < self.timeline && timeline != self.timeline && !self.pauses {
             let known = self.timeline;
             self.violation(now, format!("{name} leads from timeline {from} on, and the cluster is on {known}"));
         }

@@ -438,7 +438,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
             };
             stage.judge(|judge, now| {
                 judge.elected(now, &name, wal.end(), Lsn(known));
-                judge.promoted(now, &name, from.0);
+                judge.promoted(now, &name, from.0, wal.timeline().0);
             });
         }
         postmaster.reign = Some(stage.judge(|judge, now| judge.begins(now, host, &name, &wal, holder, !mute)));

@@ -108,8 +108,10 @@ fn requested(
         if view.settings.pause {
             return Verdict::Yield(format!("paused, and {candidate} is the requested candidate"));
         }
-        // A candidate outside the synchronous set or the failsafe key won't race, so nobody must wait for it.
-        let may = (!synchronous || view.sync.includes(candidate)) && is_in_failsafe(view, candidate);
+        // A candidate outside the synchronous set or the failsafe key won't race, so nobody must wait for it; into the former
+        // an operator's failover leads.
+        let may =
+            (!synchronous || view.sync.includes(candidate) || old_leader.is_none()) && is_in_failsafe(view, candidate);
         if let Some(api_url) = view.members.get(candidate).filter(|_| may).and_then(|member| member.api_url.clone()) {
             let Some(peers) = s.peers else {
                 let mut ask = electorate(s, view, synchronous);

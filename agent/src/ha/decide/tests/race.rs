@@ -56,12 +56,16 @@ fn another_running_primary_stops_the_race() {
 
 #[test]
 fn nobody_waits_for_a_candidate_that_may_not_race() {
-    let asked = |candidate: &str| {
-        let world = world().leaderless().synchronous("a", &["b"]).requested(Some("a"), Some(candidate));
-        world.answers(&[("c", peer(1000))]).decide()
+    let asked = |leader: Option<&str>, answer: Option<PeerStatus>| {
+        let world = world().leaderless().synchronous("a", &["b"]).requested(leader, Some("c"));
+        world.answers(&[("c", answer)]).decide()
     };
-    let outside = asked("c");
-    assert!(matches!(outside.action, Action::Acquire(_)), "{outside:?}");
+    let switchover = asked(Some("a"), peer(1000));
+    assert!(matches!(switchover.action, Action::Acquire(_)), "{switchover:?}");
+    let failover = asked(None, peer(1000));
+    assert_eq!(failover.reason, "c is the requested candidate", "an operator's word counts outside of the set, too");
+    let dead = asked(None, None);
+    assert!(matches!(dead.action, Action::Acquire(_)), "{dead:?}");
 }
 
 #[test]
