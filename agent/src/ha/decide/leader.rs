@@ -152,6 +152,7 @@ fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> D
     if s.memory.abstain_until.is_some_and(|until| s.now < until) {
         return is(Action::Release, "PostgreSQL is down, and this node could not be promoted");
     }
+    let mut nobody = String::new();
     if s.memory.demoted || s.down_for() >= patience || s.memory.failures > 0 {
         match election::takeover(s, view, None, false) {
             Takeover::Ask(members) => return is(Action::Ask(members), "PostgreSQL is down"),
@@ -161,16 +162,17 @@ fn recover_leader(s: &Situation, view: &ClusterView, control: &ControlData) -> D
             Takeover::Impossible(why) if s.backing_off() => {
                 return is(Action::Wait, format!("PostgreSQL is down, and nobody can take over: {why}"));
             }
-            Takeover::Impossible(_) => {}
+            Takeover::Impossible(why) => nobody = format!(", and nobody can take over ({why})"),
         }
     }
     if s.backing_off() {
         return is(Action::Wait, failed_lately(s, "PostgreSQL did not start"));
     }
     if stopped_as_primary(control) {
-        is(Action::Start(StartAs::Primary), "PostgreSQL is down; starting it again as primary, the leader key is ours")
+        let reason = format!("PostgreSQL is down{nobody}; starting it again as primary, the leader key is ours");
+        is(Action::Start(StartAs::Primary), reason)
     } else {
-        is(Action::Start(StartAs::Standby(None)), "PostgreSQL is down; starting it, to be promoted")
+        is(Action::Start(StartAs::Standby(None)), format!("PostgreSQL is down{nobody}; starting it, to be promoted"))
     }
 }
 
