@@ -219,6 +219,7 @@ impl Lab {
 impl Drop for Inner {
     fn drop(&mut self) {
         process::kill_below(&self.dir);
+        free_shared_memory(&self.dir, 3);
         if self.keep.load(Ordering::Relaxed) {
             // The guard would remove the data.
             let _ = self.guard.kill();
@@ -231,6 +232,23 @@ impl Drop for Inner {
         }
         drop(self.guard.stdin.take());
         let _ = self.guard.wait();
+    }
+}
+
+/// Frees what servers that were killed have left of System V's shared memory: it outlasts them, until they start again, and a
+/// machine has room for 4096 pieces of it.
+fn free_shared_memory(dir: &Path, depth: u32) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) && depth > 0 {
+            free_shared_memory(&path, depth - 1);
+        } else if entry.file_name() == "postmaster.pid" {
+            // The seventh line: its key and its number.
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            if let Some(id) = text.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)) {
+                let _ = Command::new("ipcrm").args(["-m", id]).stderr(Stdio::null()).status();
+            }
+        }
     }
 }
 
