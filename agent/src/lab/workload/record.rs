@@ -171,13 +171,14 @@ impl Record {
     }
 
     /// Reads that a primary answered although it was known as such: it had acknowledged the newest write when the read
-    /// began. A standby that is promoted while it answers is nobody's fault.
+    /// began, and nobody else one since. A standby that is promoted while it answers is nobody's fault.
     pub fn misled(&self, reads: &[Read]) -> Vec<Read> {
         let mut writes: Vec<&Write> = self.writes.iter().collect();
         writes.sort_unstable_by_key(|write| write.acked);
         let known_primary = |read: &Read| {
             let before = writes.partition_point(|write| write.acked < read.sent);
-            before > 0 && writes[before - 1].port == read.port
+            let until = writes.partition_point(|write| write.acked < read.answered);
+            before > 0 && writes[before - 1..until].iter().all(|write| write.port == read.port)
         };
         reads.iter().filter(|read| !read.standby && known_primary(read)).copied().collect()
     }
@@ -261,5 +262,7 @@ mod tests {
         assert_eq!(record.misled(&[read(5, 1, false)]).len(), 1);
         assert_eq!(record.misled(&[read(25, 2, false)]).len(), 1);
         assert_eq!(record.misled(&[read(5, 2, true), read(15, 2, false), read(0, 1, false)]), []);
+        let long = Read { sent: at(5), answered: at(30), port: 1, standby: false };
+        assert_eq!(record.misled(&[long]), [], "another one led meanwhile, and this one was a standby again");
     }
 }
