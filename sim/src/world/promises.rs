@@ -137,7 +137,9 @@ impl World {
     /// commit may lead.
     pub(super) fn left_behind(&self, term: &Term, leader: &MemberName, view: &ClusterView) -> Option<String> {
         let host = host_of(leader.as_str())?;
-        let promoted = self.stage.judge(|judge, _| judge.reigns) > term.reigns;
+        // The first leader of a cluster was a primary before it had the key.
+        let primary = self.stage.server(host, |server| server.data.as_ref().is_some_and(|data| !data.standby));
+        let promoted = primary || self.stage.judge(|judge, _| judge.reigns) > term.reigns;
         let lasted = self.stage.executor().now() - term.since;
         let refused =
             self.stage.server(host, |server| server.refuses_promotion.is_some_and(|since| since < term.since));
