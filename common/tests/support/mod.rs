@@ -97,7 +97,22 @@ impl Cluster {
 
     /// The member hangs: connections stay, nothing answers.
     pub fn freeze(&self, index: usize) {
-        kill_process(self.members[index].pid(), Signal::STOP).expect("SIGSTOP");
+        let pid = self.members[index].pid();
+        kill_process(pid, Signal::STOP).expect("SIGSTOP");
+        // A thread that runs just then goes on until the kernel has its attention, and may carry out a request meanwhile.
+        let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
+        let stands = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+        };
+        let all_stand = || std::fs::read_dir(&tasks).expect("its threads").flatten().all(stands);
+        let stood = (0..2000).any(|_| {
+            all_stand() || {
+                std::thread::sleep(Duration::from_millis(1));
+                false
+            }
+        });
+        assert!(stood, "SIGSTOP did not stop it");
     }
 
     /// The member goes on.
