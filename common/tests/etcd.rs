@@ -34,6 +34,7 @@ async fn check_contract(cluster: &Cluster) {
     };
     subject.check(compact).await;
     contract::routers(&ClusterStore::new(cluster.client().await, Paths::new("contract", "routers"))).await;
+    contract::late_moves(cluster.client().await, Paths::new("contract", "moves")).await;
 }
 
 #[tokio::test]

@@ -4,14 +4,17 @@
 //! Leases are real time on the subject's clock; with tokio's time paused the whole suite takes none.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use parking_lot::Mutex;
 
+use super::paths::Paths;
 use super::store::{Alongside, ClusterStore, Outcome, Seen};
-use super::{Change, Compare, Dcs, DcsError, KeyValue, Op, Txn, TxnResult, WatchEvent, lasts};
+use super::{Change, Compare, Dcs, DcsError, KeyValue, Lease, Op, Snapshot, Txn, TxnResult, WatchEvent, lasts};
 use crate::cluster::RouterRecord;
-use crate::{Clock, LeaseId, Revision};
+use crate::{Clock, LeaseId, MemberName, Revision};
 
 /// Longest wait for an event that must come at once.
 const SOON: Duration = Duration::from_secs(5);
@@ -278,6 +281,95 @@ pub async fn routers<D: Dcs>(store: &ClusterStore<D>) {
     store.dcs().revoke(lease).await.expect("revoked");
     assert_eq!(store.read().await.expect("a reading").routers.len(), 0);
     assert_eq!(store.put_router(lease, &record(created)).await, Err(DcsError::LeaseLost));
+}
+
+/// The leader key hangs on the lease that it was moved to last, also where an earlier move that never got an answer is carried
+/// out after that, or in between.
+pub async fn late_moves<D: Dcs>(dcs: D, paths: Paths) {
+    let late = Late { dcs, next: Arc::default(), kept: Arc::default() };
+    let (store, a) = (ClusterStore::new(late.clone(), paths), MemberName::from("a"));
+    let lease = async || store.grant(Duration::from_secs(60)).await.expect("a lease").id;
+    let attached = async || store.read().await.expect("a reading").leader.map(|key| key.lease);
+    let (first, lost, last) = (lease().await, lease().await, lease().await);
+    let won = store.acquire_leader(&a, first, Seen::default(), Alongside::default()).await;
+    assert!(won.expect("an outcome").is_done());
+    for next in [Next::Passes, Next::Follows] {
+        assert!(store.confirm_leader(&a, first).await.expect("an outcome").is_done());
+        *late.next.lock() = Next::IsKept;
+        assert_eq!(store.confirm_leader(&a, lost).await, Err(DcsError::Timeout(Duration::ZERO)));
+        *late.next.lock() = next;
+        assert!(store.confirm_leader(&a, last).await.expect("an outcome").is_done());
+        late.carry_out().await;
+        assert_eq!(attached().await, Some(last), "the late one has moved the key");
+    }
+    for lease in [first, lost, last] {
+        store.dcs().revoke(lease).await.expect("revoked");
+    }
+}
+
+/// A store that keeps a write for later: as a member of etcd that was frozen with the request in its socket.
+#[derive(Clone)]
+struct Late<D> {
+    dcs: D,
+    next: Arc<Mutex<Next>>,
+    kept: Arc<Mutex<Vec<Txn>>>,
+}
+
+/// What becomes of the next transaction that writes.
+#[derive(Clone, Copy, Default)]
+enum Next {
+    #[default]
+    Passes,
+    /// It gets no answer.
+    IsKept,
+    /// What was kept goes first.
+    Follows,
+}
+
+impl<D: Dcs> Late<D> {
+    async fn carry_out(&self) {
+        let kept = std::mem::take(&mut *self.kept.lock());
+        for txn in kept {
+            self.dcs.txn(txn).await.expect("an outcome");
+        }
+    }
+}
+
+impl<D: Dcs> Dcs for Late<D> {
+    type Watch = D::Watch;
+
+    async fn read(&self, prefix: &str) -> Result<Snapshot, DcsError> {
+        self.dcs.read(prefix).await
+    }
+
+    async fn watch(&self, prefix: &str, from: Revision) -> Result<Self::Watch, DcsError> {
+        self.dcs.watch(prefix, from).await
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<TxnResult, DcsError> {
+        let next = if txn.then.is_empty() { Next::Passes } else { std::mem::take(&mut *self.next.lock()) };
+        match next {
+            Next::Passes => {}
+            Next::IsKept => {
+                self.kept.lock().push(txn);
+                return Err(DcsError::Timeout(Duration::ZERO));
+            }
+            Next::Follows => self.carry_out().await,
+        }
+        self.dcs.txn(txn).await
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
+        self.dcs.grant(ttl).await
+    }
+
+    async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+        self.dcs.renew(lease).await
+    }
+
+    async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {
+        self.dcs.revoke(lease).await
+    }
 }
 
 fn describe(changes: &[Change]) -> Vec<(String, Option<String>)> {

@@ -184,19 +184,25 @@ impl<D: Dcs> ClusterStore<D> {
 
     /// Proves that the leader key is ours and attached to `lease` (a renewed lease alone does not: the key may have been
     /// deleted by hand, and a deposed leader of etcd still answers keep-alives for a moment); moves it there if it is ours by name with another
-    /// lease (after a restart of the agent). Conflict: it belongs to somebody else, or is gone.
+    /// lease (after a restart of the agent, or where a lease of another length is wanted). Conflict: it belongs to somebody
+    /// else, or is gone.
+    ///
+    /// A move names the revision that it was decided on. One that gets no answer may be carried out much later, and would
+    /// take the key off the lease that is renewed by then, to end with one that nobody renews.
     pub async fn confirm_leader(&self, name: &MemberName, lease: LeaseId) -> Result<Outcome, DcsError> {
+        /// What moves our key in between is an earlier request of ours; of those there are few.
+        const MOVES: usize = 3;
         let leader = self.paths.key("leader");
-        let mine = Compare::Value(leader.clone(), name.as_str().into());
-        let confirmed = self
-            .dcs
-            .txn(Txn { when: vec![mine.clone(), Compare::Lease(leader.clone(), lease)], ..Txn::default() })
-            .await?;
-        if confirmed.succeeded {
-            return Ok(self.outcome(&confirmed));
+        let mut txn = Txn { when: self.held(name, lease), then: vec![], otherwise: vec![Op::Get(leader.clone())] };
+        let mut result = self.dcs.txn(txn.clone()).await?;
+        for _ in 0..MOVES {
+            let key = result.read.first().and_then(Option::as_ref).filter(|_| !result.succeeded);
+            let Some(key) = key.filter(|key| key.value == name.as_str().as_bytes()) else { break };
+            txn.when = vec![Compare::Modified(leader.clone(), key.modified)];
+            txn.then = vec![Op::Put(leader.clone(), name.as_str().into(), lease)];
+            result = self.dcs.txn(txn.clone()).await?;
         }
-        let put = Op::Put(leader, name.as_str().into(), lease);
-        Ok(self.outcome(&self.dcs.txn(Txn { when: vec![mine], then: vec![put], otherwise: vec![] }).await?))
+        Ok(self.outcome(&result))
     }
 
     /// Takes the leader key whoever has it. Nobody who has a rival may do this; see [`Self::finish_bootstrap`].
@@ -461,6 +467,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_router_says_what_it_follows_and_hears_who_leads() {
         crate::dcs::contract::routers(&store()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_move_of_the_leader_key_that_comes_late_moves_nothing() {
+        let store = store();
+        crate::dcs::contract::late_moves(store.dcs().clone(), store.paths().clone()).await;
     }
 
     #[tokio::test(start_paused = true)]
