@@ -15,7 +15,7 @@ use trunkline_agent::guard::{self, Guard, HostGuard};
 use trunkline_agent::ha::{Exit, Ha, Parts};
 use trunkline_agent::init;
 use trunkline_agent::node::{Board, Command};
-use trunkline_agent::peer::{HttpPeers, RestClient};
+use trunkline_agent::peer::RestClient;
 use trunkline_agent::postgres::{Instance, Postgres};
 use trunkline_agent::rest::{Api, Edges, Server};
 use trunkline_agent::rto;
@@ -220,7 +220,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     tokio::spawn(apply_retry_timeout(etcd, knowledge.clone()));
     tokio::spawn(tell_systemd(board_seen));
 
-    let reload_env = env.clone();
+    let (reload_env, peers) = (env.clone(), api.peers());
     let reload = move || {
         // For Type=notify-reload: from here to READY.
         let now = NotifyState::monotonic_usec_now();
@@ -241,7 +241,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     let parts = Parts {
         store,
         knowledge,
-        peers: HttpPeers::new(client),
+        peers,
         guard: guard.clone(),
         postgres,
         clock,

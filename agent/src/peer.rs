@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
+use parking_lot::RwLock;
 use serde_json::Value;
 use trunkline_common::tls::{self, TlsError, Verify};
 use trunkline_common::{Lsn, MemberName, TimelineId};
@@ -73,10 +74,10 @@ fn lenient_u64(value: &Value) -> Option<u64> {
     value.as_u64().or_else(|| value.as_str()?.trim().parse().ok())
 }
 
-/// The real [`Peers`]: HTTP requests that reuse connections, so that asking costs one round trip.
+/// The real [`Peers`]: HTTP requests that reuse connections, so that asking costs one round trip. Clones share the client.
 #[derive(Debug, Clone)]
 pub struct HttpPeers {
-    client: RestClient,
+    client: Arc<RwLock<RestClient>>,
 }
 
 /// A member's answer to a leader that lost the DCS.
@@ -91,12 +92,21 @@ pub struct FailsafeAnswer {
 impl HttpPeers {
     /// Asks with `client`'s credentials.
     pub fn new(client: RestClient) -> Self {
-        Self { client }
+        Self { client: Arc::new(RwLock::new(client)) }
+    }
+
+    /// Asks with another client's credentials from now on, in all clones.
+    pub fn renew(&self, client: RestClient) {
+        *self.client.write() = client;
+    }
+
+    fn client(&self) -> RestClient {
+        self.client.read().clone()
     }
 
     /// Asks one member.
     pub async fn member_status(&self, api_url: &str, deadline: Duration) -> Option<PeerStatus> {
-        match self.client.request("GET", api_url, None, deadline).await {
+        match self.client().request("GET", api_url, None, deadline).await {
             Ok(response) => {
                 let status = serde_json::from_str(&response.text).ok().and_then(|doc| PeerStatus::parse(&doc));
                 tracing::debug!(api_url, ?status, "a member answered");
@@ -129,11 +139,12 @@ impl Peers for HttpPeers {
         body: Value,
         deadline: Duration,
     ) -> BTreeMap<MemberName, FailsafeAnswer> {
+        let client = self.client();
         let ask = async |(name, api_url): (MemberName, String)| {
             let url = endpoint(&api_url, "failsafe");
             let mut body = body.clone();
             body["member"] = Value::from(name.as_str());
-            let attempt = || self.client.request("POST", &url, Some(&body), deadline);
+            let attempt = || client.request("POST", &url, Some(&body), deadline);
             let twice = async {
                 match attempt().await {
                     Ok(response) => Ok(response),

@@ -127,7 +127,7 @@ pub struct Api<D, P, C> {
     postgres: P,
     clock: C,
     policy: watch::Sender<Arc<Policy>>,
-    peers: RwLock<HttpPeers>,
+    peers: HttpPeers,
     instruments: Instruments,
     local: RwLock<Arc<Local>>,
     edges: Edges,
@@ -146,7 +146,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     ) -> Result<Self, RestError> {
         let identity = Identity { scope: local.scope.clone(), name: MemberName(local.name.clone()) };
         let policy = watch::Sender::new(Arc::new(Policy::read(local)?));
-        let peers = RwLock::new(HttpPeers::new(RestClient::for_agent(local)?));
+        let peers = HttpPeers::new(RestClient::for_agent(local)?);
         let instruments = Instruments::new()?;
         let (local, edges) = (RwLock::new(Arc::new(local.clone())), Edges::default());
         Ok(Self {
@@ -176,10 +176,15 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     pub fn reload(&self, local: &Local) -> Result<(), RestError> {
         let policy = Policy::read(local)?;
         let client = RestClient::for_agent(local)?;
-        *self.peers.write() = HttpPeers::new(client);
+        self.peers.renew(client);
         self.policy.send_replace(Arc::new(policy));
         self.goes_by(local);
         Ok(())
+    }
+
+    /// The other members, asked with the credentials of the last reload.
+    pub fn peers(&self) -> HttpPeers {
+        self.peers.clone()
     }
 
     /// Answers one request.
@@ -337,10 +342,6 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     /// The settings last known, confirmed or not.
     fn settings(&self) -> Settings {
         self.sources().settings()
-    }
-
-    fn peers(&self) -> HttpPeers {
-        self.peers.read().clone()
     }
 
     /// Looks at everything there is to know now.

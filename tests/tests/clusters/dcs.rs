@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::etcd::EtcdDcs;
@@ -180,6 +181,44 @@ async fn in_failsafe_mode_writes_go_on_without_etcd_until_a_member_is_missing() 
     scene.cluster.nodes[missing].start()?;
     scene.etcd.restart(0).await?;
     load.writers.progress(100, LIMIT).await?;
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_failsafe_mode_members_are_asked_with_the_password_of_the_last_reload() -> Result<()> {
+    let mut spec = failsafe_spec()?;
+    let authentication = |password: &str| json!({ "username": "admin", "password": password });
+    spec.local = json!({ "restapi": { "authentication": authentication("first") } });
+    let mut scene = listed(Scene::with("failsafe-password", 1, spec).await?).await?;
+    for node in &mut scene.cluster.nodes {
+        let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
+        config["restapi"]["authentication"] = authentication("second");
+        node.configure(&config.to_string())?;
+        node.agent().context("no agent")?.signal(Signal::HUP);
+        wait::until("the reload", LIMIT, async || {
+            ensure!(node.log()?.contains("reloaded the configuration"), "the log does not say so");
+            Ok(())
+        })
+        .await?;
+    }
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let failures = load.writers.record().failures;
+
+    let lost = SystemClock.now();
+    scene.etcd.kill(0);
+    let ttl = Duration::from_secs(scene.cluster.spec().timing.ttl.into());
+    while SystemClock.now().since(lost) < ttl * 2 {
+        load.writers.progress(20, LIMIT).await?;
+    }
+    let status = scene.cluster.nodes[leader].status().await?;
+    ensure!(status["failsafe_mode_is_active"] == true, "not said in the status: {status}");
+    let record = load.writers.record();
+    ensure!(record.failures == failures, "statements failed: {:?}", record.last_error);
+
+    scene.etcd.restart(0).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.finish(load).await?;
     Ok(())
 }

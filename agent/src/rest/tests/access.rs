@@ -4,6 +4,7 @@ use trunkline_config::Secret;
 use trunkline_config::local::VerifyClient;
 
 use super::*;
+use crate::peer::Peers;
 
 #[tokio::test]
 async fn unsafe_requests_need_the_password() {
@@ -23,6 +24,34 @@ async fn unsafe_requests_need_the_password() {
             .status
     };
     assert_eq!(reload(guarded.clone()).await, 202);
+}
+
+#[tokio::test]
+async fn whoever_asks_the_members_has_the_password_of_the_last_reload() {
+    let with = |password: &str| {
+        let mut local = local("pg-a");
+        local.restapi.authentication = Some(("admin".into(), Secret::new(password)));
+        local
+    };
+    let mut node = Node::start(with("first"), PgStatus::Running(standby()), board("replica")).await;
+    put(&node.store, "config", json!({"failsafe_mode": true})).await;
+    node.catch_up().await;
+    node.on_command(|command| {
+        if let Command::FailsafePoll { reply, .. } = command {
+            let _ = reply.send(true);
+        }
+    });
+    // As the HA loop has them, from before the reload on.
+    let peers = node.api.peers();
+    let asked = || {
+        let everybody = BTreeMap::from([(MemberName::from("pg-a"), node.url("/patroni"))]);
+        peers.failsafe(everybody, json!({"name": "pg-b"}), Duration::from_secs(5))
+    };
+    for password in ["first", "second"] {
+        node.api.reload(&with(password)).unwrap();
+        let answers = asked().await;
+        assert!(answers.values().all(|answer| answer.accepted), "{password}: {answers:?}");
+    }
 }
 
 #[tokio::test]
