@@ -217,7 +217,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         let _ = rest_stopped.wait_for(|stop| *stop).await;
     }));
     tokio::spawn(tell_rto(etcd.clone(), knowledge.clone(), postgres.clone()));
-    tokio::spawn(apply_retry_timeout(etcd, knowledge.clone()));
+    tokio::spawn(apply_retry_timeout(etcd.clone(), knowledge.clone()));
     tokio::spawn(tell_systemd(board_seen));
 
     let (reload_env, peers) = (env.clone(), api.peers());
@@ -235,6 +235,11 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         }
         if let Err(error) = api.reload(&local) {
             warn!("the REST API keeps its old settings: {error}");
+        }
+        match etcd.reload(&local.etcd) {
+            Ok(true) => info!("etcd is asked as etcd3 says now"),
+            Ok(false) => {}
+            Err(error) => warn!("etcd is asked as before: etcd3: {error}"),
         }
         Ok(local)
     };

@@ -231,8 +231,9 @@ async fn nobody_there_is_not_the_same_as_no_answer() {
 async fn logs_in_again_when_its_token_is_gone() {
     let mut cluster = Cluster::start(1).await;
     let mut admin = etcd_client::Client::connect([&cluster.members[0].url], None).await.unwrap();
+    let config = cluster.config();
     let user =
-        |password: &str| Etcd { authentication: Some(("root".to_owned(), Secret::new(password))), ..cluster.config() };
+        |password: &str| Etcd { authentication: Some(("root".to_owned(), Secret::new(password))), ..config.clone() };
     let (right, wrong) = (user("secret"), user("guess"));
     connect(&right).await.read("/").await.expect("a login where none is needed does no harm");
     admin.user_add("root", "secret", None).await.unwrap();
@@ -256,6 +257,14 @@ async fn logs_in_again_when_its_token_is_gone() {
     eventually("etcd is back", Duration::from_secs(10), async || dcs.read("/x").await.is_ok()).await;
     dcs.renew(lease.id).await.expect("renewed with a new token");
     dcs.txn(put("/x", "2")).await.unwrap();
+
+    let login = etcd_client::ConnectOptions::new().with_user("root", "secret");
+    let mut admin = etcd_client::Client::connect([&cluster.members[0].url], Some(login)).await.unwrap();
+    admin.user_change_password("root", "another").await.unwrap();
+    eventually("the old password is refused", Duration::from_secs(10), async || dcs.read("/x").await.is_err()).await;
+    assert_eq!(dcs.reload(&user("another")), Ok(true));
+    dcs.renew(lease.id).await.expect("renewed with the new password");
+    assert_eq!(dcs.reload(&user("another")), Ok(false), "what has not changed is not done again");
 }
 
 #[tokio::test]
@@ -271,20 +280,34 @@ async fn speaks_tls_with_certificates_on_both_sides() {
     openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=ca -days 2");
     openssl("req -newkey rsa:2048 -nodes -keyout node.key -out node.csr -subj /CN=node");
     openssl("x509 -req -in node.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out node.pem -days 2 -extfile ext");
+    let copy = |from: &str, to: &str| {
+        for kind in ["key", "pem"] {
+            std::fs::copy(path(&format!("{from}.{kind}")), path(&format!("{to}.{kind}"))).unwrap();
+        }
+    };
+    copy("node", "client");
     let options = [("cert-file", "node.pem"), ("key-file", "node.key"), ("trusted-ca-file", "ca.pem")];
     let mut extra: Vec<String> = options.iter().map(|(option, file)| format!("--{option}={}", path(file))).collect();
     extra.push("--client-cert-auth=true".to_owned());
     let cluster = Cluster::start_with("etcd".into(), 1, "https", &extra);
     let config = Etcd {
         cacert: Some(path("ca.pem").into()),
-        cert: Some(path("node.pem").into()),
-        key: Some(path("node.key").into()),
+        cert: Some(path("client.pem").into()),
+        key: Some(path("client.key").into()),
         ..cluster.config()
     };
     cluster.ready(&config).await;
     connect(&config).await.txn(put("/x", "1")).await.unwrap();
-    let without = connect(&Etcd { cert: None, key: None, ..config.clone() }).await.read("/").await;
-    assert!(without.is_err(), "a client without a certificate is refused");
+    let without = connect(&Etcd { cert: None, key: None, ..config.clone() }).await;
+    assert!(without.read("/").await.is_err(), "a client without a certificate is refused");
+    assert_eq!(without.reload(&config), Ok(true));
+    without.read("/").await.expect("it has one now");
+    openssl("req -x509 -newkey rsa:2048 -nodes -keyout other.key -out other.pem -subj /CN=other -days 2");
+    copy("other", "client");
+    assert_eq!(without.reload(&config), Ok(true), "another content of the same files");
+    assert!(without.read("/").await.is_err(), "it is nobody's any more");
+    std::fs::remove_file(path("client.pem")).unwrap();
+    assert!(matches!(without.reload(&config), Err(DcsError::Refused(text)) if text.contains("etcd3.cert")));
     let stranger = connect(&cluster.config()).await.read("/").await;
     assert!(stranger.is_err(), "a server of an unknown authority is refused");
     let missing = Etcd { cacert: Some(path("none").into()), ..config };

@@ -493,7 +493,7 @@ impl Look<'_> {
             told.line(DYNAMIC, path, value, "no effect: it belongs to the node's own file");
         }
         let first = path.split('.').next().unwrap_or_default();
-        let at_start = ["scope", "name", "namespace", "etcd", "etcd3", "guard", "watchdog", "vip"];
+        let at_start = ["scope", "name", "namespace", "guard", "watchdog", "vip"];
         if at_start.contains(&first) || first == "log" && path != "log.level" {
             told.notes.push("read at the start of the agent only".to_owned());
         }

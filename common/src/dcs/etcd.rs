@@ -65,6 +65,15 @@ impl<C: Clock> EtcdDcs<C> {
         self.shared.endpoints.set_bound(retry_timeout);
     }
 
+    /// Other endpoints, another user or password, or other certificates, read from their files now. Applies to calls that begin
+    /// after this; a watch goes on over the connection that it has. True if anything has changed.
+    ///
+    /// # Errors
+    /// As of [`EtcdDcs::connect`]; everything stays as it is then.
+    pub fn reload(&self, config: &Etcd) -> Result<bool, DcsError> {
+        self.shared.endpoints.reload(config)
+    }
+
     /// How long etcd took to answer lately. What it did not answer is not in it.
     pub fn latency(&self) -> Latency {
         self.shared.latency.lock().clone()

@@ -1,11 +1,12 @@
 //! One client per endpoint, a deadline per attempt, and then the next endpoint.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tonic::Code;
 use trunkline_config::local::Etcd;
 
@@ -35,7 +36,7 @@ pub(super) enum Resend {
 
 /// The endpoints of one etcd cluster.
 pub(super) struct Endpoints<C> {
-    all: Vec<Endpoint>,
+    known: RwLock<Arc<Known>>,
     /// Index of the one that answered last, or the next after one that didn't.
     preferred: AtomicUsize,
     bound_ms: AtomicU64,
@@ -44,20 +45,25 @@ pub(super) struct Endpoints<C> {
 
 impl<C: Clock> Endpoints<C> {
     pub(super) fn new(config: &Etcd, clock: C, bound: Duration) -> Result<Self, DcsError> {
-        let tls = tls_options(config)?;
-        let endpoint = |url: &String| Endpoint {
-            url: url.clone(),
-            options: with_login(connect_options(url, &tls), config),
-            without_login: connect_options(url, &tls),
-            client: Mutex::new(None),
-        };
-        let all: Vec<Endpoint> = config.endpoints.iter().map(endpoint).collect();
-        if all.is_empty() {
-            return Err(DcsError::Refused("no etcd endpoint is configured".to_owned()));
-        }
-        let endpoints = Self { all, preferred: AtomicUsize::new(0), bound_ms: AtomicU64::new(0), clock };
+        let known = RwLock::new(Arc::new(Known::new(Access::read(config)?)));
+        let endpoints = Self { known, preferred: AtomicUsize::new(0), bound_ms: AtomicU64::new(0), clock };
         endpoints.set_bound(bound);
         Ok(endpoints)
+    }
+
+    /// Reads the files anew, and forgets every client where anything has changed. True if so.
+    pub(super) fn reload(&self, config: &Etcd) -> Result<bool, DcsError> {
+        let access = Access::read(config)?;
+        let mut known = self.known.write();
+        let changed = known.access != access;
+        if changed {
+            *known = Arc::new(Known::new(access));
+        }
+        Ok(changed)
+    }
+
+    fn known(&self) -> Arc<Known> {
+        self.known.read().clone()
     }
 
     pub(super) fn set_bound(&self, bound: Duration) {
@@ -66,7 +72,7 @@ impl<C: Clock> Endpoints<C> {
 
     /// What one endpoint is given of the whole bound.
     pub(super) fn share(&self) -> Duration {
-        let parts = u32::try_from(self.all.len()).unwrap_or(u32::MAX);
+        let parts = u32::try_from(self.known().all.len()).unwrap_or(u32::MAX);
         (self.bound() / parts).max(MIN_SHARE)
     }
 
@@ -77,7 +83,8 @@ impl<C: Clock> Endpoints<C> {
         F: Future<Output = Result<T, Error>> + Send,
         T: Send,
     {
-        let (bound, share) = (self.bound(), self.share());
+        let (bound, share, known) = (self.bound(), self.share(), self.known());
+        let all = &known.all;
         let deadline = self.clock.now() + bound;
         let first = self.preferred.load(Ordering::Relaxed);
         let mut maybe_done = false;
@@ -87,8 +94,8 @@ impl<C: Clock> Endpoints<C> {
             if left.is_zero() {
                 break;
             }
-            let index = (first + attempt) % self.all.len();
-            let endpoint = &self.all[index];
+            let index = (first + attempt) % all.len();
+            let endpoint = &all[index];
             let failure = match endpoint.attempt(&self.clock, left.min(share), &work).await {
                 Ok(answer) => {
                     self.preferred.store(index, Ordering::Relaxed);
@@ -96,7 +103,7 @@ impl<C: Clock> Endpoints<C> {
                 }
                 Err(failure) => failure,
             };
-            self.preferred.store((index + 1) % self.all.len(), Ordering::Relaxed);
+            self.preferred.store((index + 1) % all.len(), Ordering::Relaxed);
             match failure {
                 Failure::Final(error) => {
                     self.preferred.store(index, Ordering::Relaxed);
@@ -111,7 +118,7 @@ impl<C: Clock> Endpoints<C> {
             if maybe_done && resend == Resend::IfNotSent {
                 break;
             }
-            if (attempt + 1) % self.all.len() == 0 {
+            if (attempt + 1) % all.len() == 0 {
                 self.clock.sleep(PAUSE.min(deadline.since(self.clock.now()))).await;
             }
         }
@@ -120,6 +127,19 @@ impl<C: Clock> Endpoints<C> {
 
     fn bound(&self) -> Duration {
         Duration::from_millis(self.bound_ms.load(Ordering::Relaxed)).max(MIN_SHARE)
+    }
+}
+
+/// The endpoints as they were last configured.
+struct Known {
+    access: Access,
+    all: Vec<Endpoint>,
+}
+
+impl Known {
+    fn new(access: Access) -> Self {
+        let all = access.endpoints();
+        Self { access, all }
     }
 }
 
@@ -252,10 +272,62 @@ fn causes(status: &tonic::Status) -> impl Iterator<Item = &(dyn std::error::Erro
     std::iter::successors(std::error::Error::source(status), |error| error.source())
 }
 
-fn with_login(options: ConnectOptions, config: &Etcd) -> ConnectOptions {
-    match &config.authentication {
-        Some((user, password)) => options.with_user(user, password.reveal()),
-        None => options,
+/// What the configuration says of etcd, and what is in the files that it names.
+#[derive(PartialEq)]
+struct Access {
+    config: Etcd,
+    roots: Option<Vec<u8>>,
+    /// Certificate and key.
+    identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Access {
+    fn read(config: &Etcd) -> Result<Self, DcsError> {
+        if config.endpoints.is_empty() {
+            return Err(DcsError::Refused("no etcd endpoint is configured".to_owned()));
+        }
+        let mut access = Self { config: config.clone(), roots: None, identity: None };
+        if !config.endpoints.iter().any(|url| url.starts_with("https://")) {
+            return Ok(access);
+        }
+        let system_roots = || SYSTEM_ROOTS.iter().map(Path::new).find(|path| path.exists());
+        if let Some(roots) = config.cacert.as_deref().or_else(system_roots) {
+            access.roots = Some(pem("etcd3.cacert", roots)?);
+        }
+        if let Some(cert) = &config.cert {
+            let key = config.key.as_ref().unwrap_or(cert);
+            access.identity = Some((pem("etcd3.cert", cert)?, pem("etcd3.key", key)?));
+        }
+        Ok(access)
+    }
+
+    fn endpoints(&self) -> Vec<Endpoint> {
+        let tls = self.tls();
+        let endpoint = |url: &String| Endpoint {
+            url: url.clone(),
+            options: self.with_login(connect_options(url, &tls)),
+            without_login: connect_options(url, &tls),
+            client: Mutex::new(None),
+        };
+        self.config.endpoints.iter().map(endpoint).collect()
+    }
+
+    fn with_login(&self, options: ConnectOptions) -> ConnectOptions {
+        match &self.config.authentication {
+            Some((user, password)) => options.with_user(user, password.reveal()),
+            None => options,
+        }
+    }
+
+    fn tls(&self) -> TlsOptions {
+        let mut tls = TlsOptions::new();
+        if let Some(roots) = &self.roots {
+            tls = tls.ca_certificate(Certificate::from_pem(roots));
+        }
+        if let Some((cert, key)) = &self.identity {
+            tls = tls.identity(Identity::from_pem(cert, key));
+        }
+        tls
     }
 }
 
@@ -270,22 +342,6 @@ fn connect_options(url: &str, tls: &TlsOptions) -> ConnectOptions {
         options = options.with_tls(tls.clone());
     }
     options
-}
-
-fn tls_options(config: &Etcd) -> Result<TlsOptions, DcsError> {
-    let mut tls = TlsOptions::new();
-    let system_roots = || SYSTEM_ROOTS.iter().map(Path::new).find(|path| path.exists());
-    if !config.endpoints.iter().any(|url| url.starts_with("https://")) {
-        return Ok(tls);
-    }
-    if let Some(roots) = config.cacert.as_deref().or_else(system_roots) {
-        tls = tls.ca_certificate(Certificate::from_pem(pem("etcd3.cacert", roots)?));
-    }
-    if let Some(cert) = &config.cert {
-        let key = config.key.as_ref().unwrap_or(cert);
-        tls = tls.identity(Identity::from_pem(pem("etcd3.cert", cert)?, pem("etcd3.key", key)?));
-    }
-    Ok(tls)
 }
 
 fn pem(setting: &str, path: &Path) -> Result<Vec<u8>, DcsError> {
