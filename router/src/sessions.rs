@@ -19,7 +19,7 @@ use std::task::Waker;
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use trunkline_common::{Instant, MemberName, Revision};
 
 use crate::handover::Leaving;
@@ -49,6 +49,8 @@ pub struct Sessions {
     inner: Mutex<Inner>,
     /// Sessions shall go to the next process.
     leaving: AtomicBool,
+    /// The first one has begun, or come back, since somebody asked for those.
+    stirs: Notify,
 }
 
 /// What reaches a session from outside.
@@ -87,13 +89,22 @@ struct Inner {
     resigns: bool,
     next: u64,
     live: HashMap<u64, Box<Live>>,
-    /// Those that have begun, or come back, since it was last asked for them; `None`: nobody asks.
-    fresh: Option<Vec<u64>>,
+    /// `None`: nobody asks for them.
+    fresh: Option<Fresh>,
     /// Sessions by the key that cancels them, as far as it is known.
     keys: HashMap<Arc<[u8]>, u64>,
     load: HashMap<MemberName, usize>,
     /// Where sessions go that leave.
     exit: Option<mpsc::Sender<Leaving>>,
+}
+
+/// Sessions that have begun, or come back, lately.
+#[derive(Debug, Default)]
+struct Fresh {
+    /// Since it was last asked for them.
+    now: Vec<u64>,
+    /// Before that, but after the time before.
+    before: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -170,7 +181,7 @@ impl Session {
         if self.cut().is_some() || self.ticket.resign.load(Ordering::Acquire) {
             return false;
         }
-        inner.note_fresh(self.id);
+        inner.note_fresh(self.id, &self.sessions.stirs);
         if let Some(live) = inner.live.get_mut(&self.id) {
             live.client = Some(Connection::Watched(client.clone()));
         }
@@ -237,7 +248,7 @@ impl Session {
         let mut inner = self.sessions.inner.lock();
         // One that comes back does not go again at once.
         self.ticket.settle.store(false, Ordering::Release);
-        inner.note_fresh(self.id);
+        inner.note_fresh(self.id, &self.sessions.stirs);
         let live = inner.live.get_mut(&self.id).ok_or(io::ErrorKind::NotFound)?;
         // Whoever changes has the last references.
         (live.client, live.server) = (None, None);
@@ -336,7 +347,7 @@ impl Sessions {
         live.ticket.resign.store(inner.resigns && live.epoch.is_some(), Ordering::Release);
         live.client = Some(Connection::Watched(client.clone()));
         let session = self.register(&mut inner, live);
-        inner.note_fresh(session.id);
+        inner.note_fresh(session.id, &self.stirs);
         Some(session)
     }
 
@@ -398,17 +409,26 @@ impl Sessions {
         Some(of_leader.map(asked).count()).filter(|_| resigns)
     }
 
-    /// Asks those to settle that have begun, or come back, since the last time.
-    pub fn settle_fresh(&self) {
+    /// Asks those to settle that have begun, or come back, before the last time. `false`: nobody has since.
+    pub fn settle_fresh(&self) -> bool {
         let mut inner = self.inner.lock();
-        let fresh = inner.fresh.replace(Vec::new()).unwrap_or_default();
-        for live in fresh.iter().filter_map(|id| inner.live.get(id)) {
+        let fresh = inner.fresh.get_or_insert_default();
+        let recent = std::mem::take(&mut fresh.now);
+        let more = !recent.is_empty();
+        let due = std::mem::replace(&mut fresh.before, recent);
+        for live in due.iter().filter_map(|id| inner.live.get(id)) {
             if !matches!(live.server, Some(Connection::Watched(_))) {
                 continue;
             }
             live.ticket.settle.store(true, Ordering::Release);
             live.ticket.waker.wake();
         }
+        more
+    }
+
+    /// Returns when some session has begun, or come back, since this returned last.
+    pub async fn stirred(&self) {
+        self.stirs.notified().await;
     }
 
     /// Ends the sessions of a port on a member that `is_over` says yes to, and says how many.
@@ -501,10 +521,12 @@ impl Sessions {
 }
 
 impl Inner {
-    fn note_fresh(&mut self, id: u64) {
-        if let Some(fresh) = &mut self.fresh {
-            fresh.push(id);
+    fn note_fresh(&mut self, id: u64, stirs: &Notify) {
+        let Some(fresh) = &mut self.fresh else { return };
+        if fresh.now.is_empty() {
+            stirs.notify_one();
         }
+        fresh.now.push(id);
     }
 
     fn all(&self) -> impl Iterator<Item = &Live> {

@@ -47,7 +47,9 @@ pub async fn settling(router: Arc<Router>) {
     }
     // Also once that has failed: those that are fresh are remembered until they are asked for.
     loop {
-        router.sessions.settle_fresh();
+        if !router.sessions.settle_fresh() {
+            router.sessions.stirred().await;
+        }
         router.clock.sleep(SETTLE_PAUSE).await;
     }
 }
