@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tracing::warn;
 use trunkline_common::Clock;
 
 use crate::listeners::Slot;
 use crate::places::Place;
-use crate::port::Listening;
+use crate::port::{Listening, Peer};
 use crate::router::Router;
 use crate::session;
 use crate::socket::Listener;
@@ -41,12 +42,18 @@ pub async fn serve(router: Arc<Router>, slot: Slot, listener: Listener, mut clos
             Ok(_) = closed.wait_for(|closed| *closed) => {}
         }
     };
+    let mut waiting = None;
     tokio::select! {
         biased;
         () = over => {}
-        () = accept(&router, &slot, &listener) => {}
+        () = accept(&router, &slot, &listener, &mut waiting) => {}
     }
     let listening = slot.read().clone();
+    if let Some((client, peer)) = waiting {
+        // There is no place for it, and never will be here: one too many is better than one that is reset.
+        let permit = permit_anyway(&router, Some(&listening));
+        tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
+    }
     for _ in 0..LEFT_OVERS {
         let Some(permit) = permit_now(&router, &listening) else { break };
         let Some(Ok((client, peer))) = listener.accept().now_or_never() else { break };
@@ -54,16 +61,19 @@ pub async fn serve(router: Arc<Router>, slot: Slot, listener: Listener, mut clos
     }
 }
 
-async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener) {
+/// `waiting`: the client that was accepted last, as long as there is no place for it.
+async fn accept(router: &Arc<Router>, slot: &Slot, listener: &Listener, waiting: &mut Option<(TcpStream, Peer)>) {
     let mut pause = FIRST_PAUSE;
     loop {
         let accepted = listener.accept().await;
         let listening = slot.read().clone();
         match accepted {
-            Ok((client, peer)) => {
+            Ok(accepted) => {
                 pause = FIRST_PAUSE;
+                *waiting = Some(accepted);
                 let permit =
                     Permit { _of_port: Some(listening.places.take().await), _of_router: router.places.take().await };
+                let Some((client, peer)) = waiting.take() else { continue };
                 tokio::spawn(session::serve(router.clone(), listening.clone(), client, peer, permit));
                 // The next one has to wait for its turn, not this one.
                 if let Some(turn) = listening.accept_at(router.clock.now()) {
@@ -88,7 +98,10 @@ fn permit_now(router: &Router, listening: &Listening) -> Option<Permit> {
 
 /// A session of another process has its right already, whatever the limits are here.
 pub fn permit_for_adopted(router: &Router, port: &str) -> Permit {
-    let listening = router.port(port);
+    permit_anyway(router, router.port(port).as_deref())
+}
+
+fn permit_anyway(router: &Router, listening: Option<&Listening>) -> Permit {
     Permit {
         _of_port: listening.map(|listening| listening.places.take_anyway()),
         _of_router: router.places.take_anyway(),
@@ -103,7 +116,6 @@ mod tests {
 
     use super::*;
     use crate::crypto::Crypto;
-    use crate::port::Peer;
 
     #[tokio::test]
     async fn a_session_needs_little_memory() {
