@@ -188,7 +188,13 @@ impl Metrics {
                 IntGauge::with_opts(opts("config_refused", "1 while the file is wrong and the one before in force.")),
             )?,
             adopted: add(r, IntCounter::with_opts(opts("adopted_total", "Sessions taken over from another process.")))?,
-            leader_changes: add(r, IntCounter::with_opts(opts("leader_changes_total", "Changes of leadership seen.")))?,
+            leader_changes: add(
+                r,
+                IntCounter::with_opts(opts(
+                    "leader_changes_total",
+                    "Leaders that sessions were led to, one after the other.",
+                )),
+            )?,
             resignations: add(
                 r,
                 IntCounter::with_opts(opts("resignations_total", "Planned stops that leaders have announced.")),

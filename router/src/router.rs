@@ -162,7 +162,9 @@ impl Router {
             let ended = self.sessions.set_reign(table.reign.clone(), table.key);
             let leader = table.reign.as_ref().map(|epoch| &epoch.member);
             info!(leader = leader.map(MemberName::as_str), sessions_ended = ended, "leadership changed");
-            self.metrics.leader_changes.inc();
+            if table.reign.is_some() {
+                self.metrics.leader_changes.inc();
+            }
         }
         self.sessions.set_key(table.key);
         if let Some(asked) = self.sessions.set_resigns(table.resigns) {
