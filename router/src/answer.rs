@@ -1,19 +1,19 @@
-//! What a server says first, looked at without taking it.
+//! What a server says first.
 //!
 //! A server that is about to stop, or has not quite started, accepts connections and refuses them with
 //! `cannot_connect_now`. Nothing has come of the session by then, so it can wait for a better server, as if the connect had
 //! been refused. And who has asked for encryption and is denied it still has no session: only the start-up packet that
 //! follows begins one.
 
+use std::future::poll_fn;
 use std::io;
 
-use rustix::net::RecvFlags;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::sasl;
 use crate::startup::Packet;
 use crate::wire::Tls;
+use crate::{sasl, socket};
 
 /// The longest ErrorResponse that is looked into.
 const LOOK: usize = 1_024;
@@ -21,9 +21,9 @@ const LOOK: usize = 1_024;
 /// A server's first word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Everything from here on is between client and server. Nothing has been taken.
+    /// Everything from here on is between client and server.
     Begun,
-    /// `N`: no encryption. The client may go on in plain text, or close. This byte has been taken.
+    /// `N`: no encryption. The client may go on in plain text, or close. This byte is not kept.
     Denied,
     /// The server takes no sessions now (`57P03`).
     NotNow,
@@ -31,30 +31,24 @@ pub enum Answer {
     Gone,
 }
 
-/// Waits for the answer to `packet`, for as long as the server takes.
-pub async fn first(server: &TcpStream, packet: Packet) -> Answer {
+/// Waits for the answer to `packet`, for as long as the server takes. What is read is kept in `said`.
+pub async fn first(server: &TcpStream, packet: Packet, said: &mut Vec<u8>) -> Answer {
     if packet == Packet::DirectTls {
         return Answer::Begun;
     }
-    let mut answer = Answer::Gone;
     loop {
-        if server.readable().await.is_err() {
-            return Answer::Gone;
-        }
-        let looked = server.try_io(Interest::READABLE, || {
-            let mut seen = [0; LOOK];
-            let (_, have) = rustix::net::recv(server, &mut seen, RecvFlags::PEEK)?;
-            // Too little to tell is reported as `WouldBlock`, so that tokio waits for more to arrive.
-            answer = verdict(&seen[..have.min(LOOK)], packet).ok_or(io::ErrorKind::WouldBlock)?;
-            Ok(())
-        });
-        match looked {
-            Ok(()) if answer == Answer::Denied => {
-                return if matches!(server.try_read(&mut [0]), Ok(1)) { answer } else { Answer::Gone };
+        match verdict(said, packet) {
+            Some(Answer::Denied) => {
+                said.remove(0);
+                return Answer::Denied;
             }
-            Ok(()) => return answer,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => return Answer::Gone,
+            Some(answer) => return answer,
+            None => {}
+        }
+        let mut piece = [0; LOOK];
+        match poll_fn(|cx| socket::poll_read(cx, server, &mut piece)).await {
+            Ok(bytes @ 1..) => said.extend_from_slice(&piece[..bytes]),
+            Ok(0) | Err(_) => return Answer::Gone,
         }
     }
 }
@@ -68,8 +62,7 @@ pub async fn first_in_tls(tls: &mut Tls, request: &[u8], packet: Packet, said: &
             let mut piece = [0; LOOK];
             let bytes = tls.read(&mut piece).await?;
             said.extend_from_slice(&piece[..bytes]);
-            let seen = &said[..said.len().min(LOOK)];
-            match verdict(seen, packet) {
+            match verdict(said, packet) {
                 _ if bytes == 0 => return Ok(Answer::Gone),
                 Some(answer) => return Ok(answer),
                 None => {}
@@ -99,7 +92,7 @@ pub async fn without_binding(tls: &mut Tls, said: &mut Vec<u8>) {
 /// What the bytes so far mean; `None`: too few to tell.
 fn verdict(seen: &[u8], packet: Packet) -> Option<Answer> {
     match seen {
-        [] => Some(Answer::Gone),
+        [] => None,
         [b'N', ..] if packet.awaits_answer() => Some(Answer::Denied),
         [b'E', rest @ ..] if !packet.awaits_answer() => {
             let (length, fields) = rest.split_first_chunk::<4>()?;
@@ -124,7 +117,7 @@ mod tests {
         let startup = Packet::Startup { minor: 0 };
         let (not_now, full) = (Refusal::NoServer.packet(), Refusal::TooManyHeld.packet());
         for (seen, packet, expected) in [
-            (&b""[..], startup, Some(Answer::Gone)),
+            (&b""[..], startup, None),
             (b"R\0\0\0\x08\0\0\0\0", startup, Some(Answer::Begun)),
             (b"v\0\0", startup, Some(Answer::Begun)),
             (&not_now, startup, Some(Answer::NotNow)),

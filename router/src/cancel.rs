@@ -18,6 +18,7 @@ use trunkline_config::router::Port;
 use crate::crypto::Crypto;
 use crate::port::Listening;
 use crate::router::Router;
+use crate::socket::FirstBytes;
 use crate::table::Backend;
 use crate::wire::{Leg, Wire};
 use crate::{rule, socket, startup};
@@ -66,7 +67,8 @@ fn count(router: &Router, listening: &Listening, result: &'static str) -> &'stat
 
 async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u8], packet: &[u8]) {
     let exchange = async {
-        let stream = socket::dial(&server.host, server.port, port.connect_timeout, port.server_silence).await?;
+        let (limit, silence) = (port.connect_timeout, port.server_silence);
+        let stream = socket::dial(&server.host, server.port, limit, silence, FirstBytes::AtOnce).await?;
         let stream = Arc::new(stream);
         socket::write_all(&stream, greeting).await?;
         let plain = || Leg::Plain(Wire::new(stream.clone(), Vec::new()));

@@ -29,6 +29,7 @@ use crate::reply::Refusal;
 use crate::router::Router;
 use crate::session::No;
 use crate::sessions::Session;
+use crate::socket::FirstBytes;
 use crate::startup::{Malformed, Packet};
 use crate::table::{Backend, RouteTable};
 use crate::wire::Tls;
@@ -37,9 +38,6 @@ use crate::{balance, rule, socket};
 /// Pauses between attempts at servers that the table names but that can't be reached. A new table ends a pause.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_millis(250);
-
-/// Servers tried before a pause.
-const ATTEMPTS: usize = 4;
 
 /// What a client asks for.
 #[derive(Debug)]
@@ -68,7 +66,7 @@ pub struct Found {
     pub meter: Meter,
     /// TLS over the connection, where the router begins it.
     pub tls: Option<Tls>,
-    /// What has been read of it by that.
+    /// What has been read of it, and not passed on.
     pub said: Vec<u8>,
     /// The kind of packet that it was sent last.
     pub packet: Packet,
@@ -99,7 +97,8 @@ impl Ahead {
         let place = router.ahead.try_take()?;
         let (host, limit, silence) = (elected.host.clone(), port.connect_timeout, port.server_silence);
         let server_port = elected.port;
-        let dialling = tokio::spawn(async move { socket::dial(&host, server_port, limit, silence).await });
+        let dialling =
+            tokio::spawn(async move { socket::dial(&host, server_port, limit, silence, FirstBytes::Later).await });
         Some(Self { host: elected.host.clone(), port: elected.port, dialling, _place: place })
     }
 
@@ -239,9 +238,6 @@ impl<'a> Search<'a> {
         if self.denied.iter().any(|before| before.packet == self.request.packet) {
             return Err(Malformed::Repeated.into());
         }
-        if self.awaits_answer() && socket::has_data(self.client) {
-            return Err(No::Refused(Refusal::EarlyData));
-        }
         let (began, patience) = (self.router.clock.now(), self.port.connect_timeout);
         let mut wait = Wait { began, patience, since: None, room: None };
         let at_hand = self.at_hand.take();
@@ -265,7 +261,7 @@ impl<'a> Search<'a> {
         let mut tables = self.router.tables();
         if let Some(found) = at_hand {
             let found = Found { packet: self.request.packet, ..found };
-            if let Some(answered) = self.ask(found, tables.clone(), wait.began + wait.patience, wait).await? {
+            if let Some(answered) = self.ask(found, tables.clone(), wait.began + wait.patience, wait, &[]).await? {
                 return Ok(answered);
             }
         }
@@ -380,29 +376,28 @@ impl<'a> Search<'a> {
         wait: &mut Wait,
     ) -> Result<Option<(Found, Answer)>, No> {
         let mut tried: Vec<MemberName> = Vec::new();
-        for _ in 0..ATTEMPTS {
+        loop {
             let mut candidates = self.candidates(&tables.borrow_and_update());
             candidates.retain(|candidate| !tried.contains(&candidate.member));
             let now = self.router.clock.now();
-            let Some(chosen) = self.choose(&candidates).cloned() else { break };
+            let Some(chosen) = self.choose(&candidates).cloned() else { return Ok(None) };
+            tried.push(chosen.member.clone());
             let ahead = ahead.take().filter(|ahead| ahead.leads_to(&chosen));
             let in_time = wait.room.as_ref().map_or(now + wait.patience, |room| room.until.min(now + wait.patience));
             if let Some(found) = self.connect(&chosen, tables.clone(), ahead, in_time).await
-                && let Some(answered) = self.ask(found, tables.clone(), in_time, wait).await?
+                && let Some(answered) = self.ask(found, tables.clone(), in_time, wait, &tried).await?
             {
                 return Ok(Some(answered));
             }
-            tried.push(chosen.member.clone());
             // A port that refuses tries all there are instead.
             let now = self.router.clock.now();
             if now.since(wait.began) >= self.port.connect_timeout && self.port.no_candidate != NoCandidate::Refuse {
                 let room = self.enter(wait)?;
                 if now >= room.until {
-                    break;
+                    return Ok(None);
                 }
             }
         }
-        Ok(None)
     }
 
     fn choose<'c>(&self, candidates: &'c [Arc<Backend>]) -> Option<&'c Arc<Backend>> {
@@ -431,26 +426,30 @@ impl<'a> Search<'a> {
             None => None,
         };
         let server = match ready {
-            Some(server) => server,
+            Some(server) => {
+                self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "ok"]).inc();
+                server
+            }
             None => self.dial(backend, tables, in_time).await?,
         };
         let server = Arc::new(server);
         let session =
             self.router.sessions.begin(&self.listening.name, self.peer, backend, &server, self.router.clock.now())?;
         let meter = self.router.metrics.meter(&self.listening.name, backend.member.as_str());
+        let mut said = Vec::new();
         let repeat = async {
             socket::write_all(&server, &self.greeting).await.ok()?;
             let tls = self.encrypt(&server, backend).await?;
             for request in &self.denied {
                 socket::write_all(&server, &request.bytes).await.ok()?;
-                (answer::first(&server, request.packet).await == Answer::Denied).then_some(())?;
+                (answer::first(&server, request.packet, &mut said).await == Answer::Denied).then_some(())?;
             }
             Some(tls)
         };
         let left = in_time.since(self.router.clock.now());
         let tls = tokio::time::timeout(left, repeat).await.ok()??;
         let packet = self.request.packet;
-        Some(Found { server, session, meter, tls, said: Vec::new(), packet, backend: backend.clone() })
+        Some(Found { server, session, meter, tls, said, packet, backend: backend.clone() })
     }
 
     /// `None`: the server is to be spoken to in TLS, and can't be.
@@ -458,28 +457,33 @@ impl<'a> Search<'a> {
         if self.port.server_tls.is_none() {
             return Some(None);
         }
-        let tls = self.crypto.connect(server, &backend.host).await;
-        let result = if tls.is_ok() { "ok" } else { "no_tls" };
-        self.router.metrics.connects.with_label_values(&[backend.member.as_str(), result]).inc();
-        tls.inspect_err(|error| warn!(member = backend.member.as_str(), %error, "no TLS with a server")).ok()
+        let refused = |error: &io::Error| {
+            self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "no_tls"]).inc();
+            warn!(member = backend.member.as_str(), %error, "no TLS with a server");
+        };
+        self.crypto.connect(server, &backend.host).await.inspect_err(refused).ok()
     }
 
     /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more, or has said nothing
-    /// `in_time` and there is another one. Where there is none it may be slow, and goes on to be waited for.
+    /// `in_time` and there is another one than those `tried`. Where there is none it may be slow, and goes on to be waited for.
     async fn ask(
         &self,
         mut found: Found,
         mut tables: Tables,
         in_time: Instant,
         wait: &mut Wait,
+        tried: &[MemberName],
     ) -> Result<Option<(Found, Answer)>, No> {
         let (bytes, packet, backend) = (&self.request.bytes, self.request.packet, found.backend.clone());
-        let other = |table: &Arc<RouteTable>| self.candidates(table).iter().any(|other| !other.same_server(&backend));
+        let other = |table: &Arc<RouteTable>| {
+            let untried = |other: &Arc<Backend>| !other.same_server(&backend) && !tried.contains(&other.member);
+            self.candidates(table).iter().any(untried)
+        };
         let exchange = async {
             match &mut found.tls {
                 Some(tls) => answer::first_in_tls(tls, bytes, packet, &mut found.said).await,
                 None => match socket::write_all(&found.server, bytes).await {
-                    Ok(()) => answer::first(&found.server, packet).await,
+                    Ok(()) => answer::first(&found.server, packet, &mut found.said).await,
                     Err(_) => Answer::Gone,
                 },
             }
@@ -496,7 +500,9 @@ impl<'a> Search<'a> {
                 Some(answer) => answer,
                 None => {
                     self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "silent"]).inc();
-                    wait.patience = wait.patience.saturating_mul(2);
+                    if self.port.no_candidate != NoCandidate::Refuse {
+                        wait.patience = wait.patience.saturating_mul(2);
+                    }
                     if other(&tables.borrow_and_update()) {
                         return Ok(None);
                     }
@@ -540,9 +546,10 @@ impl<'a> Search<'a> {
             }
         };
         let limit = in_time.since(began).min(self.port.connect_timeout);
+        let (host, silence) = (&backend.host, self.port.server_silence);
         let dialled = tokio::select! {
             biased;
-            dialled = socket::dial(&backend.host, backend.port, limit, self.port.server_silence) => dialled,
+            dialled = socket::dial(host, backend.port, limit, silence, FirstBytes::AtOnce) => dialled,
             () = deposed => Err(io::Error::new(io::ErrorKind::Interrupted, "not a candidate any more")),
         };
         let result = match &dialled {

@@ -1,4 +1,4 @@
-//! One client: read the first packet exactly → find a server, or wait for one ([`search`](crate::search)) → relay → say
+//! One client: read the first packet → find a server, or wait for one ([`search`](crate::search)) → relay → say
 //! why it ended.
 //!
 //! TLS is passed through: where the server agrees to it, everything behind the request is opaque. Where it does not, the
@@ -308,11 +308,14 @@ async fn begin(
             let plain = matches!(packet, Packet::Startup { .. });
             let resignation = resignation(router);
             let settles = router.lean.after();
-            let start = relay::Start { unread, plain, resignation, settles, ..relay::Start::default() };
-            let tls = (matches!(leg, Leg::Tls(_)) || tls.is_some()).then(|| {
+            let mut start = relay::Start { unread, plain, resignation, settles, ..relay::Start::default() };
+            let tls = if matches!(leg, Leg::Tls(_)) || tls.is_some() {
                 let plain = || Leg::Plain(Wire::new(server.clone(), Vec::new()));
-                Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said })
-            });
+                Some(Box::new(Encrypted { client: leg, server: tls.map_or_else(plain, Leg::Tls), said }))
+            } else {
+                start.ahead = (leg.take_back(), said);
+                None
+            };
             let (start, _counted) = (Some(Box::new(start)), _counted.map(Box::new));
             let parties = relay::Parties { client, server, session, meter };
             Ok(Begun { parties, start, tls, permit: Some(permit), _counted })
@@ -402,6 +405,9 @@ async fn converse(
         if counted.as_ref().is_some_and(Option::is_none) {
             return Err(No::Refused(Refusal::TooManyOfClient));
         }
+        if search.awaits_answer() && leg.is_ahead() {
+            return Err(No::Refused(Refusal::EarlyData));
+        }
         if let Some(target) = chosen(port, search.request())? {
             search.redirect(port.with_target(target));
         }
@@ -431,7 +437,7 @@ async fn encrypt(
     if matches!(leg, Leg::Tls(_)) {
         return Err(Malformed::Repeated.into());
     }
-    if !direct && socket::has_data(client) {
+    if !direct && (leg.is_ahead() || socket::has_data(client)) {
         return Err(No::Refused(Refusal::EarlyData));
     }
     let agreed = crypto.accepts() && request.packet != Packet::GssEncRequest;
@@ -498,18 +504,18 @@ fn chosen(port: &Port, request: &Request) -> Result<Option<Target>, No> {
     Ok(Some(target).filter(|target| *target != port.target))
 }
 
-/// Reads one packet and not one byte more.
+/// Reads one packet. What comes behind it stays with the connection.
 async fn first_packet(client: &mut Leg, turn: &mut Turn) -> Result<Request, No> {
     let read = async {
         let mut bytes = Vec::new();
         loop {
             match startup::read(&bytes)? {
-                Progress::Packet(packet) => return Ok(Request { packet, bytes }),
-                Progress::Need(more) => {
-                    let have = bytes.len();
-                    bytes.resize(have + more, 0);
-                    client.read_exact(&mut bytes[have..]).await.map_err(|_| No::ClientGone)?;
+                Progress::Packet(packet) => {
+                    client.put_back(bytes.split_off(startup::length(&bytes)));
+                    bytes.shrink_to_fit();
+                    return Ok(Request { packet, bytes });
                 }
+                Progress::Need(more) => client.read_on(&mut bytes, more).await.map_err(|_| No::ClientGone)?,
             }
         }
     };

@@ -6,10 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType};
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use trunkline_config::router::Listen;
 
@@ -234,13 +236,28 @@ pub fn check_free(address: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+/// When the first bytes are sent to a server that is dialled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstBytes {
+    /// As soon as it answers.
+    AtOnce,
+    /// Some day.
+    Later,
+}
+
 /// Opens a connection to a server, trying each address of a name in turn, all within `timeout`. For `silence` see
 /// [`notice_silence`].
-pub async fn dial(host: &str, port: u16, timeout: Duration, silence: Option<Duration>) -> io::Result<TcpStream> {
+pub async fn dial(
+    host: &str,
+    port: u16,
+    timeout: Duration,
+    silence: Option<Duration>,
+    first: FirstBytes,
+) -> io::Result<TcpStream> {
     let attempt = async {
         let mut last = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
         for address in tokio::net::lookup_host((host, port)).await? {
-            match dial_address(address, silence).await {
+            match dial_address(address, silence, first).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,
             }
@@ -253,9 +270,13 @@ pub async fn dial(host: &str, port: u16, timeout: Duration, silence: Option<Dura
     }
 }
 
-async fn dial_address(address: SocketAddr, silence: Option<Duration>) -> io::Result<TcpStream> {
+async fn dial_address(address: SocketAddr, silence: Option<Duration>, first: FirstBytes) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_nodelay(true)?;
+    if first == FirstBytes::AtOnce {
+        // The acknowledgement that ends the handshake goes out with them, which saves a packet.
+        sockopt::set_tcp_quickack(&socket, false)?;
+    }
     notice_silence(&socket, silence)?;
     socket.connect(address).await
 }
@@ -294,6 +315,32 @@ pub fn peek(stream: &TcpStream) -> io::Result<usize> {
 /// Whether something has come that has not been read.
 pub fn has_data(stream: &TcpStream) -> bool {
     matches!(peek(stream), Ok(1..))
+}
+
+/// Reads what is there; 0 at the end.
+///
+/// A read that comes back short has emptied the socket: the next one would only learn that, at the price of a system call.
+/// So readiness is cleared right away (by reporting `WouldBlock` to tokio, as its own `poll_read` does internally; a byte
+/// that arrives meanwhile sets it again, and the end of the stream is never cleared).
+pub fn poll_read(cx: &mut Context<'_>, stream: &TcpStream, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    let mut short = None;
+    let outcome = loop {
+        ready!(stream.poll_read_ready(cx))?;
+        let outcome = stream.try_io(Interest::READABLE, || {
+            let bytes = rustix::net::recv(stream, &mut *buffer, RecvFlags::empty())?.0;
+            if bytes > 0 && bytes < buffer.len() {
+                short = Some(bytes);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(bytes)
+        });
+        match outcome {
+            Err(_) if short.is_some() => break Ok(short.unwrap_or_default()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            outcome => break outcome,
+        }
+    };
+    Poll::Ready(outcome)
 }
 
 /// Fills `buffer`, and takes nothing beyond it.

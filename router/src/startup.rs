@@ -1,7 +1,7 @@
 //! The first packet of a client, from its bytes alone.
 //!
-//! Sans I/O: [`read`] is given what has been collected so far and says how much more to read, *and no more than that*.
-//! Whatever follows the first packet stays in the socket, where the relay finds it.
+//! Sans I/O: [`read`] is given what has been collected so far and says how much more is needed. Whatever follows the first
+//! packet is not looked at.
 //!
 //! Rules are PostgreSQL's own (`ProcessStartupPacket` in backend_startup.c, and "Message Formats" in the protocol
 //! chapter): length and code are big-endian, the length counts itself.
@@ -25,7 +25,7 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// What is known after the bytes so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Read exactly this many bytes more.
+    /// So many bytes more belong to it, at least.
     Need(usize),
     /// The packet is whole.
     Packet(Packet),
@@ -102,6 +102,12 @@ pub fn read(bytes: &[u8]) -> Result<Progress, Malformed> {
         return Ok(Progress::Need(length - bytes.len()));
     }
     packet(code, &bytes[MIN_PACKET..length]).map(Progress::Packet)
+}
+
+/// How much of `bytes`, which begin with a packet, belongs to it: of a ClientHello all that is there.
+pub fn length(bytes: &[u8]) -> usize {
+    let declared = bytes.first_chunk().map_or(0, |length| u32::from_be_bytes(*length) as usize);
+    declared.min(bytes.len())
 }
 
 /// What can be refused before the rest is read.
@@ -249,6 +255,19 @@ mod tests {
         for have in 0..bytes.len() {
             let whole = if have < MIN_PACKET { MIN_PACKET } else { bytes.len() };
             assert_eq!(read(&bytes[..have]), Ok(Progress::Need(whole - have)));
+        }
+    }
+
+    #[test]
+    fn a_packet_ends_where_it_says() {
+        for (bytes, expected) in [
+            (&SSL_REQUEST_PACKET[..], 8),
+            (&[&SSL_REQUEST_PACKET[..], b"early"].concat(), 8),
+            (&request(17, 0x3_0000, b"user\0me\0\0p\0\0\0\x05\0"), 17),
+            (b"\x16\x03\x01\x40\x00\x01\x00\x01and all the rest", 24),
+            (b"\0\0\0", 0),
+        ] {
+            assert_eq!(length(bytes), expected, "{bytes:02x?}");
         }
     }
 

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use rustix::net::RecvFlags;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
+
+use crate::socket;
 
 /// A socket that others may end at any time, to be read and written as a stream.
 #[derive(Debug)]
@@ -39,7 +41,45 @@ impl Wire {
     }
 }
 
+/// What is read of a plain connection beyond what is needed, at most.
+const AHEAD: usize = 512;
+
 impl Leg {
+    /// Reads on: `needed` bytes, of which some may have to be read later, and where it is plain whatever else is there.
+    ///
+    /// # Errors
+    /// It has ended, or broke.
+    pub async fn read_on(&mut self, bytes: &mut Vec<u8>, needed: usize) -> io::Result<()> {
+        let read = match self {
+            Leg::Plain(wire) => {
+                bytes.reserve(needed.max(AHEAD));
+                wire.read_buf(bytes).await?
+            }
+            Leg::Tls(tls) => tls.take(needed as u64).read_buf(bytes).await?,
+        };
+        if read == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    /// What was read first and is not needed yet. Of an encrypted connection there is none.
+    pub fn put_back(&mut self, rest: Vec<u8>) {
+        if let Leg::Plain(wire) = self {
+            wire.before = rest;
+        }
+    }
+
+    /// The same, again.
+    pub fn take_back(&mut self) -> Vec<u8> {
+        match self {
+            Leg::Plain(wire) => std::mem::take(&mut wire.before),
+            Leg::Tls(_) => Vec::new(),
+        }
+    }
+
+    /// Whether there is some.
+    pub fn is_ahead(&self) -> bool {
+        matches!(self, Leg::Plain(wire) if !wire.before.is_empty())
+    }
+
     /// Something may have come that tokio will not report again.
     pub fn look_again(&mut self) {
         match self {
@@ -70,17 +110,9 @@ impl AsyncRead for Wire {
                 return Poll::Ready(Ok(()));
             }
         }
-        loop {
-            ready!(self.socket.poll_read_ready(cx))?;
-            match self.socket.try_read(buffer.initialize_unfilled()) {
-                Ok(bytes) => {
-                    buffer.advance(bytes);
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
+        let bytes = ready!(socket::poll_read(cx, &self.socket, buffer.initialize_unfilled()))?;
+        buffer.advance(bytes);
+        Poll::Ready(Ok(()))
     }
 }
 

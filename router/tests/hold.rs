@@ -10,7 +10,7 @@ use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_config::router::{Limits, NoCandidate, Port, Proxied, Target};
+use trunkline_config::router::{Balance, Limits, NoCandidate, Port, Proxied, Target};
 
 #[tokio::test]
 async fn a_client_without_a_leader_is_held_and_then_served() {
@@ -141,6 +141,52 @@ async fn held_clients_are_let_go_at_a_pace_and_the_first_at_once() {
     }
     let last = SystemClock.now().since(published);
     assert!(last >= Duration::from_millis(245), "five gaps of 50 ms: {last:?}");
+}
+
+#[tokio::test]
+async fn every_server_is_tried_before_a_client_is_refused_or_waits() {
+    let mut world = World::new(limits());
+    for (no_candidate, balance) in [
+        (NoCandidate::Refuse, Balance::TwoChoices),
+        (NoCandidate::Refuse, Balance::ClientAddress),
+        (NoCandidate::Hold, Balance::RoundRobin),
+    ] {
+        let ro = world.open(Port { no_candidate, balance, ..port(Target::Replica) }).await;
+        for down in ["a", "b", "c", "d", "e", "f", "g"] {
+            let nobody = Fake::start().await;
+            world.follow(down, nobody.at).await;
+        }
+        let up = Fake::start().await;
+        world.follow("h", up.at).await;
+        for _ in 0..5 {
+            let client = connect(ro, STARTUP).await;
+            up.session().await;
+            drop(client);
+        }
+    }
+    assert!(!world.router.metrics.render().unwrap().contains("hold_seconds_count"), "nobody had to wait");
+}
+
+#[tokio::test]
+async fn a_port_that_refuses_gives_each_server_that_says_nothing_its_time_once() {
+    let mut world = World::new(limits());
+    let refusing = Port {
+        no_candidate: NoCandidate::Refuse,
+        connect_timeout: Duration::from_millis(200),
+        ..port(Target::Replica)
+    };
+    let ro = world.open(refusing).await;
+    let mut silent = Vec::new();
+    for name in ["a", "b", "c", "d"] {
+        let server = Fake::start().await;
+        world.follow(name, server.at).await;
+        silent.push(server);
+    }
+    let began = SystemClock.now();
+    let mut client = connect(ro, STARTUP).await;
+    assert_eq!(refused(&mut client).await, "57P03");
+    let took = SystemClock.now().since(began);
+    assert!((Duration::from_millis(800)..Duration::from_millis(2_500)).contains(&took), "{took:?} for four servers");
 }
 
 #[tokio::test]

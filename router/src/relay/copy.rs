@@ -4,11 +4,13 @@ use std::cell::RefCell;
 use std::io;
 use std::task::{Context, Poll, ready};
 
+use futures::FutureExt;
 use rustix::net::{RecvFlags, SendFlags};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::{Half, Sockets, Stop, pause, poll_io};
+use crate::socket;
 
 /// What one read may take.
 pub(super) const BUFFER: usize = 32 << 10;
@@ -26,23 +28,36 @@ impl Half<'_> {
         SCRATCH.with_borrow_mut(|scratch| {
             let bytes = match self.read_unread(from, scratch) {
                 Some(bytes) => bytes,
-                None => ready!(poll_read(cx, from, scratch)).map_err(|_| Stop::Read)?,
+                None => ready!(socket::poll_read(cx, from, scratch)).map_err(|_| Stop::Read)?,
             };
-            pause::busy();
-            self.copied(&scratch[..bytes]);
-            let sent = send_now(to, &scratch[..bytes]).map_err(|_| Stop::Write)?;
-            self.rest.extend_from_slice(&scratch[sent..bytes]);
-            Poll::Ready(Ok(bytes))
+            Poll::Ready(self.pass_on(&scratch[..bytes], sockets, bytes < scratch.len()))
         })
     }
 
-    /// The very first read, past tokio. Whatever it does not take is reported anew.
+    /// What has been read goes on its way. `all`: there is nothing behind it, but an end maybe.
+    pub(super) fn pass_on(
+        &mut self,
+        bytes: &[u8],
+        Sockets { from, to }: Sockets<'_>,
+        all: bool,
+    ) -> Result<usize, Stop> {
+        pause::busy();
+        self.copied(bytes);
+        // With an end right behind them they leave with it, in one packet: the receiver wakes up once.
+        let sent = send_now(to, bytes, all && has_ended(from)).map_err(|_| Stop::Write)?;
+        self.rest.extend_from_slice(&bytes[sent..]);
+        Ok(bytes.len())
+    }
+
+    /// The first reads, past tokio, until one has emptied the socket: what comes after that is reported anew.
     fn read_unread(&mut self, from: &TcpStream, scratch: &mut [u8]) -> Option<usize> {
-        if !std::mem::take(&mut self.unread) {
+        if !self.unread {
             return None;
         }
         // An end and an error are not used up by this: the ordinary read finds them again.
-        rustix::net::recv(from, scratch, RecvFlags::empty()).ok().map(|(bytes, _)| bytes).filter(|bytes| *bytes > 0)
+        let read = rustix::net::recv(from, &mut *scratch, RecvFlags::empty()).map_or(0, |(bytes, _)| bytes);
+        self.unread = read == scratch.len();
+        Some(read).filter(|bytes| *bytes > 0)
     }
 
     /// Writes what an earlier step could not; its memory is given back.
@@ -59,7 +74,7 @@ impl Half<'_> {
     /// Reads and throws away.
     pub(super) fn poll_discard(&mut self, cx: &mut Context<'_>, from: &TcpStream) -> Poll<usize> {
         SCRATCH.with_borrow_mut(|scratch| {
-            if !matches!(ready!(poll_read(cx, from, scratch)), Ok(1..)) {
+            if !matches!(ready!(socket::poll_read(cx, from, scratch)), Ok(1..)) {
                 self.drained = true;
             }
             // Counted as nothing: these bytes have not been relayed.
@@ -68,35 +83,18 @@ impl Half<'_> {
     }
 }
 
-/// A read that comes back short has emptied the socket: the next one would only learn that, at the price of a system call.
-/// So readiness is cleared right away (by reporting `WouldBlock` to tokio, as its own `poll_read` does internally; a byte
-/// that arrives meanwhile sets it again, and the end of the stream is never cleared).
-fn poll_read(cx: &mut Context<'_>, stream: &TcpStream, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-    let mut short = None;
-    let outcome = loop {
-        ready!(stream.poll_read_ready(cx))?;
-        let outcome = stream.try_io(Interest::READABLE, || {
-            let bytes = rustix::net::recv(stream, &mut *buffer, RecvFlags::empty())?.0;
-            if bytes > 0 && bytes < buffer.len() {
-                short = Some(bytes);
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            Ok(bytes)
-        });
-        match outcome {
-            Err(_) if short.is_some() => break Ok(short.unwrap_or_default()),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            outcome => break outcome,
-        }
-    };
-    Poll::Ready(outcome)
+/// Whether the peer has ended its direction, as far as tokio has heard.
+fn has_ended(stream: &TcpStream) -> bool {
+    matches!(stream.ready(Interest::READABLE).now_or_never(), Some(Ok(ready)) if ready.is_read_closed())
 }
 
-/// Writes what the socket takes now.
-fn send_now(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+/// Writes what the socket takes now. If there is `more` to come at once, the kernel may keep it for that long (it does not for
+/// longer than 200 ms).
+fn send_now(to: &TcpStream, bytes: &[u8], more: bool) -> io::Result<usize> {
+    let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
     let mut sent = 0;
     while sent < bytes.len() {
-        let write = || Ok(rustix::net::send(to, &bytes[sent..], SendFlags::NOSIGNAL)?);
+        let write = || Ok(rustix::net::send(to, &bytes[sent..], flags)?);
         match to.try_io(Interest::WRITABLE, write) {
             Ok(more) => sent += more,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

@@ -84,6 +84,8 @@ pub struct Parties {
 pub struct Start {
     /// The client has sent something that tokio has reported already and will not report again.
     pub unread: bool,
+    /// Read already of the client and of the server, and looked at by nobody.
+    pub ahead: (Vec<u8>, Vec<u8>),
     /// The server is about to start a session in plain text.
     pub plain: bool,
     /// How long the session may go on once its server has said that it is about to stop, where its messages can be followed;
@@ -148,6 +150,7 @@ pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Fut
         course: Course::new(budget.or(start.resignation)),
         settling: start.settles.map(|turns| Settling { turns: turns.get(), server_spoke: false }),
     };
+    relay.begin(&start.ahead, parties);
     poll_fn(move |cx| {
         let call = parties.session.called(cx.waker());
         if let Some(outcome) = relay.follow(call) {
@@ -177,6 +180,14 @@ struct Relay<'a> {
 }
 
 impl Relay<'_> {
+    /// What has been read already goes first.
+    fn begin(&mut self, ahead: &(Vec<u8>, Vec<u8>), parties: &Parties) {
+        let Parties { client, server, .. } = parties;
+        let up = self.up.begin(&ahead.0, Sockets { from: client, to: server });
+        let down = self.down.begin(&ahead.1, Sockets { from: server, to: client });
+        self.account(&Poll::Ready(up), &Poll::Ready(down), parties);
+    }
+
     /// Does as it was told from outside, if that can be done now.
     fn follow(&mut self, call: Call) -> Option<Outcome> {
         if call.leave && self.can_leave() {
@@ -346,6 +357,18 @@ impl Half<'_> {
             Seen::Nothing => {}
         }
         self.watch = None;
+    }
+
+    /// What has been read already, if anything, goes first.
+    fn begin(&mut self, ahead: &[u8], sockets: Sockets<'_>) -> usize {
+        if ahead.is_empty() {
+            return 0;
+        }
+        let passed = self.pass_on(ahead, sockets, false);
+        passed.unwrap_or_else(|stop| {
+            self.stop = Some(stop);
+            0
+        })
     }
 
     /// One read and what can be written of it. Ready: bytes read, and there may be more at once. `last`: the other half has
