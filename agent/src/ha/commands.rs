@@ -10,9 +10,10 @@ use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, Lsn, MemberName};
 
-use super::situation::{Promise, clone_source, leader_upstream, upstream};
-use super::task::{START_LIMIT, TaskEnd, TaskKind};
-use super::{Ha, me, publish, sync};
+use super::decide::restart;
+use super::situation::{Promise, clone_source, leader_upstream};
+use super::task::{RestartPlan, START_LIMIT, TaskEnd, TaskKind};
+use super::{Ha, me, sync};
 use crate::node::{Command, Refusal, Reply, RestartFilter};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
@@ -99,25 +100,33 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     fn restart(&mut self, filter: RestartFilter, reply: tokio::sync::oneshot::Sender<Reply>) {
-        let role = match self.restart_role(&filter) {
-            Ok(role) => role,
-            Err(refusal) => {
-                let _ = reply.send(Err(refusal));
+        let come_back = match &self.task {
+            Some(task) => Err(format!("{} already in progress", task.kind.label())),
+            None => restart::decide(&self.situation(None), &filter).map_err(str::to_owned),
+        };
+        let come_back = match come_back {
+            Ok(come_back) => come_back,
+            Err(why) => {
+                let _ = reply.send(Err(refusal(503, why)));
                 return;
             }
         };
-        let names = self.names_at_start(&role);
-        let limit = filter.timeout.map_or(START_LIMIT, Duration::from_secs);
+        let plan = RestartPlan {
+            names: self.names_at_start(&StartAs::Primary),
+            come_back,
+            answers: matches!(self.pg, PgStatus::Running(_)),
+            limit: filter.timeout.map_or(START_LIMIT, Duration::from_secs),
+        };
         let (let_go, hands) = (self.let_go(), self.hands());
         self.spawn(TaskKind::Restart, async move {
             let_go.await;
-            let end = hands.restart(role, names, limit).await;
-            let answer = match &end {
-                TaskEnd::Failed { why, .. } => Err(refusal(503, format!("restart failed: {why}"))),
-                _ => Ok("restarted successfully".to_owned()),
+            let done = hands.restart(plan).await;
+            let answer = match &done {
+                Ok(()) => Ok("restarted successfully".to_owned()),
+                Err(error) => Err(refusal(503, format!("restart failed: {error}"))),
             };
             let _ = reply.send(answer);
-            end
+            done.map_or_else(TaskEnd::from, |()| TaskEnd::Done)
         });
     }
 
@@ -141,35 +150,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             if clock.within(limit, released).await.is_none() {
                 info!("the leader has not replaced this standby as a synchronous one within {limit:?}");
             }
-        }
-    }
-
-    /// The role to come back in, if the filters fit and nothing else is going on.
-    fn restart_role(&self, filter: &RestartFilter) -> Result<StartAs, Refusal> {
-        if let Some(task) = &self.task {
-            return Err(refusal(503, format!("{} already in progress", task.kind.label())));
-        }
-        let role = publish::role_text(&self.pg, &self.memory);
-        let PgStatus::Running(running) = &self.pg else {
-            let Some(view) = &self.view else { return Err(refusal(503, "the DCS has not been read yet")) };
-            // Down: "restart" starts it, as what it was.
-            return match &self.pg {
-                PgStatus::Stopped(_) => Ok(StartAs::Standby(upstream(&self.me, view))),
-                _ => Err(refusal(503, "PostgreSQL is not in a state to be restarted")),
-            };
-        };
-        if filter.role.as_deref().is_some_and(|wanted| wanted != role) {
-            return Err(refusal(503, "restart conditions are not satisfied: the role differs"));
-        }
-        if filter.older_than.is_some_and(|version| running.server_version >= version) {
-            return Err(refusal(503, "restart conditions are not satisfied: the version is new enough"));
-        }
-        if filter.pending && running.pending_restart.is_empty() {
-            return Err(refusal(503, "restart conditions are not satisfied: no restart is pending"));
-        }
-        match running.role {
-            PgRole::Primary => Ok(StartAs::Primary),
-            PgRole::Standby => Ok(StartAs::Standby(self.view.as_ref().and_then(|view| upstream(&self.me, view)))),
         }
     }
 

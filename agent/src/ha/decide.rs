@@ -6,6 +6,7 @@
 mod follower;
 mod leader;
 mod leaderless;
+pub mod restart;
 mod standby;
 
 pub use self::follower::DRY;

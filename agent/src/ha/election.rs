@@ -332,7 +332,7 @@ fn answer<'p>(peers: &'p PeerAnswers, name: &MemberName) -> Option<&'p PeerStatu
 
 /// Whether a node on `timeline` has missed a promotion that the cluster knows of. Also without `check_timeline`, where
 /// Patroni promotes such a node: what was written since would be lost without anybody's word.
-fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
+pub(super) fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> bool {
     let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
     // The timelines of a standby cluster are made elsewhere.
     view.settings.standby_cluster.is_none() && timeline.unwrap_or_default() < known.unwrap_or_default()

@@ -339,24 +339,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let mut answers: Option<PeerAnswers> = None;
         let decision = loop {
-            let view = self.view.clone();
-            let session = self.lease.session();
-            let situation = Situation {
-                now: self.parts.clock.now(),
-                wall: self.parts.clock.wall(),
-                me: &self.me,
-                view: view.as_deref(),
-                leader_until: session.leader_until(),
-                promised_until: session.failsafe,
-                holds_key: session.key_until().is_some_and(|until| self.parts.clock.now() < until),
-                has_lease: session.lease.is_some(),
-                ttl: self.ttl(),
-                dcs_away: session.trouble.is_some(),
-                pg: &self.pg,
-                memory: &self.memory,
-                peers: answers.as_ref(),
-            };
-            let decision = decide::decide(&situation);
+            let decision = decide::decide(&self.situation(answers.as_ref()));
             let Action::Ask(members) = &decision.action else { break decision };
             if answers.is_some() {
                 warn!("the decision asks for members that were asked already: {}", decision.reason);
@@ -373,6 +356,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         self.last = decision.clone();
         decision
+    }
+
+    /// What a decision is made on; `peers`: what they said, where they were asked.
+    fn situation<'a>(&'a self, peers: Option<&'a PeerAnswers>) -> Situation<'a> {
+        let (now, session) = (self.parts.clock.now(), self.lease.session());
+        Situation {
+            now,
+            wall: self.parts.clock.wall(),
+            me: &self.me,
+            view: self.view.as_deref(),
+            leader_until: session.leader_until(),
+            promised_until: session.failsafe,
+            holds_key: session.key_until().is_some_and(|until| now < until),
+            has_lease: session.lease.is_some(),
+            ttl: self.ttl(),
+            dcs_away: session.trouble.is_some(),
+            pg: &self.pg,
+            memory: &self.memory,
+            peers,
+        }
     }
 
     /// For `GET /decisions` and the log: whether it is news, and not what the last one said with other numbers. A refusal

@@ -16,10 +16,13 @@ use trunkline_common::dcs::{Dcs, DcsError, Lease};
 use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, SystemId, TimelineId};
 use trunkline_config::dynamic::{Settings, SynchronousMode};
 
+use super::decide::restart::ComeBack;
 use super::lease::LeaseHandle;
 use super::sync;
 use crate::peer::Peers;
-use crate::postgres::{CustomBootstrap, Divergence, PgError, Postgres, StartAs, StopMode, Upstream, WantedSlot};
+use crate::postgres::{
+    CustomBootstrap, Divergence, PgError, PgStatus, Postgres, StartAs, StopMode, Upstream, WantedSlot,
+};
 
 /// What is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,7 +179,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             self.while_it_may(self.postgres.end_restore()).await.map_err(pg)?;
         }
         let status = self.postgres.observe(Duration::from_secs(5)).await;
-        let crate::postgres::PgStatus::Running(running) = status else {
+        let PgStatus::Running(running) = status else {
             return Err("the new server does not answer".to_owned());
         };
         self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
@@ -291,27 +294,32 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
-    /// Stops in order and starts again in the same role.
-    pub async fn restart(self, role: StartAs, names: StandbyNames, limit: Duration) -> TaskEnd {
+    /// Stops in order, or at once where that takes too long, and starts again as what it was.
+    pub async fn restart(self, plan: RestartPlan) -> Result<(), PgError> {
         // Nothing else is decided meanwhile, not even a failover to this node.
         let limit_of_checkpoint = Duration::from_secs(300);
-        if let Err(error) = self.postgres.checkpoint(limit_of_checkpoint).await {
+        if plan.answers
+            && let Err(error) = self.postgres.checkpoint(limit_of_checkpoint).await
+        {
             info!("restarting without a checkpoint first: {error}");
         }
-        if let Err(error) = self.postgres.stop(StopMode::Restart, limit.max(START_LIMIT), None).await {
-            return error.into();
+        let mut event = "on_restart";
+        if let Err(error) = self.postgres.stop(StopMode::Restart, plan.limit.max(START_LIMIT), None).await {
+            warn!("the fast stop was not done in time, stopping at once: {error}");
+            self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await?;
+            // Such a stop has been told.
+            event = "on_start";
         }
-        if let Err(error) = self.set_names(names).await {
-            return error.into();
-        }
+        let left = match self.postgres.observe(Duration::from_secs(5)).await {
+            PgStatus::Stopped(left) => left,
+            _ => return Err(PgError::Failed("PostgreSQL was stopped, but is not down".to_owned())),
+        };
+        let role = plan.come_back.role(&left);
         let primary = role == StartAs::Primary;
-        match self.start_server(role, limit).await {
-            Ok(()) => {
-                self.postgres.callback("on_restart", if primary { "primary" } else { "replica" });
-                TaskEnd::Done
-            }
-            Err(error) => error.into(),
-        }
+        self.set_names(if primary { plan.names } else { StandbyNames::default() }).await?;
+        self.start_server(role, plan.limit).await?;
+        self.postgres.callback(event, if primary { "primary" } else { "replica" });
+        Ok(())
     }
 
     async fn set_names(&self, names: StandbyNames) -> Result<(), PgError> {
@@ -602,6 +610,19 @@ pub struct BootstrapPlan {
     pub config: serde_json::Value,
     /// Revision of the `config` key it replaces.
     pub config_seen: trunkline_common::Revision,
+}
+
+/// What a restart needs to know.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RestartPlan {
+    /// As what the server comes back.
+    pub come_back: ComeBack,
+    /// Whom commits wait for, if it takes writes then.
+    pub names: StandbyNames,
+    /// It answers queries.
+    pub answers: bool,
+    /// How long the start may take.
+    pub limit: Duration,
 }
 
 /// What a hand-over needs to know.

@@ -17,6 +17,7 @@ mod patroni;
 mod ports;
 mod registration;
 mod rejoin;
+mod restart;
 mod router;
 mod schedule;
 mod slots;

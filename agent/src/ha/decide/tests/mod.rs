@@ -5,6 +5,7 @@ mod failsafe;
 mod following;
 mod leading;
 mod race;
+mod restart;
 mod standby_cluster;
 
 use std::time::Duration;
