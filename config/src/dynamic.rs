@@ -25,7 +25,7 @@ pub struct Settings {
     pub max_timelines_history: usize,
     /// How long a crashed primary may take to start before another takes over; zero = fail over at once.
     pub primary_start_timeout: Duration,
-    /// How long a primary may take to stop in synchronous mode; `None` = no limit.
+    /// How long a stop in order may take; `None` = not said, see [`Settings::stop_limit`].
     pub primary_stop_timeout: Option<Duration>,
     /// How long transactions in flight may take to end once a switchover is announced; zero = they are not waited for.
     pub switchover_grace: Duration,
@@ -108,6 +108,9 @@ pub const MAX_ROUTER_LEASE: i64 = 60;
 /// Longest time that any of these settings can mean: a year.
 const MAX_SECONDS: i64 = 31_536_000;
 
+/// How long a stop in order may take where `primary_stop_timeout` says nothing.
+const STOP_LIMIT: Duration = Duration::from_secs(300);
+
 pub(crate) const KNOWN: &[&str] = &[
     "ttl",
     "loop_wait",
@@ -138,6 +141,11 @@ pub(crate) const KNOWN: &[&str] = &[
 ];
 
 impl Settings {
+    /// How long PostgreSQL may take to stop in order, before it is stopped at once.
+    pub fn stop_limit(&self) -> Duration {
+        self.primary_stop_timeout.unwrap_or(STOP_LIMIT)
+    }
+
     /// Reads the value of the `config` key. What is absent, or not what it should be, has Patroni's default; the latter is
     /// told. Never fails: a mistyped setting must not stop a cluster.
     pub fn from_value(value: &Value) -> (Self, Vec<Notice>) {

@@ -9,8 +9,8 @@ use super::error::{CtlError, Result};
 use super::select::Node;
 use crate::peer::{RestClient, endpoint};
 
-/// What is waited for at most: a restart or a switchover may take minutes, and patronictl waits without end.
-const ACTION: Duration = Duration::from_secs(600);
+/// What is waited for at most: a restart or a switchover takes as long as the settings allow, and patronictl waits without end.
+const ACTION: Duration = Duration::from_secs(3600);
 
 /// The same, for what only looks.
 const LOOK: Duration = Duration::from_secs(10);

@@ -85,7 +85,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
-                let mut limit = START_LIMIT;
+                let mut limit = hands.pg_ctl_timeout();
                 match role {
                     // Nothing is decided while it starts, and after that time somebody else may be preferred.
                     StartAs::Primary => {
@@ -96,7 +96,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.spawn(TaskKind::Start, hands.start(role, names, limit, Some("on_start")));
             }
             Action::DemoteCluster => {
-                let limit = self.settings().primary_stop_timeout.unwrap_or(Duration::from_secs(300));
+                let limit = self.settings().stop_limit();
                 self.spawn(TaskKind::DemoteCluster, hands.demote_cluster(limit));
             }
             Action::CloneRemote(source) => {
@@ -405,7 +405,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         Some(HandOverPlan {
             candidates,
             grace: view.settings.switchover_grace,
-            stop_limit: view.settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300)),
+            stop_limit: view.settings.stop_limit(),
             candidate_limit: Duration::from_secs(3),
             view,
         })

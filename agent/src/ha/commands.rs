@@ -12,11 +12,11 @@ use trunkline_common::{Clock, Lsn, MemberName};
 
 use super::decide::restart;
 use super::situation::{Promise, clone_source, leader_upstream};
-use super::task::{RestartPlan, START_LIMIT, TaskEnd, TaskKind};
+use super::task::{RestartPlan, TaskEnd, TaskKind};
 use super::{Ha, me, sync};
 use crate::node::{Command, Refusal, Reply, RestartFilter};
 use crate::peer::Peers;
-use crate::postgres::{PgRole, PgStatus, Postgres, StartAs};
+use crate::postgres::{PgError, PgRole, PgStatus, Postgres, StartAs};
 
 /// The longest ttl that a leader without DCS is given a promise for.
 const LONGEST_PROMISE: Duration = Duration::from_secs(3600);
@@ -111,18 +111,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 return;
             }
         };
+        let (let_go, hands) = (self.let_go(), self.hands());
+        let (settings, ordinary) = (self.settings(), hands.pg_ctl_timeout());
+        let answers = matches!(self.pg, PgStatus::Running(_));
         let plan = RestartPlan {
             names: self.names_at_start(&StartAs::Primary),
             come_back,
-            answers: matches!(self.pg, PgStatus::Running(_)),
-            limit: filter.timeout.map_or(START_LIMIT, Duration::from_secs),
+            answers,
+            // Nobody can take over meanwhile from one that may hang.
+            stop_limit: if answers { settings.stop_limit() } else { settings.stop_limit().min(ordinary) },
+            start_limit: match filter.timeout.map_or(settings.primary_start_timeout, Duration::from_secs) {
+                Duration::ZERO => ordinary,
+                limit => limit,
+            },
         };
-        let (let_go, hands) = (self.let_go(), self.hands());
         self.spawn(TaskKind::Restart, async move {
             let_go.await;
             let done = hands.restart(plan).await;
             let answer = match &done {
                 Ok(()) => Ok("restarted successfully".to_owned()),
+                Err(error @ PgError::Timeout { .. }) => Err(refusal(503, format!("{error}; it goes on"))),
                 Err(error) => Err(refusal(503, format!("restart failed: {error}"))),
             };
             let _ = reply.send(answer);

@@ -25,9 +25,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         warn!("stopping PostgreSQL, which would take writes with nobody to watch it");
         let alive = keep_beating(self.lease.clone(), self.parts.clock.clone());
+        let limit = self.settings().stop_limit();
         let stop = async {
             let postgres = &self.parts.postgres;
-            match postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
+            match postgres.stop(StopMode::Fast, limit, None).await {
                 Ok(()) => Ok(()),
                 Err(_) => postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await,
             }
@@ -47,7 +48,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         info!("shutting down");
         // A promotion or a start that is cut off leaves a server behind that the stop below ends.
         let aborted = self.abort_task().await;
-        let limit = Duration::from_secs(60);
         if self.settings().pause {
             info!("paused: PostgreSQL is left running");
             return;
@@ -57,8 +57,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let stopped = match (leads, self.hand_over_plan(None)) {
             (true, Some(plan)) => {
                 // As a switchover: routers hear of it once the checkpoint is done.
-                self.hands().prepare().await;
-                let plan = HandOverPlan { candidate_limit: Duration::from_secs(5), stop_limit: limit, ..plan };
+                if matches!(self.pg, PgStatus::Running(_)) {
+                    self.hands().prepare().await;
+                }
+                let plan = HandOverPlan { candidate_limit: Duration::from_secs(5), ..plan };
                 let hands = self.hands();
                 self.spawn(TaskKind::HandOver, hands.hand_over(plan));
                 self.publish_member().await;
@@ -69,7 +71,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             _ if matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_)) => Ok(()),
             _ => {
-                let (let_go, hands) = (self.let_go(), self.hands());
+                let (let_go, hands, limit) = (self.let_go(), self.hands(), self.settings().stop_limit());
                 self.spawn(TaskKind::Stop, async move {
                     let_go.await;
                     let stopped = hands.postgres.stop(StopMode::Fast, limit, None).await;

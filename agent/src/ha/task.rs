@@ -135,11 +135,16 @@ pub struct Hands<D, P, C, R> {
     pub name: MemberName,
 }
 
-/// Longest time an ordinary start or promotion is waited for. Recovery may take longer; the loop then sees a starting
+/// Longest time a primary's start or a promotion is waited for. Recovery may take longer; the loop then sees a starting
 /// server and decides what `primary_start_timeout` means for it.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
+    /// How long the start of a standby is waited for, and a stop of which nobody has said how long it may take.
+    pub fn pg_ctl_timeout(&self) -> Duration {
+        self.postgres.config().pg_ctl_timeout.max(Duration::from_secs(1))
+    }
+
     /// initdb, first start, users, then `initialize`, `config` and the leader key. A bootstrap that fails is taken back, and
     /// its data directory moved aside.
     pub async fn bootstrap(self, plan: BootstrapPlan, lease: Lease) -> TaskEnd {
@@ -304,7 +309,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             info!("restarting without a checkpoint first: {error}");
         }
         let mut event = "on_restart";
-        if let Err(error) = self.postgres.stop(StopMode::Restart, plan.limit.max(START_LIMIT), None).await {
+        if let Err(error) = self.postgres.stop(StopMode::Restart, plan.stop_limit, None).await {
             warn!("the fast stop was not done in time, stopping at once: {error}");
             self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await?;
             // Such a stop has been told.
@@ -317,7 +322,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         let role = plan.come_back.role(&left);
         let primary = role == StartAs::Primary;
         self.set_names(if primary { plan.names } else { StandbyNames::default() }).await?;
-        self.start_server(role, plan.limit).await?;
+        self.start_server(role, plan.start_limit).await?;
         self.postgres.callback(event, if primary { "primary" } else { "replica" });
         Ok(())
     }
@@ -483,14 +488,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// Stops without order. `by`: the fast stop may take until then.
     pub async fn demote(self, fast_until: Option<Instant>) -> TaskEnd {
         if let Some(until) = fast_until {
+            // With the time that before_stop takes.
             let limit = until.since(self.clock.now());
-            match self.postgres.stop(StopMode::Fast, limit, None).await {
-                Ok(()) => {
+            match self.clock.within(limit, self.postgres.stop(StopMode::Fast, limit, None)).await {
+                Some(Ok(())) => {
                     self.lease.resign();
                     self.postgres.callback("on_role_change", "replica");
                     return TaskEnd::Done;
                 }
-                Err(error) => warn!("the fast stop was not done in time, stopping at once: {error}"),
+                Some(Err(error)) => warn!("the fast stop was not done, stopping at once: {error}"),
+                None => warn!("the fast stop was not done in time, stopping at once"),
             }
         }
         match self.postgres.stop(StopMode::Immediate, Duration::from_secs(5), None).await {
@@ -537,7 +544,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             Ok(copied) if copied.is_empty() => TaskEnd::Done,
             Ok(copied) => {
                 info!("logical slots copied from the primary: {}", copied.join(", "));
-                self.start(StartAs::Standby(upstream), StandbyNames::default(), START_LIMIT, None).await
+                let limit = self.pg_ctl_timeout();
+                self.start(StartAs::Standby(upstream), StandbyNames::default(), limit, None).await
             }
             Err(error) => error.into(),
         }
@@ -550,7 +558,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
 
     /// Stops if need be and rewinds. The next turn starts the server.
     pub async fn rewind(self, upstream: Upstream) -> TaskEnd {
-        if let Err(error) = self.postgres.stop(StopMode::Fast, Duration::from_secs(60), None).await {
+        if let Err(error) = self.postgres.stop(StopMode::Fast, self.pg_ctl_timeout(), None).await {
             return error.into();
         }
         match self.postgres.rewind(upstream.clone()).await {
@@ -621,8 +629,10 @@ pub struct RestartPlan {
     pub names: StandbyNames,
     /// It answers queries.
     pub answers: bool,
+    /// How long the stop in order may take.
+    pub stop_limit: Duration,
     /// How long the start may take.
-    pub limit: Duration,
+    pub start_limit: Duration,
 }
 
 /// What a hand-over needs to know.

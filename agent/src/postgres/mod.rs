@@ -443,8 +443,8 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Spawns the postmaster and waits until it accepts connections, at most `limit`.
     fn start(&self, role: StartAs, limit: Duration) -> impl Future<Output = Result<(), PgError>> + Send;
 
-    /// Stops and waits for the end of every process, at most `limit`; then a fast stop fails with the server still
-    /// stopping, an immediate one kills what is left. `shut_down` fires, at most once, with the position of the shutdown
+    /// Stops and waits for the end of every process, at most `limit` (after `before_stop`, which has a minute of its own before
+    /// a stop in order); then a fast stop fails with the server still stopping, an immediate one kills what is left. `shut_down` fires, at most once, with the position of the shutdown
     /// checkpoint as soon as pg_control has it, even while a WAL sender still waits for a slow standby. That is where the
     /// record begins: a standby has it when its position is *greater* (records are never sent in part).
     fn stop(

@@ -38,8 +38,8 @@ impl Instance {
         limit: Duration,
         shut_down: Option<oneshot::Sender<Lsn>>,
     ) -> Result<(), PgError> {
-        let until = self.inner.clock.now() + limit;
         if mode == StopMode::Immediate {
+            let until = self.inner.clock.now() + limit;
             let postmaster = self.process().find();
             self.kill_in_thread((limit / 2).min(IMMEDIATE_GRACE), limit).await?;
             // Nothing is left; whoever watches it knows a moment later, and a caller may look at once.
@@ -50,15 +50,16 @@ impl Instance {
             return Ok(());
         }
         let config = self.config_now();
-        if let Some(command) = &config.before_stop {
+        if let Some(command) = config.before_stop.as_ref().filter(|_| self.process().find().is_some()) {
             let run = async { program::run(&mut program::shell_words(command)?).await };
-            match tokio::time::timeout(BEFORE_STOP_LIMIT.min(limit), run).await {
+            match tokio::time::timeout(BEFORE_STOP_LIMIT, run).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!("before_stop: {error}"),
                 Err(_) => tracing::warn!("before_stop was not done in time"),
             }
         }
         let Some(postmaster) = self.process().find() else { return Ok(()) };
+        let until = self.inner.clock.now() + limit;
         let mut changes = Changes::of(&config.data_dir);
         postmaster.signal(Signal::INT);
         let stopping = async {

@@ -18,8 +18,8 @@ use super::{Api, Observe, time};
 use crate::node::{Command, RestartFilter};
 use crate::postgres::{PgRole, PgStatus};
 
-/// What a restart may take beyond the time PostgreSQL has to start: the stop before it.
-const STOP_ALLOWANCE: Duration = Duration::from_secs(300);
+/// What a restart may take beyond the times that stop and start have: `sync` is left, a checkpoint made, `before_stop` run.
+const BEFORE_RESTART: Duration = Duration::from_secs(400);
 
 /// How long the HA loop may take to take or refuse a request that it doesn't have to carry out first.
 const REPLY_LIMIT: Duration = Duration::from_secs(30);
@@ -51,7 +51,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         }
         let start = request.filter.timeout.map_or(settings.primary_start_timeout, Duration::from_secs);
         let ask = |reply| Command::Restart(request.filter, reply);
-        match self.ask(ask, start + STOP_ALLOWANCE).await {
+        match self.ask(ask, BEFORE_RESTART + settings.stop_limit() + start).await {
             Ok(Ok(done)) => Answer::text(200, done),
             Ok(Err(refusal)) => Answer::text(refusal.status, refusal.text),
             Err(answer) => answer,
@@ -94,8 +94,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             }
             Some(_) => {}
         }
-        let limit = if force { REPLY_LIMIT + STOP_ALLOWANCE } else { REPLY_LIMIT };
-        match self.ask(|reply| Command::Reinitialize { force, from_leader, reply }, limit).await {
+        match self.ask(|reply| Command::Reinitialize { force, from_leader, reply }, REPLY_LIMIT).await {
             Ok(Ok(_)) => Answer::text(200, "reinitialize started"),
             Ok(Err(refusal)) => Answer::text(refusal.status, refusal.text),
             Err(answer) => answer,

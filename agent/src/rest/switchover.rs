@@ -136,7 +136,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     ) -> Answer {
         let settings = self.settings();
         let limit = 2 * settings.loop_wait.max(Duration::from_secs(10));
-        let longest = limit + settings.primary_stop_timeout.unwrap_or(Duration::from_secs(300));
+        let longest = limit + settings.stop_limit();
         let mut knowledge = self.knowledge.clone();
         let wait = async {
             loop {

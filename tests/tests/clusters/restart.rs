@@ -1,9 +1,12 @@
 //! Restarts that an operator asks for.
 
-use anyhow::{Result, ensure};
-use rustix::process::Signal;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
-use trunkline_tests::{LIMIT, Scene, rest, wait};
+use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::{LIMIT, Node, Program, Scene, Spec, rest, wait};
 
 /// Changes `pause`, and waits until every member has heard of it.
 async fn pause(scene: &Scene, pause: Value) -> Result<()> {
@@ -54,6 +57,90 @@ async fn a_primary_that_was_stopped_in_a_pause_is_restarted_as_one() -> Result<(
     let status = scene.cluster.nodes[leader].status().await?;
     ensure!(status["timeline"] == 1, "it was promoted: {status}");
     scene.read_write().execute("INSERT INTO t VALUES (3)", LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}
+
+/// Changes a running node's file.
+async fn reload(node: &mut Node, change: impl FnOnce(&mut Value)) -> Result<()> {
+    let mut config = serde_json::from_slice(&std::fs::read(node.config())?)?;
+    change(&mut config);
+    node.configure(&config.to_string())?;
+    let reloads = |log: &str| log.matches("reloaded the configuration").count();
+    let before = reloads(&node.log()?);
+    node.agent().context("no agent")?.signal(Signal::HUP);
+    wait::until("the reload", LIMIT, async || {
+        ensure!(reloads(&node.log()?) > before, "the log does not say so");
+        Ok(())
+    })
+    .await
+}
+
+/// Restarts without conditions; returns the new postmaster.
+async fn restart(node: &Node) -> Result<Pid> {
+    let before = node.postmaster()?;
+    let answer = rest::post(node.rest_port(), "/restart", &json!({}), LIMIT).await?;
+    ensure!(answer.status == 200, "{answer:?}");
+    let after = node.postmaster()?;
+    ensure!(before != after, "the postmaster is the same");
+    Ok(after)
+}
+
+/// `before_stop` takes longer than PostgreSQL may to stop, and takes nothing of that. A stop that waits for a standby which says
+/// nothing ends with its time, in a restart and with the agent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_has_the_time_that_primary_stop_timeout_gives_it() -> Result<()> {
+    const CUT_SHORT: &str = "the fast stop was not done in time, stopping at once";
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true, "primary_start_timeout": 300, "primary_stop_timeout": 5 });
+    let mut scene = Scene::with("restart-stop", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    reload(&mut scene.cluster.nodes[leader], |config| config["postgresql"]["before_stop"] = json!("sleep 6")).await?;
+    restart(&scene.cluster.nodes[leader]).await?;
+    let log = scene.cluster.nodes[leader].log()?;
+    ensure!(!log.contains(CUT_SHORT), "{log}");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    reload(&mut scene.cluster.nodes[leader], |config| config["postgresql"]["before_stop"] = Value::Null).await?;
+
+    scene.cluster.nodes[1 - leader].freeze();
+    restart(&scene.cluster.nodes[leader]).await?;
+    let log = scene.cluster.nodes[leader].log()?;
+    ensure!(log.contains(CUT_SHORT), "{log}");
+    let asked = SystemClock.now();
+    scene.cluster.nodes[leader].stop(LIMIT).await?;
+    let took = SystemClock.now().since(asked);
+    ensure!(took < Duration::from_secs(40), "the agent ended after {took:?}");
+    scene.cluster.nodes[1 - leader].thaw();
+    scene.cluster.nodes[leader].start()?;
+    scene.cluster.settled(LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_hangs_is_restarted_and_a_start_that_goes_on_is_told() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true, "primary_stop_timeout": 2 });
+    let mut scene = Scene::with("restart-hang", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let node = &scene.cluster.nodes[1 - leader];
+    rustix::process::kill_process(node.postmaster()?, Signal::STOP)?;
+    wait::until("the agent to notice", LIMIT, async || {
+        ensure!(node.log()?.contains("PostgreSQL does not answer"), "the log does not say so");
+        Ok(())
+    })
+    .await?;
+    restart(node).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+
+    // As a standby it looks into the archive before it lets anybody in.
+    let node = &mut scene.cluster.nodes[1 - leader];
+    let slow = json!({ "restore_command": "sh -c 'sleep 5; false'" });
+    reload(node, |config| config["postgresql"]["recovery_conf"] = slow).await?;
+    let answer = rest::post(node.rest_port(), "/restart", &json!({ "timeout": 1 }), LIMIT).await?;
+    let told = answer.body.as_str().unwrap_or_default();
+    ensure!(answer.status == 503 && told.contains("starting PostgreSQL") && told.ends_with("it goes on"), "{answer:?}");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.lab.success();
     Ok(())
 }
