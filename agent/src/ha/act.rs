@@ -85,15 +85,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Reclone(source) => self.spawn(TaskKind::Clone, hands.clone_from(source, true)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
-                let mut limit = hands.pg_ctl_timeout();
-                match role {
+                let (limit, told) = match role {
                     // Nothing is decided while it starts, and after that time somebody else may be preferred.
                     StartAs::Primary => {
-                        limit = self.settings().primary_start_timeout.clamp(Duration::from_secs(1), START_LIMIT);
+                        (self.settings().primary_start_timeout.clamp(Duration::from_secs(1), START_LIMIT), "primary")
                     }
-                    StartAs::Standby(_) => self.memory.was_primary = false,
-                }
-                self.spawn(TaskKind::Start, hands.start(role, names, limit, Some("on_start")));
+                    StartAs::Standby(_) => {
+                        self.memory.was_primary = false;
+                        (hands.pg_ctl_timeout(), self.standby_role())
+                    }
+                };
+                self.spawn(TaskKind::Start, hands.start(role, names, limit, Some(told)));
             }
             Action::DemoteCluster => {
                 let limit = self.settings().stop_limit();

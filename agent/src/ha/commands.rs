@@ -117,6 +117,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let plan = RestartPlan {
             names: self.names_at_start(&StartAs::Primary),
             come_back,
+            standby_role: self.standby_role(),
             answers,
             // Nobody can take over meanwhile from one that may hang.
             stop_limit: if answers { settings.stop_limit() } else { settings.stop_limit().min(ordinary) },

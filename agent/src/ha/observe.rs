@@ -66,12 +66,17 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.standby_role = None;
             return;
         }
-        // One that is about to be promoted, because this is an ordinary cluster again, is no replica in between.
-        let outside = self.settings.standby_cluster.is_some() || self.memory.standby_role == Some("standby_leader");
-        let role = if outside && self.lease.session().leading { "standby_leader" } else { "replica" };
+        let role = self.standby_role();
         if self.memory.standby_role.replace(role).unwrap_or("replica") != role {
             self.parts.postgres.callback("on_role_change", role);
         }
+    }
+
+    /// What this node is while its server runs as a standby.
+    pub(super) fn standby_role(&self) -> &'static str {
+        // One that is about to be promoted, because this is an ordinary cluster again, is no replica in between.
+        let outside = self.settings.standby_cluster.is_some() || self.memory.standby_role == Some("standby_leader");
+        if outside && self.lease.session().leading { "standby_leader" } else { "replica" }
     }
 
     pub(super) async fn apply_settings(&mut self) {

@@ -276,22 +276,21 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     }
 
     /// Starts the server, with `names` from the first moment on: whoever may have been promised to have every commit must
-    /// be waited for, and a standby must not bring somebody else's list along.
+    /// be waited for, and a standby must not bring somebody else's list along. `told`: what `on_start` says that it is.
     pub async fn start(
         self,
         role: StartAs,
         names: StandbyNames,
         limit: Duration,
-        event: Option<&'static str>,
+        told: Option<&'static str>,
     ) -> TaskEnd {
         if let Err(error) = self.set_names(names).await {
             return error.into();
         }
-        let primary = role == StartAs::Primary;
         match self.start_server(role, limit).await {
             Ok(()) => {
-                if let Some(event) = event {
-                    self.postgres.callback(event, if primary { "primary" } else { "replica" });
+                if let Some(told) = told {
+                    self.postgres.callback("on_start", told);
                 }
                 TaskEnd::Done
             }
@@ -323,7 +322,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         let primary = role == StartAs::Primary;
         self.set_names(if primary { plan.names } else { StandbyNames::default() }).await?;
         self.start_server(role, plan.start_limit).await?;
-        self.postgres.callback(event, if primary { "primary" } else { "replica" });
+        self.postgres.callback(event, if primary { "primary" } else { plan.standby_role });
         Ok(())
     }
 
@@ -627,6 +626,8 @@ pub struct RestartPlan {
     pub come_back: ComeBack,
     /// Whom commits wait for, if it takes writes then.
     pub names: StandbyNames,
+    /// What callbacks are told that it is otherwise.
+    pub standby_role: &'static str,
     /// It answers queries.
     pub answers: bool,
     /// How long the stop in order may take.

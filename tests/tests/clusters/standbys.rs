@@ -178,6 +178,10 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     spec.dcs = json!({ "standby_cluster": outside });
     let mut far = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
     for node in &mut far.nodes {
+        let note = format!("sh -c 'echo $1 $2 >> {}' note", node.dir().join("notes").display());
+        configure(node, |config| {
+            config["postgresql"]["callbacks"] = json!({ "on_start": note, "on_restart": note });
+        })?;
         node.start()?;
     }
     let targets = far.targets();
@@ -199,6 +203,27 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     has(&source, "SELECT string_agg(slot_name, ',') FROM pg_replication_slots WHERE active", "farther").await?;
     far.patch_config(&json!({ "standby_cluster": { "primary_slot_name": "far" } })).await?;
     has(&source, "SELECT string_agg(slot_name, ',') FROM pg_replication_slots WHERE active", "far").await?;
+
+    // Whoever is told by callbacks must not take it for a replica, however its server comes up again.
+    let notes = far.nodes[leader].dir().join("notes");
+    for event in ["on_restart", "on_start"] {
+        std::fs::write(&notes, "")?;
+        let postmaster = far.nodes[leader].postmaster()?;
+        if event == "on_restart" {
+            let answer = rest::post(far.nodes[leader].rest_port(), "/restart", &json!({}), LIMIT).await?;
+            ensure!(answer.status == 200, "{answer:?}");
+        } else {
+            far.nodes[leader].kill_postmaster()?;
+        }
+        wait::until(format!("{event} of the standby leader"), LIMIT, async || {
+            let told = std::fs::read_to_string(&notes)?;
+            ensure!(told == format!("{event} standby_leader\n"), "{told:?}");
+            ensure!(far.nodes[leader].postmaster()? != postmaster, "the same postmaster");
+            Ok(())
+        })
+        .await?;
+        follow(leader).await?;
+    }
 
     // Planned, and when its host dies.
     let body = json!({ "leader": far.nodes[leader].name() });
