@@ -47,7 +47,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             Err(answer) => return answer,
         };
         if let Some(at) = request.schedule {
-            return self.schedule_restart(at, body).await;
+            return self.schedule_restart(at, body, request.filter.timeout).await;
         }
         let start = request.filter.timeout.map_or(settings.primary_start_timeout, Duration::from_secs);
         let ask = |reply| Command::Restart(request.filter, reply);
@@ -58,8 +58,12 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         }
     }
 
-    async fn schedule_restart(&self, at: String, mut planned: Map<String, Value>) -> Answer {
+    async fn schedule_restart(&self, at: String, mut planned: Map<String, Value>, timeout: Option<u64>) -> Answer {
         planned.insert("schedule".to_owned(), at.into());
+        // In seconds, whatever it was written in.
+        if let Some(timeout) = timeout {
+            planned.insert("timeout".to_owned(), timeout.into());
+        }
         if let Some(started) = self.picture().await.running().map(|running| running.postmaster_start_time.clone()) {
             planned.insert("postmaster_start_time".to_owned(), started.into());
         }

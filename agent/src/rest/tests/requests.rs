@@ -38,6 +38,7 @@ async fn requests_to_the_ha_loop() {
         }
         Command::ScheduleRestart(what, reply) => {
             assert_eq!(what["postmaster_start_time"], "2031-05-01 10:00:00.123456+00:00");
+            assert_eq!((&what["role"], &what["timeout"]), (&json!("replica"), &json!(60)));
             let twice = Refusal { status: 409, text: "another restart is scheduled".into() };
             let _ = reply.send(if std::mem::replace(&mut planned, true) { Err(twice) } else { Ok(String::new()) });
         }
@@ -50,7 +51,7 @@ async fn requests_to_the_ha_loop() {
     assert_eq!(node.request("POST", "/restart", None).await, (200, "restarted successfully".into()));
     let refused = node.request("POST", "/restart", Some(json!({"restart_pending": "x"}))).await;
     assert_eq!(refused, (503, "reinitialize already in progress".into()));
-    let at = json!({"schedule": "2031-05-01T10:00:00+00:00", "role": "replica"});
+    let at = json!({"schedule": "2031-05-01T10:00:00+00:00", "role": "replica", "timeout": "1min"});
     for expected in [202, 409] {
         assert_eq!(node.code("POST", "/restart", Some(at.clone())).await, expected);
     }
