@@ -64,6 +64,7 @@ impl Scenario {
         standby_cluster(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0003), &mut scenario);
         nostream(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0004), &mut scenario);
         trials(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0002), &mut scenario);
+        revocations(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0005), &mut scenario);
         scenario
     }
 }
@@ -146,6 +147,24 @@ fn trials(rng: &mut SmallRng, scenario: &mut Scenario) {
         let gone = at + rng.random_range(1_500..4_000);
         scenario.add(gone, Some(Aim::Synchronous), Fault::KillAgent { node, ms: 5_000 });
         scenario.add(gone, Some(Aim::Synchronous), Fault::KillPostgres { node });
+    }
+}
+
+/// The store ends leases of leaders that live, and may hear of it late. Only who can be asked is known to lead no longer, so
+/// nothing else goes wrong in such a world.
+fn revocations(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let mut at = BOOTSTRAP;
+    for _ in 0..rng.random_range(1..4) {
+        at += rng.random_range(1_000..8_000);
+        if rng.random() {
+            let delay = rng.random_range(100..3_000);
+            scenario.add(at - 50, Some(Aim::Leader), Fault::SlowWatch { node: 0, delay, ms: 2_000 });
+        }
+        scenario.add(at, Some(Aim::Leader), Fault::RevokeLease { node: 0 });
     }
 }
 

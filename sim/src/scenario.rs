@@ -112,6 +112,8 @@ pub enum Fault {
     DcsDown { refused: bool, ms: u64 },
     /// The store has elected a new leader: leases begin anew, watches break.
     DcsLeaderChange { ms: u64 },
+    /// The store ends the lease of a node before its time: its leader has thawed, and does not know of renewals meanwhile.
+    RevokeLease { node: usize },
     /// The answers of the next calls get lost after they took effect.
     LoseAnswers { node: usize, count: u32 },
     /// Requests and answers are slow.
@@ -162,6 +164,7 @@ impl Fault {
             | Self::FreezePostgres { node, .. }
             | Self::FreezeHost { node, .. }
             | Self::Isolate { node, .. }
+            | Self::RevokeLease { node }
             | Self::LoseAnswers { node, .. }
             | Self::LoseEvents { node, .. }
             | Self::SlowDcs { node, .. }
@@ -204,6 +207,7 @@ impl Fault {
             | Self::FreezePostgres { node, .. }
             | Self::FreezeHost { node, .. }
             | Self::Isolate { node, .. }
+            | Self::RevokeLease { node }
             | Self::LoseAnswers { node, .. }
             | Self::LoseEvents { node, .. }
             | Self::SlowDcs { node, .. }

@@ -24,8 +24,26 @@ pub enum Verdict {
     Ask(BTreeMap<MemberName, String>),
 }
 
-/// Whether this node may race for the leader key (ha-loop §8.2); the view has no leader.
+/// Whether this node may race for the leader key (ha-loop §8.2); the view has no leader. Nobody races beside a leader that
+/// has lost its key and does not know yet: who has left the DCS is asked as well, by the way or, where nothing else is in doubt,
+/// alone.
 pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
+    let gone = gone(s, view);
+    match (by_the_rules(s, view), s.peers) {
+        (Verdict::Ask(members), _) => Verdict::Ask(members.into_iter().chain(gone).collect()),
+        (Verdict::Race(_), None) if !gone.is_empty() => Verdict::Ask(gone),
+        (Verdict::Race(why), Some(peers)) => {
+            let primary = |name: &&MemberName| answer(peers, name).is_some_and(|peer| !peer.in_recovery);
+            match gone.keys().find(primary) {
+                Some(name) => Verdict::Yield(still_primary(name)),
+                None => Verdict::Race(why),
+            }
+        }
+        (verdict, _) => verdict,
+    }
+}
+
+fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {
     let settings = &view.settings;
     let Some(running) = s.running() else {
         return Verdict::Yield("PostgreSQL is not running here".to_owned());
@@ -162,7 +180,7 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
     for name in electorate.keys().filter(|name| counts(name)) {
         let Some(peer) = answer(peers, name) else { continue };
         if !peer.in_recovery {
-            return Verdict::Yield(format!("{name} still runs as primary"));
+            return Verdict::Yield(still_primary(name));
         }
         if !can_lead(peer, view) {
             continue;
@@ -313,6 +331,22 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
         (*name != s.me.name && eligible).then(|| Some((name.clone(), member.api_url.clone()?)))?
     };
     view.members.iter().filter_map(counts).collect()
+}
+
+/// Who may run as primary although its keys are gone from the DCS (name → `api_url`): the leader as it was last seen, whose lease
+/// may have been revoked before its time, and who is on the failsafe key. For as long as a lease may last; whoever does not
+/// answer, or does not run as primary, is not waited for.
+fn gone(s: &Situation, view: &ClusterView) -> BTreeMap<MemberName, String> {
+    if s.memory.leaderless_since.is_none_or(|since| s.now.since(since) >= view.settings.ttl) {
+        return BTreeMap::new();
+    }
+    let known = view.failsafe.iter().flatten().chain(s.memory.former_leader.as_ref().map(|(name, url)| (name, url)));
+    let gone = known.filter(|(name, _)| **name != s.me.name && !view.members.contains_key(*name));
+    gone.map(|(name, url)| (name.clone(), url.clone())).collect()
+}
+
+fn still_primary(name: &MemberName) -> String {
+    format!("{name} still runs as primary")
 }
 
 /// Whether a node that is on the key may lack commits, and needs the word of others: in mode `quorum`, and after it until the

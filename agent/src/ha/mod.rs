@@ -108,6 +108,8 @@ pub struct Ha<D, P, C, R> {
     pg: PgStatus,
     task: Option<Running>,
     last: Decision,
+    /// A member that was asked for it still runs as primary.
+    beside_a_primary: bool,
     /// The settings of the cluster that are in force here, with this node's own.
     applied: Option<Settings>,
     /// What of them was last handed to PostgreSQL.
@@ -202,6 +204,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             pg: PgStatus::NoData,
             task: None,
             last: Decision { action: Action::Wait, reason: "starting".to_owned() },
+            beside_a_primary: false,
             applied: None,
             configured: None,
             published: Published::default(),
@@ -345,10 +348,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 warn!("the decision asks for members that were asked already: {}", decision.reason);
                 break Decision { action: Action::Wait, reason: decision.reason };
             }
-            // A member that is slow to answer must not cost a failover its speed.
-            let patience = (self.settings().ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2));
-            answers = Some(self.parts.peers.status(members.clone(), patience).await);
+            answers = Some(self.ask(members).await);
         };
+        self.beside_a_primary = answers.iter().flat_map(BTreeMap::values).flatten().any(|peer| !peer.in_recovery);
         if self.note(decision.action.label(), &decision.reason) {
             info!("{}", decision.reason);
         } else {
@@ -375,6 +377,23 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             pg: &self.pg,
             memory: &self.memory,
             peers,
+        }
+    }
+
+    /// A member that is slow to answer must not cost a failover its speed. One that is gone from the DCS even less, as its host
+    /// may be gone with it, unless it has just answered.
+    fn ask(&self, members: &BTreeMap<MemberName, String>) -> impl Future<Output = PeerAnswers> + Send + 'static {
+        let there = |name: &MemberName| self.view.as_ref().is_some_and(|view| view.members.contains_key(name));
+        let (there, gone): (BTreeMap<_, _>, BTreeMap<_, _>) = members.clone().into_iter().partition(|(n, _)| there(n));
+        let ttl = self.settings().ttl;
+        let patience = (ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2));
+        let short = (ttl / 100).max(Duration::from_millis(50)).min(patience);
+        let with_gone = if self.beside_a_primary { patience } else { short };
+        let peers = self.parts.peers.clone();
+        async move {
+            let (mut answers, others) = tokio::join!(peers.status(there, patience), peers.status(gone, with_gone));
+            answers.extend(others);
+            answers
         }
     }
 

@@ -31,6 +31,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
         }
+        if let Some((leader, url)) = view.leader.as_ref().zip(view.leader_member().and_then(|m| m.api_url.as_ref())) {
+            self.memory.former_leader = Some((leader.name.clone(), url.clone()));
+        }
         self.view = Some(view.clone());
         if view.config.is_none() {
             let config = first_config(&self.parts.local, self.cached_config.as_ref());

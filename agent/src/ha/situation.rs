@@ -140,6 +140,8 @@ pub struct Memory {
     pub down_since: Option<Instant>,
     /// Since when it is a running standby that does not stream.
     pub dry_since: Option<Instant>,
+    /// The leader that was seen last, and its `api_url`.
+    pub former_leader: Option<(MemberName, String)>,
     /// Since when nobody leads, as far as this node has seen.
     pub leaderless_since: Option<Instant>,
     /// Our position, and since when it has been the same.

@@ -15,6 +15,9 @@ use crate::postgres::{PgStatus, Postgres};
 /// How soon a server that did not answer is looked at again, at the latest.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
+/// How soon a primary that has lost its key, and is about to end, is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
     /// would keep every node awake.
@@ -40,6 +43,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let mut wake = now + self.settings().loop_wait;
         if self.pg == PgStatus::Unresponsive {
             wake = wake.min(now + LOOK_AGAIN);
+        }
+        let leaderless = self.memory.leaderless_since.is_some_and(|since| now.since(since) < self.settings().ttl);
+        if self.beside_a_primary && leaderless {
+            // Nothing in the DCS says when it is one no longer.
+            wake = wake.min(now + ASK_AGAIN);
         }
         if let Some(until) = self.lease.session().leader_until() {
             let ttl = self.ttl();

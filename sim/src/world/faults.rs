@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use trunkline_agent::guard::Guard;
 use trunkline_agent::node::{Command, RestartFilter};
 use trunkline_common::ClusterView;
+use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::store::Outcome;
 use trunkline_config::merge;
@@ -206,6 +207,11 @@ impl World {
                 self.dcs_down.lock().0 -= 1;
                 self.refresh_links();
                 self.break_watches();
+            }
+            Fault::RevokeLease { node } => {
+                if let Some(member) = self.view().members.get(&name(node)) {
+                    let _ = self.stage.store().client().revoke(member.lease).await;
+                }
             }
             Fault::LoseAnswers { node, count } => {
                 if let Some(link) = &self.hosts.lock()[node].link {

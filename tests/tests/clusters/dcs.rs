@@ -118,9 +118,15 @@ async fn failsafe_scene(name: &str) -> Result<Scene> {
 
 /// The same, each node with a way to etcd of its own.
 async fn gated_failsafe_scene(name: &str) -> Result<(Scene, Vec<Gate>)> {
+    let (scene, gates) = gated_scene(name, failsafe_spec()?).await?;
+    Ok((listed(scene).await?, gates))
+}
+
+/// The cluster of `spec`, each node with a way to etcd of its own.
+async fn gated_scene(name: &str, spec: Spec) -> Result<(Scene, Vec<Gate>)> {
     let lab = Lab::new(name)?;
     let etcd = Etcd::start(&lab, 1).await?;
-    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), failsafe_spec()?)?;
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
     let mut gates = Vec::new();
     for node in &mut cluster.nodes {
         let gate = Gate::before(&etcd.endpoints()[0]).await?;
@@ -132,7 +138,7 @@ async fn gated_failsafe_scene(name: &str) -> Result<(Scene, Vec<Gate>)> {
     }
     cluster.settled(LIMIT).await?;
     let router = cluster.router().await?;
-    Ok((listed(Scene { lab, etcd, cluster, router }).await?, gates))
+    Ok((Scene { lab, etcd, cluster, router }, gates))
 }
 
 /// Waits until the `failsafe` key names all three.
@@ -315,6 +321,35 @@ async fn a_router_started_without_etcd_asks_the_members_that_it_knows() -> Resul
     ensure!(metrics.contains("leader_changes_total 1"), "its sessions were ended: {metrics}");
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
     scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_lease_is_revoked_is_gone_before_another_one_is_promoted() -> Result<()> {
+    let mut spec = Spec::new(3, &Program::agent()?);
+    // No standby holds its commits up, and it hears of its end later than everybody else.
+    spec.dcs = json!({ "synchronous_mode": false, "primary_start_timeout": 0 });
+    spec.timing = Timing { ttl: 20, loop_wait: 1, retry_timeout: 2 };
+    let (mut scene, gates) = gated_scene("revoked", spec).await?;
+    let load = scene.load().await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    let config = config::Etcd {
+        endpoints: scene.etcd.endpoints().iter().map(|endpoint| format!("http://{endpoint}")).collect(),
+        ..config::Etcd::default()
+    };
+    let client = EtcdDcs::connect(&config, SystemClock, Duration::from_secs(5)).await?;
+    let key = format!("/service/{}/leader", scene.cluster.spec().scope);
+    let lease = client.read(&key).await?.entries.first().context("there is no leader key")?.lease;
+    gates[old].slow(Duration::from_millis(300));
+    let fault = SystemClock.now();
+    client.revoke(lease).await?;
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    load.writers.progress(100, LIMIT).await?;
+    let outage = load.writers.record().outage(fault);
+    println!("a revoked lease: writes stood still for {outage:?}");
+    ensure!(outage < Duration::from_secs(10), "writes stood still for {outage:?}");
+    gates[old].slow(Duration::ZERO);
+    scene.finish_after_kill(load, old).await?;
     Ok(())
 }
 

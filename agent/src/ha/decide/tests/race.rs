@@ -55,6 +55,49 @@ fn another_running_primary_stops_the_race() {
 }
 
 #[test]
+fn nobody_races_beside_a_leader_whose_lease_was_revoked_and_that_does_not_know_yet() {
+    let url = |name: &str| format!("http://{name}:8008/patroni");
+    let mut world = world().leaderless();
+    world.memory.former_leader = Some(("a".into(), url("a")));
+    world.memory.leaderless_since = Some(NOW);
+    let asks = |world: &World| match world.decide().action {
+        Action::Ask(members) => members.keys().map(|name| name.as_str()).collect::<Vec<_>>().join(" "),
+        other => other.label().to_owned(),
+    };
+    let primary = || peer(0).map(|peer| PeerStatus { in_recovery: false, ..peer });
+    let answered = |world: &World, a| world.clone().answers(&[("a", a), ("c", peer(1000))]).decide();
+
+    assert_eq!(asks(&world), "a c");
+    let decision = answered(&world, primary());
+    assert_eq!((decision.action, decision.reason.as_str()), (Action::Abstain, "a still runs as primary"));
+    assert_eq!(answered(&world, peer(2000)).action, Action::Acquire(None), "it has no key to lead with");
+    assert_eq!(answered(&world, None).action, Action::Acquire(None), "its host is gone");
+
+    // Also where nobody else is in question: an operator has said who is to lead, or there is nobody else.
+    for mut alone in [world.clone().requested(Some("a"), Some("b")), world.clone()] {
+        alone.view().members.retain(|name, _| *name == "b".into());
+        assert_eq!(asks(&alone), "a");
+        assert_eq!(alone.clone().answers(&[("a", primary())]).decide().action, Action::Abstain);
+        assert_eq!(alone.answers(&[("a", None)]).decide().action, Action::Acquire(None));
+    }
+
+    // Whoever is in the DCS again is a member like any other.
+    let mut back = world.clone();
+    let member = back.view().members[&MemberName::from("c")].clone();
+    back.view().members.insert("a".into(), member);
+    assert_eq!(asks(&back), "a c");
+    assert_eq!(back.answers(&[("a", peer(2000)), ("c", peer(1000))]).decide().action, Action::Abstain);
+
+    // An agent that has just started knows of it by the failsafe key. After a lease's time nobody is asked any more.
+    let mut started = world.clone().failsafe(&["a", "b", "c"]);
+    started.memory.former_leader = None;
+    started.memory.started_at = NOW - Duration::from_secs(5);
+    assert_eq!(asks(&started), "a c");
+    world.memory.leaderless_since = Some(NOW - Duration::from_secs(5));
+    assert_eq!(asks(&world), "c");
+}
+
+#[test]
 fn nobody_waits_for_a_candidate_that_may_not_race() {
     let asked = |leader: Option<&str>, answer: Option<PeerStatus>| {
         let world = world().leaderless().synchronous("a", &["b"]).requested(leader, Some("c"));
