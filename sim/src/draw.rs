@@ -65,6 +65,7 @@ impl Scenario {
         nostream(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0004), &mut scenario);
         trials(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0002), &mut scenario);
         revocations(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0005), &mut scenario);
+        late_word(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0007), &mut scenario);
         scenario
     }
 }
@@ -166,6 +167,43 @@ fn revocations(rng: &mut SmallRng, scenario: &mut Scenario) {
         }
         scenario.add(at, Some(Aim::Leader), Fault::RevokeLease { node: 0 });
     }
+}
+
+/// The only standby is back, and gone again before the leader has an answer to what it writes of it. That is carried out when
+/// the leader is out, which went on alone meanwhile. A world of its own: anything besides would be in the way.
+fn late_word(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.settings["synchronous_mode"] == json!(false) || !rng.random_ratio(1, 32) {
+        return;
+    }
+    let count = scenario.nodes.len();
+    let standby = rng.random_range(0..count);
+    let other = (standby + rng.random_range(1..count)) % count;
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let gone = BOOTSTRAP + ttl * 2 + rng.random_range(3_000..6_000);
+    let back = gone + rng.random_range(500..3_000);
+    let slow = back + rng.random_range(0..1_500);
+    let again = slow + rng.random_range(200..2_500);
+    let still = again + rng.random_range(20..1_500);
+    let (request, lasts) = (rng.random_range(2_000..8_000), rng.random_range(200..1_500));
+    let ms = ttl * 4;
+    scenario.events.clear();
+    let leader = Some(Aim::Leader);
+    for out in (0..count).filter(|node| ![standby, other].contains(node)) {
+        scenario.add(BOOTSTRAP, None, Fault::CrashHost { node: out, ms: still + ms });
+    }
+    let mut leaves = |at, ms| {
+        scenario.add(at, None, Fault::KillAgent { node: standby, ms });
+        scenario.add(at, None, Fault::KillPostgres { node: standby });
+    };
+    leaves(gone, back - gone);
+    leaves(again, rng.random_range(200..2_000));
+    let cut = Fault::Cut { from: End::Postgres(standby), to: End::Postgres(other), both: true, ms };
+    scenario.add(again, None, cut);
+    scenario.add(slow, leader, Fault::SlowDcs { node: 0, request, answer: 0, ms: lasts });
+    if rng.random() {
+        scenario.add(again, leader, Fault::KillAgent { node: 0, ms: rng.random_range(1..200) });
+    }
+    scenario.add(still, leader, Fault::FreezeAgent { node: 0, ms });
 }
 
 impl Scenario {

@@ -181,7 +181,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 view.claimed = claims.unwrap_or(view.claimed);
                 if let Some(write) = write {
-                    view.sync = written(&self.me.name, &write, revision);
+                    view.sync = written(&write, revision);
                     self.memory.sync_settled = true;
                 }
                 // A request that this fulfils is cleared once writes go on: the leader finds it out of date.
@@ -307,11 +307,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             info!("this node could not be promoted; stopping it before the leader key is given back");
             return self.start_task(Action::Demote(DemoteMode::Sick));
         }
-        if let Some(write) = write {
+        // Also where there is nothing new to say: whom the first commits don't wait for must not get onto the key late.
+        if let Some(write) = write.or_else(|| self.unsettled(&view)) {
             match self.put_sync(write.clone()).await {
                 Ok(Outcome::Done(revision)) => {
                     let mut written_view = (*view).clone();
-                    written_view.sync = written(&self.me.name, &write, revision);
+                    written_view.sync = written(&write, revision);
                     let before = self.memory.sync_before.take().map_or_else(
                         || unwritten(&view.sync, revision),
                         |before| SyncWrite { seen: revision, ..before },
@@ -419,10 +420,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         match (&self.view, role) {
             (Some(view), StartAs::Primary) => StandbyNames {
                 text: sync::names_in_key(view, &self.me.name, &self.configured_names()),
-                settle: sync::settle(view).filter(|_| !self.memory.sync_settled),
+                settle: self.unsettled(view),
             },
             _ => StandbyNames::default(),
         }
+    }
+
+    /// What settles the `sync` key, where a write of it may still be on its way: comes before every change of whom commits
+    /// wait for.
+    pub(super) fn unsettled(&self, view: &ClusterView) -> Option<SyncWrite> {
+        sync::settle(view).filter(|_| !self.memory.sync_settled)
     }
 
     pub(super) fn configured_names(&self) -> String {
@@ -448,10 +455,11 @@ fn unwritten(before: &SyncState, revision: Revision) -> SyncWrite {
 }
 
 /// The `sync` key as we have just written it.
-pub(super) fn written(me: &MemberName, write: &SyncWrite, revision: Revision) -> SyncState {
+pub(super) fn written(write: &SyncWrite, revision: Revision) -> SyncState {
     let Some(value) = &write.value else { return SyncState::default() };
+    let leader = value.get("leader").and_then(|name| name.as_str()).map(MemberName::from);
     let listed = value.get("sync_standby").and_then(|names| names.as_str()).unwrap_or_default();
     let standbys = listed.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
     let quorum = value.get("quorum").and_then(|quorum| quorum.as_u64()).and_then(|quorum| quorum.try_into().ok());
-    SyncState { leader: Some(me.clone()), standbys, quorum: quorum.unwrap_or(0), revision }
+    SyncState { leader, standbys, quorum: quorum.unwrap_or(0), revision }
 }

@@ -168,8 +168,8 @@ pub struct Memory {
     pub must_not_lead: Option<String>,
     /// Position of the primary when each name of `synchronous_standby_names` came into force there.
     pub sync_since: BTreeMap<String, Lsn>,
-    /// Every write of the `sync` key by this agent was answered; not so before the first one, which an earlier agent may
-    /// have left unanswered.
+    /// No write of the `sync` key is left that could still be carried out: the last one of this agent was. Not so before the
+    /// first one, as an earlier agent may have left one unanswered.
     pub sync_settled: bool,
     /// What makes the `sync` key say again what it said before this node took the leader key, as long as no promotion was
     /// begun: whoever had every commit then still has.

@@ -253,6 +253,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// One step towards the wanted synchronous set; the next one follows at once.
     async fn upkeep_sync(&mut self) -> Next {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
+        if let Some(write) = self.unsettled(&view) {
+            // Carried out late, that write would promise for somebody whom commits wait for no longer.
+            return self.write_sync(write, "an earlier write of it may still be on its way".to_owned()).await;
+        }
         let in_force = running.synchronous_standby_names.clone();
         let proof = (running.postmaster_start_time.clone(), in_force.clone());
         if decide::synchronous(&view) && !in_force.is_empty() && self.names_proven.as_ref() != Some(&proof) {
@@ -319,7 +323,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 // The watch would show us nothing new, and a server that has to be started before it does must already wait
                 // for whom the key names.
                 let Some(view) = &self.view else { return Next::Wait };
-                let sync = act::written(&self.me.name, &write, revision);
+                let sync = act::written(&write, revision);
                 self.view = Some(Arc::new(ClusterView { revision, sync, ..(**view).clone() }));
                 Next::Again
             }
@@ -334,12 +338,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
-    /// Every answer settles what was asked before: the key has a newer revision then than any earlier write names. Without
-    /// one, also because the turn is cut off meanwhile, nothing is settled.
+    /// What is written settles what was asked before: the key has a newer revision then than any earlier write names. Without
+    /// an answer, also because the turn is cut off meanwhile, or where the key is not what was seen any more, nothing is settled.
     pub(super) async fn put_sync(&mut self, write: SyncWrite) -> Result<Outcome, DcsError> {
         self.memory.sync_settled = false;
         let outcome = self.parts.store.put_sync(write).await;
-        self.memory.sync_settled = outcome.is_ok();
+        self.memory.sync_settled = matches!(outcome, Ok(Outcome::Done(_)));
         outcome
     }
 
