@@ -303,7 +303,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn promote(&mut self, write: Option<SyncWrite>) -> Next {
         let (Some(view), PgStatus::Running(running)) = (self.view.clone(), self.pg.clone()) else { return Next::Wait };
         if self.memory.abstain_until.is_some_and(|until| self.parts.clock.now() < until) {
-            // A promotion that took too long may still go on: the key is given up only once the server is down.
+            // A promotion that got stuck may still go on: the key is given up only once the server is down.
             info!("this node could not be promoted; stopping it before the leader key is given back");
             return self.start_task(Action::Demote(DemoteMode::Sick));
         }

@@ -135,8 +135,8 @@ pub struct Hands<D, P, C, R> {
     pub name: MemberName,
 }
 
-/// Longest time a primary's start or a promotion is waited for. Recovery may take longer; the loop then sees a starting
-/// server and decides what `primary_start_timeout` means for it.
+/// Longest time a primary's start is waited for, and a promotion that does not get any further. Recovery may take longer;
+/// the loop then sees a starting server and decides what `primary_start_timeout` means for it.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {

@@ -405,9 +405,9 @@ impl Postgres for Instance {
         self.run_pre_promote(limit).await
     }
 
-    async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
+    async fn promote(&self, patience: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         let began = self.inner.clock.now();
-        let promoted = self.run_promote(limit, left_out).await;
+        let promoted = self.run_promote(patience, left_out).await;
         if promoted.is_ok() {
             self.inner.took.lock().promotion = Some(self.inner.clock.now().since(began));
         }

@@ -465,10 +465,11 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     }
 
     /// Promotes a standby and returns as soon as it takes writes, with its new timeline: the first number that is free. Those
-    /// of `left_out` are not.
+    /// of `left_out` are not. What is there to be replayed is replayed before, however long that takes; only one that does
+    /// not get any further for `patience` fails.
     fn promote(
         &self,
-        limit: Duration,
+        patience: Duration,
         left_out: Vec<TimelineId>,
     ) -> impl Future<Output = Result<TimelineId, PgError>> + Send;
 

@@ -4,18 +4,34 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal};
-use trunkline_common::{Clock, TimelineId};
+use trunkline_common::{Clock, Lsn, TimelineId};
 
 use super::instance::Instance;
 use super::observe::words;
 use super::ready::{Changes, Ended};
 use super::{ControlState, PgError, PgRole, PgStatus, StartAs, StopMode, Upstream, files, program, query, settings};
 
-/// How long a promotion may be silent before the startup process is woken again; more than a promotion takes.
-const PROMOTE_NUDGE: Duration = Duration::from_millis(30);
+/// How long a promotion may be silent before the startup process is woken for the first time; more than a promotion takes
+/// that has nothing left to replay.
+const FIRST_NUDGE: Duration = Duration::from_millis(30);
+
+/// Each nudge comes after twice the time, up to this: `wal_retrieve_retry_interval`, which it sleeps at most.
+const RARE_NUDGE: Duration = Duration::from_secs(5);
+
+/// How far a recovery is; whatever of it moves says that it goes on.
+#[derive(Default, PartialEq)]
+struct Progress {
+    /// pg_control as it is on the disk.
+    control: Option<Vec<u8>>,
+    /// When a file of WAL last came or went. PostgreSQL reads ahead since 15: it may fetch many files from an archive, if there
+    /// is little in them, before it replays the first.
+    fetched: Option<SystemTime>,
+    /// The furthest position seen to be replayed.
+    replayed: Option<Lsn>,
+}
 
 impl Instance {
     pub(super) async fn run_pre_promote(&self, limit: Duration) -> Result<(), PgError> {
@@ -26,8 +42,11 @@ impl Instance {
         done.map_err(|error| PgError::Refused(error.to_string()))
     }
 
-    pub(super) async fn run_promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
-        let until = self.inner.clock.now() + limit;
+    pub(super) async fn run_promote(
+        &self,
+        patience: Duration,
+        left_out: Vec<TimelineId>,
+    ) -> Result<TimelineId, PgError> {
         let config = self.config_now();
         let Some(postmaster) = self.process().find() else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
@@ -41,25 +60,37 @@ impl Instance {
         let signal = config.data_dir.join("promote");
         files::replace(&signal, "").map_err(|error| files::unwritable(&signal, &error))?;
         postmaster.signal(Signal::USR1);
-        // Recovery says "in production" there right after it has opened the server for writes.
+        // Recovery says "in production" there right after it has opened the server for writes. Before that it replays all
+        // WAL there is, here and in the archive: as long as that takes.
         let in_production = || (self.control().ok()?.state == ControlState::InProduction).then_some(());
+        let mut until = self.inner.clock.now() + patience;
+        let (mut nudge, mut progress) = (FIRST_NUDGE, Progress::default());
         loop {
             let left = until.since(self.inner.clock.now());
-            match changes.until(&postmaster, left.min(PROMOTE_NUDGE), in_production).await {
+            match changes.until(&postmaster, nudge.min(left), in_production).await {
                 Ok(()) => break,
                 Err(Ended::Gone) => return Err(PgError::Failed("PostgreSQL ended while it was promoted".to_owned())),
                 // A startup process that has just lost its WAL receiver sleeps out wal_retrieve_retry_interval (5 s),
                 // promotion or not; a reload is one of the few things that wake it.
-                Err(Ended::Timeout) if left > PROMOTE_NUDGE => {
+                Err(Ended::Timeout) => {
                     postmaster.signal(Signal::HUP);
                 }
-                Err(Ended::Timeout) => return Err(PgError::Timeout { what: "promotion".to_owned(), limit }),
+            }
+            nudge = (nudge * 2).min(RARE_NUDGE);
+            let now = self.progress(&progress).await;
+            if now != progress {
+                if let Some(position) = now.replayed.filter(|_| nudge == RARE_NUDGE) {
+                    tracing::info!("the promotion waits for replay, which has got to {position}");
+                }
+                (progress, until) = (now, self.inner.clock.now() + patience);
+            } else if until <= self.inner.clock.now() {
+                let what = "promotion, whose replay does not go on,".to_owned();
+                return Err(PgError::Timeout { what, limit: patience });
             }
         }
         self.inner.managed.lock().role = "primary";
         self.confirm_sync_names(&postmaster).await?;
-        let left = until.since(self.inner.clock.now()).max(Duration::from_secs(1));
-        let timeline = match self.look(left).await {
+        let timeline = match self.look(patience).await {
             PgStatus::Running(running) if running.role == PgRole::Primary => running.timeline,
             status => return Err(PgError::Failed(format!("the server is {} after its promotion", words(&status)))),
         };
@@ -68,6 +99,20 @@ impl Instance {
         self.reload_if_changed()?;
         tracing::info!("promoted, timeline {timeline}");
         Ok(timeline)
+    }
+
+    /// How far recovery is, `before` being how far it was.
+    async fn progress(&self, before: &Progress) -> Progress {
+        let replayed = match self.look(Duration::from_secs(1)).await {
+            PgStatus::Running(running) => running.replay_lsn,
+            _ => None,
+        };
+        let data_dir = self.config_now().data_dir.clone();
+        Progress {
+            control: fs::read(data_dir.join("global/pg_control")).ok(),
+            fetched: fs::metadata(data_dir.join("pg_wal")).and_then(|wal| wal.modified()).ok(),
+            replayed: replayed.max(before.replayed),
+        }
     }
 
     pub(super) async fn run_follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {

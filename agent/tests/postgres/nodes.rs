@@ -64,11 +64,7 @@ impl Place {
     /// A running primary with users.
     pub async fn primary(&self, name: &'static str) -> Node {
         let node = self.node(name);
-        let options =
-            vec!["--encoding=UTF8".into(), "--locale=C".into(), "--no-sync".into(), "--data-checksums".into()];
-        node.pg.initdb(options, HBA.map(str::to_owned).into()).await.expect("initdb");
-        node.pg.start(StartAs::Primary, LIMIT).await.expect("start");
-        node.pg.create_users(None).await.expect("users");
+        node.start_new().await;
         node
     }
 
@@ -83,6 +79,21 @@ impl Place {
 }
 
 impl Node {
+    /// Makes it a running primary with users.
+    pub async fn start_new(&self) {
+        let options =
+            vec!["--encoding=UTF8".into(), "--locale=C".into(), "--no-sync".into(), "--data-checksums".into()];
+        self.pg.initdb(options, HBA.map(str::to_owned).into()).await.expect("initdb");
+        self.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        self.pg.create_users(None).await.expect("users");
+    }
+
+    /// PostgreSQL's log.
+    pub fn log(&self) -> String {
+        let files = fs::read_dir(self.dir.join("log")).expect("a log").flatten();
+        files.map(|file| fs::read_to_string(file.path()).expect("a file of the log")).collect()
+    }
+
     pub fn upstream(&self) -> Upstream {
         Upstream { name: self.name.into(), host: "127.0.0.1".into(), port: self.port, slot: None }
     }

@@ -3,8 +3,9 @@
 use std::fs;
 use std::time::Duration;
 
-use trunkline_agent::postgres::{Divergence, Postgres as _, StartAs, StopMode};
-use trunkline_common::TimelineId;
+use trunkline_agent::postgres::{Divergence, PgError, Postgres as _, StartAs, StopMode};
+use trunkline_common::{Clock as _, SystemClock, TimelineId};
+use trunkline_config::PostgresConfig;
 
 use crate::nodes::{LIMIT, Place, as_postgres};
 
@@ -105,6 +106,66 @@ fn a_number_that_may_be_taken_is_left_out() {
         a.pg.rewind(d.upstream()).await.expect("it crashed as a primary");
         a.pg.start(StartAs::Standby(Some(d.upstream())), LIMIT).await.expect("start");
         d.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
+    });
+}
+
+/// A standby that has much to replay yet, from an archive that is slow: nobody gives up as long as it gets on.
+#[test]
+fn a_promotion_waits_for_replay_that_goes_on() {
+    as_postgres("timelines::a_promotion_waits_for_replay_that_goes_on", || async {
+        let place = Place::new();
+        let archive = place.0.path().join("archive");
+        fs::create_dir(&archive).expect("archive");
+        let a = place.node("a");
+        let mut config = a.pg.config();
+        config.parameters.insert("archive_mode".into(), "on".into());
+        config.parameters.insert("archive_command".into(), format!("cp %p {}/%f", archive.display()));
+        a.pg.configure(config).await.expect("configure");
+        a.start_new().await;
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let (b, c) = (place.node("b"), place.node("c"));
+        for node in [&b, &c] {
+            node.pg.clone_from(a.upstream()).await.expect("clone");
+        }
+        for _ in 0..9 {
+            a.sql("INSERT INTO t VALUES (1); SELECT pg_switch_wal()").await.expect("a segment of WAL");
+        }
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("everything is archived");
+
+        // Each segment takes less than the patience, all of them more. The archive is there once the server is up.
+        let (step, patience) = (Duration::from_millis(700), Duration::from_secs(3));
+        let from_archive = |command: String| {
+            let mut config = b.pg.config();
+            config.recovery_conf.insert("restore_command".into(), command);
+            config.recovery_conf
+        };
+        let open = place.0.path().join("open");
+        let slow = from_archive(format!(
+            "test -e {open} && test -e {archive}/%f && sleep {step} && cp {archive}/%f %p",
+            open = open.display(),
+            archive = archive.display(),
+            step = step.as_secs_f64(),
+        ));
+        b.pg.configure(PostgresConfig { recovery_conf: slow, ..b.pg.config() }).await.expect("configure");
+        b.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        fs::write(&open, "").expect("open");
+        let begun = SystemClock.now();
+        assert_eq!(b.pg.promote(patience, Vec::new()).await, Ok(TimelineId(2)));
+        let took = SystemClock.now().since(begun);
+        assert!(took > patience, "{took:?} were too short to show anything");
+        b.sql("DO $$ BEGIN ASSERT (SELECT count(*) FROM t) = 9; END $$").await.expect("all that the archive had");
+        let nudges = b.log().matches("received SIGHUP").count();
+        assert!(nudges <= 10, "{nudges} in {took:?}");
+
+        // This one's archive has nothing, and in the end it does not even answer.
+        let mute = place.0.path().join("mute");
+        let stuck = from_archive(format!("test -e {} && exec sleep 60; false", mute.display()));
+        c.pg.configure(PostgresConfig { recovery_conf: stuck, ..c.pg.config() }).await.expect("configure");
+        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        fs::write(&mute, "").expect("mute");
+        let error = c.pg.promote(patience, Vec::new()).await;
+        assert!(matches!(error, Err(PgError::Timeout { limit, .. }) if limit == patience), "{error:?}");
+        c.pg.fence(Duration::from_secs(5)).await.expect("fence");
     });
 }
 
