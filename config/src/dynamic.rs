@@ -341,7 +341,8 @@ fn read_standby_cluster(root: &Section<'_>) -> Option<Map<String, Value>> {
     None
 }
 
-/// The first of the three names that has any.
+/// The first of the three names that has any. A bad entry is no slot at all, as with Patroni: one that was meant to be logical
+/// and is made physical keeps WAL for nobody.
 fn read_slots(root: &Section<'_>) -> Map<String, Value> {
     let names = ["permanent_replication_slots", "permanent_slots", "slots"];
     let Some(key) = names.into_iter().find(|key| root.get(key).is_some_and(tags::truthy)) else { return Map::new() };
@@ -350,8 +351,9 @@ fn read_slots(root: &Section<'_>) -> Map<String, Value> {
     for (name, definition) in section.map() {
         if !is_slot_name(name) {
             section.wrong::<()>(name, "a slot's name has 1 to 63 of a-z, 0-9 and _");
-        } else if tags::truthy(definition) && !definition.is_object() {
-            section.wrong::<()>(name, "a map (type, database, plugin) is expected");
+        } else if let Err(why) = check_slot(&section, name, definition) {
+            // Patroni's words: operators look for them.
+            section.wrong::<()>(name, format!("Bad value for slot '{name}': {why}"));
         } else {
             slots.insert(name.clone(), definition.clone());
         }
@@ -359,14 +361,51 @@ fn read_slots(root: &Section<'_>) -> Map<String, Value> {
     slots
 }
 
+/// What is wrong with one of them.
+fn check_slot(section: &Section<'_>, name: &str, definition: &Value) -> Result<(), &'static str> {
+    if !tags::truthy(definition) {
+        return Ok(());
+    }
+    let Some(map) = definition.as_object() else { return Err("a map (type, database, plugin) is expected") };
+    let slot = Section::at(map, section.path(name), section.report());
+    slot.unknown(&["type", "database", "plugin", "cluster_type"]);
+    match map.get("type").map(Value::as_str) {
+        Some(Some("logical")) if logical_slot(definition).is_none() => Err("a logical slot needs database and plugin"),
+        Some(Some("logical" | "physical")) => Ok(()),
+        Some(_) => Err("type is physical or logical"),
+        None => {
+            if logical_slot(definition).is_none() && (slot.has("database") || slot.has("plugin")) {
+                section.notice(name, "is a physical slot; a logical one needs both database and plugin");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Database and plugin of an entry of `slots`; `None`: it is a physical one (config §4).
+pub fn logical_slot(definition: &Value) -> Option<(&str, &str)> {
+    let text = |key: &str| definition.get(key).and_then(Value::as_str);
+    let given = |key: &str| text(key).filter(|text| !text.is_empty());
+    (text("type") != Some("physical")).then_some((given("database")?, given("plugin")?))
+}
+
 fn is_slot_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
+/// The fields of a matcher of `ignore_slots`. Any other says nothing, as with Patroni: a matcher with nothing else is about
+/// every slot.
+const SLOT_FIELDS: &[&str] = &["name", "type", "database", "plugin"];
+
 fn read_ignored_slots(root: &Section<'_>) -> Vec<Map<String, Value>> {
     match root.get("ignore_slots") {
         Some(Value::Array(items)) if items.iter().all(Value::is_object) => {
-            items.iter().filter_map(Value::as_object).cloned().collect()
+            let matchers: Vec<_> = items.iter().filter_map(Value::as_object).cloned().collect();
+            for (at, matcher) in matchers.iter().enumerate() {
+                let path = format!("{}[{at}]", root.path("ignore_slots"));
+                Section::at(matcher, path, root.report()).unknown(SLOT_FIELDS);
+            }
+            matchers
         }
         Some(value) if tags::truthy(value) => {
             root.wrong("ignore_slots", "a list of maps (name, type, database, plugin) is expected").unwrap_or_default()
@@ -453,25 +492,57 @@ mod tests {
     #[test]
     fn bad_values_keep_their_defaults_and_are_told() {
         let value = json!({
-            "ttl": "soon", "maximum_lag_on_failover": -1, "pause": [], "slots": {"Bad-Name": {}, "good": {}, "odd": "x"},
+            "ttl": "soon", "maximum_lag_on_failover": -1, "pause": [],
+            "slots": {
+                "Bad-Name": {}, "good": {}, "odd": "x", "lame": {"type": "logical", "database": "d"}, "loud": {"type": "Logical"},
+                "half": {"plugin": "p", "databse": "d"}, "kept": {"type": "physical", "database": "d", "plugin": "p"},
+            },
             "ignore_slots": "x", "postgresql": 5, "looop_wait": 1, "primary_start_timeout": 1.0e300,
         });
         let (settings, _) = Settings::from_value(&value);
-        assert_eq!(settings.slots.keys().collect::<Vec<_>>(), ["good"]);
+        assert_eq!(settings.slots.keys().collect::<Vec<_>>(), ["good", "half", "kept"]);
         assert_eq!(Settings { slots: Map::new(), ..settings }, Settings::default());
         assert_eq!(
             notices(value),
             [
                 "dynamic configuration: looop_wait: unknown key, ignored; loop_wait was meant?",
+                "dynamic configuration: slots.half.databse: unknown key, ignored; database was meant?",
+                "dynamic configuration: slots.half: is a physical slot; a logical one needs both database and plugin",
                 "dynamic configuration: ttl: \"soon\" is ignored: a whole number of at most 31536000 is expected",
                 "dynamic configuration: postgresql: 5 is ignored: a section (key: value) is expected",
                 "dynamic configuration: maximum_lag_on_failover: -1 is ignored: a whole number of at least 0 is expected",
                 "dynamic configuration: primary_start_timeout: 1e+300 is ignored: a whole number from 0 to 31536000 is expected",
                 "dynamic configuration: pause: [] is ignored: on, off, true, false, yes or no is expected",
                 "dynamic configuration: slots.Bad-Name: {…} is ignored: a slot's name has 1 to 63 of a-z, 0-9 and _",
-                "dynamic configuration: slots.odd: \"x\" is ignored: a map (type, database, plugin) is expected",
+                "dynamic configuration: slots.odd: \"x\" is ignored: Bad value for slot 'odd': a map (type, database, plugin) is expected",
+                "dynamic configuration: slots.lame: {…} is ignored: Bad value for slot 'lame': a logical slot needs database and plugin",
+                "dynamic configuration: slots.loud: {…} is ignored: Bad value for slot 'loud': type is physical or logical",
                 "dynamic configuration: ignore_slots: \"x\" is ignored: a list of maps (name, type, database, plugin) is expected",
             ]
+        );
+    }
+
+    #[test]
+    fn what_a_slot_is() {
+        for (definition, logical) in [
+            (json!({"database": "d", "plugin": "p"}), Some(("d", "p"))),
+            (json!({"type": "logical", "database": "d", "plugin": "p"}), Some(("d", "p"))),
+            (json!({"type": "physical", "database": "d", "plugin": "p"}), None),
+            (json!({"database": "d", "plugin": ""}), None),
+            (json!({"plugin": "p"}), None),
+            (json!(0), None),
+        ] {
+            assert_eq!(logical_slot(&definition), logical, "{definition}");
+        }
+    }
+
+    #[test]
+    fn unknown_fields_of_matchers_are_told() {
+        let value = json!({"ignore_slots": [{"name": "a"}, {"nme": "b", "type": "logical"}]});
+        assert_eq!(Settings::from_value(&value).0.ignore_slots.len(), 2);
+        assert_eq!(
+            notices(value),
+            ["dynamic configuration: ignore_slots[1].nme: unknown key, ignored; name was meant?"]
         );
     }
 

@@ -25,7 +25,7 @@ mod shutdown;
 mod upkeep;
 mod wake;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,6 +116,8 @@ pub struct Ha<D, P, C, R> {
     configured: Option<PostgresConfig>,
     published: Published,
     slots_seen: slots::Seen,
+    /// Permanent logical slots that are called like a member's, as they were told.
+    slots_clashing: BTreeSet<String>,
     /// When logical slots were last copied from the primary.
     slots_copied: Option<Instant>,
     /// The postmaster (by its start) and the `synchronous_standby_names` that it has been proven to wait by.
@@ -209,6 +211,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             configured: None,
             published: Published::default(),
             slots_seen: slots::Seen::new(),
+            slots_clashing: BTreeSet::new(),
             slots_copied: None,
             names_proven: None,
             waits_in_vain: false,

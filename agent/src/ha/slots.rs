@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName};
-use trunkline_config::tags;
+use trunkline_config::{dynamic, tags};
 
 use super::situation::{Me, replicates_from};
 use crate::postgres::{SlotKind, WantedSlot};
@@ -106,6 +106,13 @@ fn known(view: &ClusterView, slot: &str) -> Option<Lsn> {
     view.status.slots.as_ref().and_then(|slots| slots.get(slot)).copied()
 }
 
+/// Permanent logical slots that there can't be here: they are called like the physical one of a member.
+pub fn clashes(view: &ClusterView, wanted: &BTreeMap<String, WantedSlot>) -> BTreeSet<String> {
+    let physical = |slot: &String| wanted.get(slot).is_some_and(|wanted| wanted.kind == SlotKind::Physical);
+    let clashes = permanent(view).filter(|(slot, definition)| kind(definition) != SlotKind::Physical && physical(slot));
+    clashes.map(|(slot, _)| slot.clone()).collect()
+}
+
 /// What a leader publishes of a member's slot that is at `at` here, if it is there yet: other nodes remove WAL by it. A slot
 /// that was made here while its member was away begins where this node was then, perhaps past what the member still needs, so
 /// no more is published than what it is known to have: `told`, or what was published before.
@@ -174,13 +181,11 @@ pub fn permanent(view: &ClusterView) -> impl Iterator<Item = (&String, &Value)> 
     view.settings.slots.iter().filter(move |(_, definition)| fits(definition))
 }
 
-/// What an entry of `slots` is (config §4): physical where it is no mapping at all, says so, or lacks database or plugin.
+/// What an entry of `slots` is.
 fn kind(definition: &Value) -> SlotKind {
-    let text = |key: &str| definition.get(key).and_then(Value::as_str).map(str::to_owned);
-    match (text("type"), text("database"), text("plugin")) {
-        (Some(kind), ..) if kind == "physical" => SlotKind::Physical,
-        (_, Some(database), Some(plugin)) => SlotKind::Logical { database, plugin },
-        _ => SlotKind::Physical,
+    match dynamic::logical_slot(definition) {
+        Some((database, plugin)) => SlotKind::Logical { database: database.to_owned(), plugin: plugin.to_owned() },
+        None => SlotKind::Physical,
     }
 }
 
@@ -315,6 +320,16 @@ mod tests {
             needs_feedback(&view, &me(name, &tags))
         };
         assert_eq!(["b", "c", "d", "e", "f"].map(feedback), [true, true, true, false, false]);
+    }
+
+    #[test]
+    fn a_logical_slot_called_like_a_member_is_told() {
+        let logical = json!({ "database": "x", "plugin": "y" });
+        let view = view(&json!({ "slots": { "b": logical.clone(), "log": logical, "d": 0 } }));
+        let me = me("a", &json!({}));
+        let wanted = wanted(&view, &me, Part::Leader, &Seen::new(), &BTreeMap::new());
+        assert_eq!(wanted["b"].kind, SlotKind::Physical);
+        assert_eq!(clashes(&view, &wanted), ["b".to_owned()].into());
     }
 
     #[test]

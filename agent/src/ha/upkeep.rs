@@ -131,6 +131,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         slots::note(&mut self.slots_seen, &view, &self.me, leads, self.parts.clock.now());
         let part = if leads { slots::Part::Leader } else { slots::Part::Replica };
         let wanted = slots::wanted(&view, &self.me, part, &self.slots_seen, &self.memory.heard);
+        let clashes = slots::clashes(&view, &wanted);
+        for slot in clashes.difference(&self.slots_clashing) {
+            // Patroni's words: operators look for them.
+            warn!(
+                "Permanent logical replication slot {slot} is conflicting with physical replication slot for cluster member; it is not made"
+            );
+        }
+        self.slots_clashing = clashes;
         let mut plan = SlotPlan {
             wanted,
             known: None,

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use trunkline_common::Lsn;
+use trunkline_config::tags;
 
 use super::bootstrap::literal;
 use super::instance::Instance;
@@ -164,20 +165,21 @@ pub fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<
     steps
 }
 
-/// Whether a matcher of `ignore_slots` is about this slot: all that it names must fit.
+/// Whether a matcher of `ignore_slots` is about this slot: of its four fields those that say something must fit. One that is
+/// null or empty says nothing, and neither does any other field, as with Patroni.
 fn is_ignored(matchers: &[Map<String, Value>], name: &str, slot: &Slot) -> bool {
-    let fits = |(field, value): (&String, &Value)| {
-        let value = value.as_str();
-        match (field.as_str(), &slot.kind) {
-            ("name", _) => value == Some(name),
-            ("type", SlotKind::Physical) => value == Some("physical"),
-            ("type", SlotKind::Logical { .. }) => value == Some("logical"),
-            ("database", SlotKind::Logical { database, .. }) => value == Some(database),
-            ("plugin", SlotKind::Logical { plugin, .. }) => value == Some(plugin),
-            _ => false,
-        }
+    let (kind, database, plugin) = match &slot.kind {
+        SlotKind::Physical => ("physical", None, None),
+        SlotKind::Logical { database, plugin } => ("logical", Some(database.as_str()), Some(plugin.as_str())),
     };
-    matchers.iter().any(|matcher| matcher.iter().all(fits))
+    let fields = [("name", Some(name)), ("type", Some(kind)), ("database", database), ("plugin", plugin)];
+    let fits = |matcher: &Map<String, Value>| {
+        fields.iter().all(|(field, actual)| {
+            let wanted = matcher.get(*field).filter(|wanted| tags::truthy(wanted));
+            wanted.is_none_or(|wanted| actual.is_some_and(|actual| wanted == actual))
+        })
+    };
+    matchers.iter().any(fits)
 }
 
 impl Instance {
@@ -535,12 +537,38 @@ mod tests {
                 vec![],
             ),
             (
+                "fields that say nothing",
+                SlotPlan {
+                    ignored: ignored(json!({ "name": "a", "database": null, "plugin": "", "owner": "x" })),
+                    ..may.clone()
+                },
+                vec![],
+            ),
+            (
+                "no number is a name",
+                SlotPlan { ignored: ignored(json!({ "name": "a", "plugin": 5 })), ..may.clone() },
+                drop.clone(),
+            ),
+            (
                 "another one's matcher",
                 SlotPlan { ignored: ignored(json!({ "name": "a", "plugin": "q" })), ..may },
                 drop,
             ),
         ] {
             assert_eq!(planned(Some(slot(logical())), None, Some(9), &plan), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_physical_slot_is_of_no_database() {
+        let matcher = |value: Value| value.as_object().cloned().into_iter().collect::<Vec<_>>();
+        for (value, ignored) in [
+            (json!({ "type": "physical" }), true),
+            (json!({ "database": "d" }), false),
+            (json!({ "database": 5 }), false),
+            (json!({}), true),
+        ] {
+            assert_eq!(is_ignored(&matcher(value.clone()), "a", &slot(SlotKind::Physical)), ignored, "{value}");
         }
     }
 
