@@ -166,6 +166,57 @@ fn the_environment_alone_is_enough() {
 }
 
 #[test]
+fn what_nobody_reads_is_told_wherever_it_stands() {
+    let text = "
+scope: d
+name: a
+restapi: {listen: '127.0.0.1:1'}
+etcd3: {host: 'e:1'}
+bootstrap:
+  dcs: {}
+  post_boostrap: /x
+  initdbs: {encoding: UTF8}
+  clone: {command: /x}
+postgresql:
+  listen: '127.0.0.1:2'
+  data_dir: /d
+  paramters: {work_mem: 1MB}
+  wal_e: {command: /x}
+  barman: {}
+  create_replica_methods: [barman]
+  callbacks: {on_rolechange: /x, on_stop: /x}
+  bin_name: {postgress: p}
+  authentication:
+    superuser: {username: s, sslcrl: /crl, channel_binding: require, gssencmode: prefer, sslnegotiation: direct}
+    replication: {username: r}
+    rewnd: {username: w}
+";
+    let (local, notices) = with_file(text, |file| Local::load(Some(file), &Env::default())).expect("loads");
+    let shown: Vec<_> = notices.iter().map(|notice| format!("{}: {}", notice.path, notice.message)).collect();
+    let libpq = "is for replication and PostgreSQL's programs; the agent's own connections do without it";
+    assert_eq!(
+        shown,
+        [
+            "bootstrap.post_boostrap: unknown key, ignored; post_bootstrap was meant?".to_owned(),
+            "bootstrap.initdbs: unknown key, ignored; initdb was meant?".to_owned(),
+            "postgresql.paramters: unknown key, ignored; parameters was meant?".to_owned(),
+            "postgresql.authentication.rewnd: unknown key, ignored; rewind was meant?".to_owned(),
+            "postgresql.callbacks.on_rolechange: unknown key, ignored; on_role_change was meant?".to_owned(),
+            "postgresql.bin_name.postgress: unknown key, ignored; postgres was meant?".to_owned(),
+            format!("postgresql.authentication.superuser.sslcrl: {libpq}"),
+            format!("postgresql.authentication.superuser.channel_binding: {libpq}"),
+            format!("postgresql.authentication.superuser.sslnegotiation: {libpq}"),
+        ]
+    );
+    // The same of the dynamic configuration.
+    let dynamic = json!({ "postgresql": { "parametres": { "work_mem": "1MB" }, "callbacks": { "on_strat": "/x" } } });
+    let notices = Settings::from_value(&dynamic).1;
+    let paths: Vec<_> = notices.iter().map(|notice| notice.path.as_str()).collect();
+    assert_eq!(paths, ["postgresql.parametres", "postgresql.callbacks.on_strat"]);
+    assert_eq!(PostgresConfig::effective(&local, &Settings::default()).1, []);
+}
+
+#[test]
 fn every_error_is_told_at_once_with_its_place() {
     let text = "
 scope: ''
@@ -271,6 +322,7 @@ bootstrap:
     retry_timeout: 5
     synchronous_mode: perhaps
     maximum_lag_on_failover: -1
+    slots: {{audit: {{type: logical, database: d}}}}
     postgresql:
       use_slots: perhaps
       parameters: {{max_connections: 5, hot_standby: off}}
@@ -309,6 +361,7 @@ patroni.yml: postgresql.bin_dir = \"DIR\": has no program pg_basebackup
 patroni.yml: bootstrap.dcs.ttl = 10: loop_wait + 2 * retry_timeout must not exceed ttl, but 12 > 10; make ttl longer, or the others shorter
 patroni.yml: bootstrap.dcs.synchronous_mode = \"perhaps\": one of on, off, true, false, yes, no, 1, 0, quorum is expected
 patroni.yml: bootstrap.dcs.maximum_lag_on_failover = -1: a whole number of at least 0 is expected
+patroni.yml: bootstrap.dcs.slots.audit = {…}: Bad value for slot 'audit': a logical slot needs database and plugin
 patroni.yml: bootstrap.dcs.postgresql.parameters.max_connections = 5: at least 25 is expected; 100 is used
 patroni.yml: bootstrap.dcs.postgresql.parameters.hot_standby = \"off\": must be on; on is used
 patroni.yml: bootstrap.dcs.postgresql.use_slots = \"perhaps\": on, off, true, false, yes or no is expected

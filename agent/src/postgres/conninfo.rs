@@ -6,7 +6,7 @@ use std::path::Path;
 
 use trunkline_config::postgres::Credentials;
 
-use super::Upstream;
+use super::{Upstream, tls};
 
 /// Keys in the order Patroni writes them (config reference §8.1); `password` never stands in a conninfo.
 const ORDER: [&str; 20] = [
@@ -62,7 +62,7 @@ pub fn to_upstream(upstream: &Upstream, credentials: &Credentials, passfile: &Pa
     if credentials.password.is_some() {
         set("passfile", &passfile.to_string_lossy());
     }
-    set("sslmode", "prefer");
+    set("sslmode", tls::default_mode(credentials.options.get("sslrootcert").map(String::as_str)));
     set("gssencmode", "prefer");
     if version >= 13 {
         set("channel_binding", "prefer");

@@ -20,7 +20,8 @@ pub async fn negotiate(
     user: &Credentials,
 ) -> Result<Either<TcpStream, Box<TlsStream<TcpStream>>>, String> {
     let option = |key: &str| user.options.get(key).map(String::as_str).filter(|value| !value.is_empty());
-    let mode = option("sslmode").unwrap_or("prefer");
+    let root = option("sslrootcert");
+    let mode = option("sslmode").unwrap_or(default_mode(root));
     if matches!(mode, "disable" | "allow") {
         return Ok(Either::Left(stream));
     }
@@ -35,21 +36,31 @@ pub async fn negotiate(
         _ => return Err("an unexpected answer to SSLRequest".to_owned()),
     }
     let file = |key: &str| option(key).map(Path::new);
-    let root = file("sslrootcert");
-    let config = client_config(root, file("sslcert"), file("sslkey"), verification(mode, root.is_some())?);
+    let verify = verification(mode, root)?;
+    let root = root.filter(|root| *root != SYSTEM).map(Path::new);
+    let config = client_config(root, file("sslcert"), file("sslkey"), verify);
     let config = config.map_err(|error| error.to_string())?;
     let name = ServerName::try_from(host.to_owned()).map_err(|error| format!("{host}: {error}"))?;
     let stream = TlsConnector::from(config).connect(name, stream).await.map_err(io)?;
     Ok(Either::Right(Box::new(stream)))
 }
 
+/// libpq's word (since 16) for a `sslrootcert` that is whom the system trusts.
+const SYSTEM: &str = "system";
+
+/// `sslmode` where none is given. Whom the system trusts may be anybody who has a certificate, so its name counts.
+pub fn default_mode(root: Option<&str>) -> &'static str {
+    if root == Some(SYSTEM) { "verify-full" } else { "prefer" }
+}
+
 /// What is verified: `require` with a root certificate is `verify-ca`, as in libpq.
-fn verification(mode: &str, root: bool) -> Result<Verify, String> {
+fn verification(mode: &str, root: Option<&str>) -> Result<Verify, String> {
     match (mode, root) {
-        ("prefer", _) | ("require", false) => Ok(Verify::Nothing),
-        ("require" | "verify-ca", true) => Ok(Verify::Chain),
-        ("verify-full", true) => Ok(Verify::Full),
-        ("verify-ca" | "verify-full", false) => Err(format!("sslmode {mode} needs sslrootcert")),
+        ("verify-full", Some(_)) => Ok(Verify::Full),
+        (mode, Some(SYSTEM)) => Err(format!("sslmode {mode} is too weak for sslrootcert system; use verify-full")),
+        ("prefer", _) | ("require", None) => Ok(Verify::Nothing),
+        ("require" | "verify-ca", Some(_)) => Ok(Verify::Chain),
+        ("verify-ca" | "verify-full", None) => Err(format!("sslmode {mode} needs sslrootcert")),
         _ => Err(format!("sslmode {mode} is not known")),
     }
 }
@@ -60,10 +71,13 @@ mod tests {
 
     #[test]
     fn sslmode_means_what_it_means_to_libpq() {
-        assert_eq!(verification("prefer", true), Ok(Verify::Nothing));
-        assert_eq!(verification("require", false), Ok(Verify::Nothing));
-        assert_eq!(verification("require", true), Ok(Verify::Chain));
-        assert_eq!(verification("verify-full", true), Ok(Verify::Full));
-        assert!(verification("verify-ca", false).is_err() && verification("yes", true).is_err());
+        let file = Some("/ca.crt");
+        assert_eq!(verification("prefer", file), Ok(Verify::Nothing));
+        assert_eq!(verification("require", None), Ok(Verify::Nothing));
+        assert_eq!(verification("require", file), Ok(Verify::Chain));
+        assert_eq!(verification("verify-full", file), Ok(Verify::Full));
+        assert!(verification("verify-ca", None).is_err() && verification("yes", file).is_err());
+        assert_eq!(verification(default_mode(Some("system")), Some("system")), Ok(Verify::Full));
+        assert!(verification("require", Some("system")).is_err());
     }
 }

@@ -275,6 +275,8 @@ fn quiet_user(section: &Section<'_>, key: &str) -> Option<(String, Secret)> {
     Some((text("username")?, Secret::new(text("password")?)))
 }
 
+const KNOWN_BOOTSTRAP: &[&str] = &["dcs", "method", "initdb", "pg_hba", "users", "post_bootstrap", "post_init"];
+
 fn read_bootstrap(section: &Section<'_>) -> Bootstrap {
     if !section.has("dcs") {
         section.notice("dcs", "missing; a new cluster starts with the defaults");
@@ -283,6 +285,11 @@ fn read_bootstrap(section: &Section<'_>) -> Bootstrap {
         section.notice("users", "ignored, as in Patroni since 4.0; use post_bootstrap");
     }
     let method = section.text("method").unwrap_or_else(|| "initdb".to_owned());
+    // Of several ways to make a cluster `method` names one; the environment may name another.
+    let is_method = |(key, value): &(&String, &Value)| **key == method || value.get("command").is_some();
+    let methods = section.map().iter().filter(is_method).map(|(key, _)| key.as_str());
+    let known: Vec<&str> = KNOWN_BOOTSTRAP.iter().copied().chain(methods).collect();
+    section.unknown(&known);
     let custom = section.map().get(&method).and_then(|custom| custom.get("command")).is_some();
     if method != "initdb" && !custom {
         section.notice("method", format!("{method} has no section with a command here; initdb is used"));

@@ -63,10 +63,32 @@ fn check_local(section: &Section<'_>) {
         if let Some(credentials) = &credentials {
             credentials.unknown(CREDENTIALS);
             CREDENTIALS.iter().for_each(|key| drop(credentials.text(key)));
+            told_for_libpq_only(credentials);
         }
         let named = credentials.is_some_and(|credentials| credentials.has("username"));
         if user == "replication" && !named {
             section.missing::<()>("authentication.replication.username", "the user that standbys connect as", None);
+        }
+    }
+}
+
+/// What only libpq does for a user, and the values that ask it for nothing.
+const LIBPQ_ONLY: &[(&str, &[&str])] = &[
+    ("sslpassword", &[]),
+    ("sslcrl", &[]),
+    ("sslcrldir", &[]),
+    ("gssencmode", &["disable", "prefer"]),
+    ("channel_binding", &["disable", "prefer"]),
+    ("sslnegotiation", &["postgres"]),
+];
+
+/// The agent connects to PostgreSQL without libpq, which the WAL receiver and PostgreSQL's programs use.
+fn told_for_libpq_only(credentials: &Section<'_>) {
+    for (key, nothing) in LIBPQ_ONLY {
+        let asks = |value: &Value| value.as_str().is_none_or(|text| !text.is_empty() && !nothing.contains(&text));
+        if credentials.get(key).is_some_and(asks) {
+            let message = "is for replication and PostgreSQL's programs; the agent's own connections do without it";
+            credentials.notice(key, message);
         }
     }
 }
@@ -118,11 +140,33 @@ pub(crate) const KNOWN: &[&str] = &[
     "pg_rewind",
 ];
 
-/// Maps are custom ways to make a replica, so only other unknown values are told.
+/// What a way to make a replica has beside its own arguments.
+const METHOD: &[&str] = &["command", "keep_data", "no_params", "no_leader"];
+
+/// Maps whose names are given.
+const NAMED: &[(&str, &[&str])] = &[
+    ("authentication", &["superuser", "replication", "rewind"]),
+    ("callbacks", &["on_start", "on_stop", "on_restart", "on_reload", "on_role_change"]),
+    ("bin_name", &["postgres", "initdb", "pg_basebackup", "pg_controldata", "pg_ctl", "pg_isready", "pg_rewind"]),
+];
+
+/// Tells what nobody reads. A map of any name may be a way to make a replica: one that is listed, or looks like one, as it
+/// may be listed in the other configuration, the local or the dynamic one.
 pub(crate) fn unknown_keys(section: &Section<'_>) {
-    let maps = section.map().iter().filter(|(_, value)| value.is_object()).map(|(key, _)| key.as_str());
-    let known: Vec<&str> = KNOWN.iter().copied().chain(maps).collect();
+    let lists = ["create_replica_methods", "create_replica_method"].into_iter().filter_map(|key| section.get(key));
+    let listed: Vec<&str> = lists.filter_map(Value::as_array).flatten().filter_map(Value::as_str).collect();
+    let is_method = |(key, value): &(&String, &Value)| {
+        let looks_like_one = |map: &Map<String, Value>| METHOD.iter().any(|key| map.contains_key(*key));
+        value.as_object().is_some_and(|map| listed.contains(&key.as_str()) || looks_like_one(map))
+    };
+    let methods = section.map().iter().filter(is_method).map(|(key, _)| key.as_str());
+    let known: Vec<&str> = KNOWN.iter().copied().chain(methods).collect();
     section.unknown(&known);
+    for (key, names) in NAMED {
+        if let Some(map) = section.get(key).and_then(Value::as_object) {
+            Section::at(map, section.path(key), section.report()).unknown(names);
+        }
+    }
 }
 
 /// Files of Patroni before 1.0 had the users beside `authentication`, and `pg_rewind` for the superuser.
