@@ -47,9 +47,10 @@ fn filled_in(command: &str, name: &str) -> String {
 impl Instance {
     pub(super) async fn run_archive_last_wal(&self) -> Result<(), PgError> {
         let control = self.control()?;
-        let Some(command) = self.archive_command().filter(|_| control.state == ControlState::ShutDown) else {
+        if control.state != ControlState::ShutDown {
             return Ok(());
-        };
+        }
+        let Some(command) = self.archive_command().await else { return Ok(()) };
         let name = wal::file_name(control.timeline, control.checkpoint, control.wal_segment_size.into());
         tracing::info!("archiving {name}, which has the shutdown checkpoint");
         self.archive(&command, &name).await
@@ -59,7 +60,7 @@ impl Instance {
     /// server, as the primary of then, could archive. Without them nobody gets past that place by the archive. The first
     /// that fails ends it, as they are of use in order only; the rewind goes on.
     pub(super) async fn archive_waiting_wal(&self) {
-        let Some(command) = self.archive_command() else { return };
+        let Some(command) = self.archive_command().await else { return };
         let data_dir = self.config_now().data_dir.clone();
         for name in waiting(&data_dir) {
             tracing::info!("archiving {name}, which this server has not done before it stopped");
@@ -80,12 +81,16 @@ impl Instance {
     }
 
     /// The command, where WAL is archived at all.
-    fn archive_command(&self) -> Option<String> {
-        let config = self.config_now();
-        let setting = |name: &str| config.parameters.get(name).map(String::as_str).unwrap_or_default();
-        let (mode, command) = (setting("archive_mode").to_ascii_lowercase(), setting("archive_command"));
-        let archives = matches!(mode.as_str(), "on" | "always" | "true" | "yes" | "1") && !command.is_empty();
-        archives.then(|| command.to_owned())
+    async fn archive_command(&self) -> Option<String> {
+        let ask = async {
+            let mode = self.configured("archive_mode").await?;
+            let command = self.configured("archive_command").await?;
+            Ok::<_, PgError>(Some(command).filter(|command| mode != "off" && !command.is_empty()))
+        };
+        ask.await.unwrap_or_else(|error| {
+            tracing::warn!("WAL is not archived by the agent, as PostgreSQL does not say how: {error}");
+            None
+        })
     }
 
     async fn archive(&self, command: &str, name: &str) -> Result<(), PgError> {

@@ -100,6 +100,25 @@ pub async fn run_within(limit: Duration, command: &mut Command) -> Result<(), Pg
     result.unwrap_or(Err(PgError::Timeout { what, limit }))
 }
 
+/// What a program prints, within `limit`, without the end of its last line.
+///
+/// # Errors
+/// Those of [`run_within`].
+pub async fn output_within(limit: Duration, command: &mut Command) -> Result<String, PgError> {
+    let program = command.as_std().get_program().to_owned();
+    let name = short_name(&program);
+    clean_environment(command.as_std_mut());
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    let timeout = PgError::Timeout { what: name.clone(), limit };
+    let output = tokio::time::timeout(limit, output).await.map_err(|_| timeout)?;
+    let output = output.map_err(|error| unusable(&program, &error))?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        return Err(PgError::Failed(format!("{name} ended with {}: {}", output.status, words.trim())));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned())
+}
+
 /// What PostgreSQL's programs must not inherit: our own configuration (it holds passwords), and libpq settings that
 /// would change who connects where.
 pub fn clean_environment(command: &mut std::process::Command) {

@@ -159,11 +159,18 @@ impl Instance {
         command.env("PGPASSFILE", &config.pgpass);
         command.arg("--target-pgdata").arg(&config.data_dir);
         command.arg("--source-server").arg(conninfo::render(&settings));
-        if version >= 13 && config.recovery_conf.get("restore_command").is_some_and(|command| !command.is_empty()) {
-            // pg_rewind asks the server's own configuration for the command, which a former primary's does not have.
+        if version >= 13 {
+            // pg_rewind asks the server's own configuration for the command; that of a former primary lacks what is set for
+            // standbys only.
             let recovery = settings::recovery(&config, None, &self.inner.name, version);
             self.rewrite(|managed| managed.recovery = recovery)?;
-            command.arg("--restore-target-wal");
+            match self.configured("restore_command").await {
+                Ok(restore) if restore.is_empty() => {}
+                Ok(_) => {
+                    command.arg("--restore-target-wal");
+                }
+                Err(error) => tracing::warn!("pg_rewind goes without the archive: {error}"),
+            }
         }
         if version >= 15 && config.config_dir != config.data_dir {
             command.arg("--config-file").arg(files::conf_file(&config));

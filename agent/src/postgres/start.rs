@@ -17,6 +17,9 @@ use super::{ControlState, PgError, StartAs, program, settings};
 /// How often the configuration file is checked for settings to leave out.
 const CHECKS: u32 = 8;
 
+/// The bound on asking for the value of a setting.
+const ASK_LIMIT: Duration = Duration::from_secs(10);
+
 /// On which way a server comes up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
@@ -126,6 +129,16 @@ impl Instance {
         command.arg("-D").arg(&config.data_dir);
         command.arg(format!("--config_file={}", files::conf_file(&config).display()));
         command
+    }
+
+    /// The value of a setting by the configuration files, whichever of them has it (`postgres -C`).
+    ///
+    /// # Errors
+    /// PostgreSQL does not take the files, or knows no such setting.
+    pub(super) async fn configured(&self, name: &str) -> Result<String, PgError> {
+        let mut command = self.postgres();
+        command.args(["-C", name]);
+        program::output_within(ASK_LIMIT, &mut command.into()).await
     }
 
     /// The settings of the user's that PostgreSQL complains about when it reads the file (`postgres -C` reads it and does

@@ -1,6 +1,8 @@
 //! Promotions that begin timelines, and servers whose histories have parted.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use trunkline_agent::postgres::{Divergence, PgError, Postgres as _, StartAs, StopMode};
@@ -166,6 +168,75 @@ fn a_promotion_waits_for_replay_that_goes_on() {
         let error = c.pg.promote(patience, Vec::new()).await;
         assert!(matches!(error, Err(PgError::Timeout { limit, .. }) if limit == patience), "{error:?}");
         c.pg.fence(Duration::from_secs(5)).await.expect("fence");
+    });
+}
+
+/// What is set in files that are not the agent's own is in force all the same.
+#[test]
+fn a_rewind_and_the_end_of_a_primary_use_the_archive_wherever_it_is_set() {
+    as_postgres("timelines::a_rewind_and_the_end_of_a_primary_use_the_archive_wherever_it_is_set", || async {
+        let place = Place::new();
+        let archive = place.0.path().join("archive");
+        fs::create_dir(&archive).expect("archive");
+        let a = place.node("a");
+        let mut config = a.pg.config();
+        // Nothing is kept that is archived.
+        config.protected.insert("wal_keep_size".into(), "0".into());
+        a.pg.configure(config).await.expect("configure");
+        a.start_new().await;
+        let base = a.dir.join("postgresql.base.conf");
+        let mut text = fs::read_to_string(&base).expect("base");
+        text.push_str(&format!("archive_mode = on\nrestore_command = 'cp {}/%f %p'\n", archive.display()));
+        fs::write(&base, text).expect("base");
+        // As long as this file is there.
+        let archives = place.0.path().join("archives");
+        fs::write(&archives, "").expect("archives");
+        let command = format!("test -e {} && cp %p {}/%f", archives.display(), archive.display());
+        a.sql(&format!("ALTER SYSTEM SET archive_command = '{command}'")).await.expect("set");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let b = place.standby("b", &a).await;
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+
+        // The segment in which the histories part goes to the archive, and out of the data directory.
+        let (history, _) = b.pg.history(TimelineId(2)).await.expect("history");
+        let fork = history.switchpoint_of(TimelineId(1)).expect("a fork").0;
+        let parted = format!("{:08X}{:08X}{:08X}", 1, fork >> 32, (fork & 0xffff_ffff) >> 24);
+        let wal = a.dir.join("pg_wal");
+        let deadline = SystemClock.now() + LIMIT;
+        while wal.join(&parted).exists() || !archive.join(&parted).exists() {
+            assert!(SystemClock.now() < deadline, "{parted} is still there");
+            a.sql("INSERT INTO t VALUES (1); SELECT pg_switch_wal(); CHECKPOINT").await.expect("another segment");
+        }
+        b.sql("INSERT INTO t VALUES (-1); CHECKPOINT").await.expect("writes that stay");
+
+        // What comes last does not get there before the server is stopped.
+        let names = |dir: &Path, ending: &str| {
+            let files = fs::read_dir(dir).expect("a directory").flatten();
+            let files = files.filter_map(|file| file.file_name().to_str()?.strip_suffix(ending).map(str::to_owned));
+            files.filter(|name| name.len() == 24).collect::<BTreeSet<_>>()
+        };
+        fs::remove_file(&archives).expect("not any more");
+        a.sql("INSERT INTO t VALUES (2); SELECT pg_switch_wal()").await.expect("writes nobody will see");
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        fs::write(&archives, "").expect("again");
+        let before = names(&archive, "");
+        a.pg.archive_last_wal().await.expect("archived");
+        assert_eq!(names(&archive, "").difference(&before).count(), 1, "the segment with the shutdown checkpoint");
+
+        let verdict = a.pg.diverged(b.upstream()).await;
+        assert!(matches!(verdict, Divergence::Rewind(_)), "{verdict:?}");
+        let waiting = names(&wal.join("archive_status"), ".ready");
+        assert!(waiting.iter().any(|name| !archive.join(name).exists()), "{waiting:?} wait for nothing");
+        a.pg.rewind(b.upstream()).await.expect("with WAL from the archive");
+        assert!(waiting.iter().all(|name| archive.join(name).exists()), "{waiting:?} were not archived");
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        b.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
+        let rows = "DO $$ BEGIN ASSERT (SELECT array_agg(i) FROM t) = '{-1}'; END $$";
+        let lsn = b.running().await.lsn;
+        a.until("has the new leader's rows", |running| running.replay_lsn >= Some(lsn)).await;
+        a.sql(rows).await.expect("the new leader's rows only");
     });
 }
 
