@@ -70,6 +70,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             return;
         }
         let role = self.standby_role();
+        if let Err(error) = self.parts.postgres.standby_role(role) {
+            warn!("the settings of a {role} could not be written: {error}");
+        }
         if self.memory.standby_role.replace(role).unwrap_or("replica") != role {
             self.parts.postgres.callback("on_role_change", role);
         }

@@ -418,6 +418,11 @@ impl Postgres for Instance {
         self.run_follow(upstream).await
     }
 
+    fn standby_role(&self, role: &'static str) -> Result<(), PgError> {
+        let before = std::mem::replace(&mut self.inner.managed.lock().role, role);
+        if before == role { Ok(()) } else { self.reload_if_changed() }
+    }
+
     async fn resume_replay(&self) -> Result<(), PgError> {
         self.run_resume_replay().await
     }

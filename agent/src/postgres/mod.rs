@@ -476,6 +476,12 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Makes a running standby follow `upstream` (reload; a restart where the version needs one).
     fn follow(&self, upstream: Option<Upstream>) -> impl Future<Output = Result<(), PgError>> + Send;
 
+    /// Which role the standby has, `replica` or `standby_leader`: its settings and access rules may differ by role.
+    fn standby_role(&self, role: &'static str) -> Result<(), PgError> {
+        let _ = role;
+        Ok(())
+    }
+
     /// Lets a running standby whose replay is paused replay on. Where it was PostgreSQL that paused it, for a setting that is
     /// too small, the server ends.
     fn resume_replay(&self) -> impl Future<Output = Result<(), PgError>> + Send {

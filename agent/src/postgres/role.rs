@@ -124,7 +124,7 @@ impl Instance {
         let recovery = settings::recovery(&config, upstream.as_ref(), &self.inner.name, self.version());
         changed |= self.rewrite(|managed| {
             managed.recovery = recovery;
-            managed.role = "replica";
+            managed.stand_by();
         })?;
         let Some(postmaster) = self.process().find() else { return Ok(()) };
         if changed && self.version() < 13 {

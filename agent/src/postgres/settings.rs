@@ -54,8 +54,17 @@ pub struct Managed {
     pub keep_recovery: bool,
     /// `hot_standby_feedback` is on whatever the user's setting: logical slots here depend on it.
     pub feedback: bool,
-    /// Which of `parameters_<role>` lies over `parameters`: `primary`, `replica`.
+    /// Which of `parameters_<role>`, `pg_hba_<role>` and `pg_ident_<role>` count: `primary`, `replica`, `standby_leader`.
     pub role: &'static str,
+}
+
+impl Managed {
+    /// A standby from now on. Whether it leads a standby cluster is not the server's to know: what it was told stays.
+    pub fn stand_by(&mut self) {
+        if self.role != "standby_leader" {
+            self.role = "replica";
+        }
+    }
 }
 
 /// `postgresql.conf`. `base` is the file included first; `hba` and `ident` are named where the user names no other.

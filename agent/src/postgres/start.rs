@@ -186,7 +186,10 @@ impl Instance {
         let recovery = settings::recovery(config, upstream, &self.inner.name, self.version());
         self.rewrite(|managed| {
             managed.recovery = if standby { recovery } else { Default::default() };
-            managed.role = if standby { "replica" } else { "primary" };
+            match standby {
+                true => managed.stand_by(),
+                false => managed.role = "primary",
+            }
         })?;
         files::set_standby_signal(&config.data_dir, standby)
     }

@@ -17,7 +17,7 @@ use trunkline_agent::postgres::{
 use trunkline_common::{Clock as _, Lsn, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
-use crate::nodes::{LIMIT, Node, Place, as_postgres, tools};
+use crate::nodes::{HBA, LIMIT, Node, Place, as_postgres, tools};
 
 #[test]
 fn a_new_cluster_has_its_users_and_is_observed() {
@@ -354,6 +354,54 @@ fn changed_settings_are_reloaded_or_wait_for_a_restart() {
         config.parameters.insert("shared_buffers".into(), "17408kB".into());
         a.pg.configure(config).await.expect("configure");
         assert!(a.running().await.pending_restart.is_empty(), "another spelling of the same value");
+    });
+}
+
+#[test]
+fn settings_and_access_rules_follow_the_role() {
+    as_postgres("settings_and_access_rules_follow_the_role", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.standby("b", &a).await;
+        let mut config = b.pg.config();
+        for (role, memory) in [("primary", "5MB"), ("replica", "6MB"), ("standby_leader", "7MB")] {
+            let overlay = [("work_mem".to_owned(), memory.to_owned())].into();
+            config.parameters_by_role.insert(role.to_owned(), overlay);
+            let rules = [HBA[0], HBA[1], &format!("host {role} all 127.0.0.1/32 reject")];
+            config.raw.insert(format!("pg_hba_{role}"), serde_json::json!(rules));
+            config.raw.insert(format!("pg_ident_{role}"), serde_json::json!([format!("{role} x y")]));
+        }
+        b.pg.configure(config).await.expect("configure");
+        let follows = async |role: &str, memory: &str| {
+            let check = format!(
+                "DO $$ BEGIN
+                    ASSERT current_setting('work_mem') = '{memory}', current_setting('work_mem');
+                    ASSERT (SELECT database FROM pg_hba_file_rules WHERE auth_method = 'reject') = '{{{role}}}';
+                END $$"
+            );
+            let deadline = SystemClock.now() + LIMIT;
+            while let Err(error) = b.sql(&check).await {
+                assert!(SystemClock.now() < deadline, "as {role}: {error}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let ident = fs::read_to_string(b.dir.join("pg_ident.conf")).expect("pg_ident.conf");
+            assert!(ident.ends_with(&format!("{role} x y\n")), "as {role}: {ident}");
+        };
+        follows("replica", "6MB").await;
+        b.pg.standby_role("standby_leader").expect("written");
+        follows("standby_leader", "7MB").await;
+        // It stays what it is where it is pointed elsewhere, or started again.
+        b.pg.follow(Some(a.upstream())).await.expect("follow");
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        follows("standby_leader", "7MB").await;
+        b.pg.standby_role("replica").expect("written");
+        follows("replica", "6MB").await;
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+        follows("primary", "5MB").await;
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        b.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        follows("replica", "6MB").await;
     });
 }
 

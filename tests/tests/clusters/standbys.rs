@@ -175,7 +175,10 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     let outside = json!({ "host": "127.0.0.1", "port": source.port(), "primary_slot_name": "far" });
     let mut spec = Spec { scope: "far".to_owned(), prefix: "far".to_owned(), ..spec };
     spec.agents = vec![Program::agent()?; 2];
-    spec.dcs = json!({ "standby_cluster": outside });
+    let settings = json!({
+        "parameters": { "work_mem": "3MB" }, "parameters_standby_leader": { "work_mem": "5MB" }, "parameters_primary": { "work_mem": "6MB" },
+    });
+    spec.dcs = json!({ "standby_cluster": outside, "postgresql": settings });
     let mut far = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
     for node in &mut far.nodes {
         let note = format!("sh -c 'echo $1 $2 >> {}' note", node.dir().join("notes").display());
@@ -189,7 +192,9 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     let main_port = source.port().to_string();
     let follow = async |leader: usize| {
         has(&targets[leader], SENDER, &main_port).await?;
-        has(&targets[1 - leader], SENDER, &targets[leader].port().to_string()).await
+        has(&targets[1 - leader], SENDER, &targets[leader].port().to_string()).await?;
+        has(&targets[leader], "SHOW work_mem", "5MB").await?;
+        has(&targets[1 - leader], "SHOW work_mem", "3MB").await
     };
     follow(leader).await?;
     ensure!(far.nodes[leader].health("/primary").await == Some(503), "it is no primary");
@@ -247,6 +252,7 @@ async fn a_cluster_of_standbys_follows_another_cluster_until_it_is_set_free() ->
     ensure!(told.contains("cluster is successfully promoted"), "{told}");
     let leader = far.settled(LIMIT).await?;
     has(&targets[leader], "SELECT pg_is_in_recovery()", "f").await?;
+    has(&targets[leader], "SHOW work_mem", "6MB").await?;
     targets[leader].execute("INSERT INTO t VALUES (3)", LIMIT).await?;
     has(&targets[1 - leader], "SELECT count(*) FROM t", "3").await?;
     ensure!(source.query_one("SELECT count(*) FROM t", LIMIT).await? == "2", "the other cluster has got it");
