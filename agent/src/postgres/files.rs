@@ -222,12 +222,17 @@ fn marker(what: Unfinished, data_dir: &Path) -> PathBuf {
     data_dir.with_file_name(name)
 }
 
-/// Renames a data directory to `<name>.failed`, or `.failed.2` and so on. Tablespaces and `pg_wal` elsewhere go with it.
-pub fn move_aside(data_dir: &Path) -> Result<PathBuf, PgError> {
+/// Renames a data directory to `<name>.failed`, or `.failed.2` and so on, if there is one. Tablespaces and `pg_wal` elsewhere
+/// go with it.
+pub fn move_aside(data_dir: &Path) -> Result<Option<PathBuf>, PgError> {
     for target in outside(data_dir) {
         rename_aside(&target).map_err(|error| unwritable(&target, &error))?;
     }
-    let moved = rename_aside(data_dir).map_err(|error| unwritable(data_dir, &error))?;
+    let moved = match rename_aside(data_dir) {
+        Ok(moved) => Some(moved),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(unwritable(data_dir, &error)),
+    };
     end_all(data_dir)?;
     Ok(moved)
 }
@@ -401,9 +406,10 @@ mod tests {
         remove_data(&data).expect("removed");
         assert_eq!((fs::read_dir(&data).expect("data").count(), fs::read_dir(&space).expect("space").count()), (0, 0));
 
-        assert_eq!(move_aside(&data), Ok(dir.path().join("data.failed")));
+        assert_eq!(move_aside(&data), Ok(Some(dir.path().join("data.failed"))));
+        assert_eq!(move_aside(&data), Ok(None));
         fs::create_dir(&data).expect("again");
-        assert_eq!(move_aside(&data), Ok(dir.path().join("data.failed.2")));
+        assert_eq!(move_aside(&data), Ok(Some(dir.path().join("data.failed.2"))));
         assert!(remove_data(Path::new("/var")).is_err());
     }
 }

@@ -460,8 +460,9 @@ impl Postgres for Instance {
         self.in_pool(|instance| {
             instance.needs_no_server("moving the data directory")?;
             instance.reset_managed();
-            let to = files::move_aside(&instance.config_now().data_dir)?;
-            tracing::warn!("moved the data directory to {}", to.display());
+            if let Some(to) = files::move_aside(&instance.config_now().data_dir)? {
+                tracing::warn!("moved the data directory to {}", to.display());
+            }
             Ok(())
         })
         .await

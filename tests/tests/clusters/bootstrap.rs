@@ -113,6 +113,51 @@ async fn a_bootstrap_whose_last_step_fails_is_taken_back_and_tried_again() -> Re
     Ok(())
 }
 
+/// A method of the operator's own that makes nothing, then half a cluster, and then one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_custom_bootstrap_that_fails_is_taken_back_and_tried_again() -> Result<()> {
+    let lab = Lab::new("custom-bootstrap")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let notes = lab.make_dir("notes")?;
+    let script = notes.join("restore");
+    let text = format!(
+        "for arg; do case $arg in --datadir=*) data=${{arg#*=}};; esac; done
+         echo tried >> {notes}/tries
+         case $(wc -l < {notes}/tries) in
+             1) echo 'there is no backup' >&2; exit 1;;
+             2) mkdir -m 700 \"$data\" && touch \"$data/half\"; exit 2;;
+             3) until test -e {notes}/works; do sleep 0.1; done
+         esac
+         exec {initdb} --no-sync --username=postgres --pgdata=\"$data\"\n",
+        notes = notes.display(),
+        initdb = lab.tools().postgres_bin.join("initdb").display(),
+    );
+    std::fs::write(&script, text)?;
+    let mut spec = Spec::new(1, &Program::agent()?);
+    let method = json!({ "command": format!("sh {}", script.display()) });
+    spec.local = json!({ "bootstrap": { "method": "restore", "restore": method } });
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    cluster.nodes[0].start()?;
+    wait::until("the third try", LIMIT, async || {
+        let tries = std::fs::read_to_string(notes.join("tries"))?;
+        ensure!(tries.lines().count() == 3, "{tries}");
+        Ok(())
+    })
+    .await?;
+    let data_dir = cluster.nodes[0].data_dir();
+    let aside = data_dir.with_file_name(format!("{}.failed", data_dir.file_name().unwrap_or_default().display()));
+    ensure!(aside.join("half").exists(), "{} is not there", aside.display());
+    let log = cluster.nodes[0].log()?;
+    for why in ["exit status: 1: there is no backup", "exit status: 2"] {
+        ensure!(log.contains(&format!("the bootstrap failed: sh ended with {why}")), "{why} is not in {log}");
+    }
+    ensure!(!log.contains("cleaning up after the failed bootstrap"), "what there was not could not be removed: {log}");
+    std::fs::write(notes.join("works"), "")?;
+    ensure!(cluster.settled(LIMIT).await? == 0);
+    lab.success();
+    Ok(())
+}
+
 /// Strict synchronous mode counts from the first moment on at which clients are sent to a new cluster.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_strict_cluster_commits_nothing_before_a_standby_confirms() -> Result<()> {
