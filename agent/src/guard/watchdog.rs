@@ -28,7 +28,7 @@ trait Device: Send {
     fn set_timeout(&mut self, seconds: i32) -> io::Result<i32>;
     /// Counts from now.
     fn keepalive(&mut self) -> io::Result<()>;
-    /// Stops counting.
+    /// Stops counting; an error where it may go on.
     fn close(self: Box<Self>) -> io::Result<()>;
 }
 
@@ -175,7 +175,7 @@ impl Keeper {
             match set {
                 // Renewals come ten times in a lease, and one of them may be late.
                 Ok(actual) if actual.saturating_mul(3) < seconds => {
-                    let _ = device.close();
+                    close(device);
                     return Err(format!(
                         "it counts {actual} s instead of {seconds}: a late renewal would reset this machine"
                     ));
@@ -187,11 +187,11 @@ impl Keeper {
                     self.timeout = seconds;
                 }
                 Ok(actual) => {
-                    let _ = device.close();
+                    close(device);
                     return Err(format!("it counts {actual} s instead of {seconds}, which is longer than the lease"));
                 }
                 Err(error) => {
-                    let _ = device.close();
+                    close(device);
                     return Err(format!("its timeout can't be set: {error}"));
                 }
             }
@@ -202,11 +202,15 @@ impl Keeper {
     }
 
     fn close(&mut self) {
-        if let Some(device) = self.device.take()
-            && let Err(error) = device.close()
-        {
-            warn!("the watchdog could not be closed in order, and may reset this machine: {error}");
+        if let Some(device) = self.device.take() {
+            close(device);
         }
+    }
+}
+
+fn close(device: Box<dyn Device>) {
+    if let Err(error) = device.close() {
+        warn!("the watchdog could not be closed in order, and may reset this machine: {error}");
     }
 }
 
@@ -266,7 +270,37 @@ impl Device for Kernel {
     }
 
     fn close(mut self: Box<Self>) -> io::Result<()> {
-        self.0.write_all(b"V")
+        // The last keepalive, too: whoever has to look after a machine that will be reset has all the time there is.
+        self.0.write_all(b"V")?;
+        match self.options()? & WDIOF_MAGICCLOSE {
+            0 => Err(io::Error::other("its driver can't be told to stop (no magic close)")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A `V` before the end of the connection stops the device, unless the kernel was told to let no way out (`nowayout`).
+const WDIOF_MAGICCLOSE: u32 = 0x0100;
+
+/// `struct watchdog_info` of `linux/watchdog.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Info {
+    options: u32,
+    firmware_version: u32,
+    identity: [u8; 32],
+}
+
+impl Kernel {
+    /// What the driver can do.
+    #[allow(unsafe_code)]
+    fn options(&self) -> io::Result<u32> {
+        /// `_IOR('W', 0, struct watchdog_info)`
+        const WDIOC_GETSUPPORT: u32 = 0x8028_5700;
+        let mut info = Info::default();
+        // SAFETY: the request writes one `watchdog_info`, which outlives the call.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), WDIOC_GETSUPPORT as _, &raw mut info) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(info.options) }
     }
 }
 
@@ -390,6 +424,15 @@ mod tests {
         let automatic = local::Watchdog { mode: WatchdogMode::Automatic, ..absent };
         let watchdog = Watchdog::start(&automatic).expect("no thread");
         assert!(watchdog.missing().is_none() && watchdog.works().is_err());
+    }
+
+    #[test]
+    fn one_that_may_go_on_counting_says_so() {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        let device = open(file.path(), WatchdogDriver::Kernel).expect("opened");
+        assert!(device.close().is_err(), "nothing has said that it stops");
+        assert_eq!(std::fs::read_to_string(file.path()).expect("told"), "V");
+        assert_eq!(size_of::<Info>(), 0x28, "as the request says");
     }
 
     #[test]
