@@ -152,9 +152,20 @@ pub enum Command {
         leader: MemberName,
         /// Its URLs and slots as sent.
         body: Value,
-        /// True: accepted.
-        reply: oneshot::Sender<bool>,
+        /// The answer.
+        reply: oneshot::Sender<Word>,
     },
+}
+
+/// What a leader without DCS is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// This node does not lead before the time that was asked for is over.
+    Given,
+    /// No promise.
+    Refused,
+    /// No promise: the leader key is this node's.
+    Leads,
 }
 
 /// Conditions of a restart (rest-api §4.4).

@@ -80,11 +80,16 @@ pub struct HttpPeers {
     client: Arc<RwLock<RestClient>>,
 }
 
+/// What a member that holds the leader key says to a leader that lost the DCS (Patroni's words).
+pub const LEADS: &str = "Running as a leader";
+
 /// A member's answer to a leader that lost the DCS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FailsafeAnswer {
     /// The leader may go on, as far as this member is concerned.
     pub accepted: bool,
+    /// It must not: this member holds the leader key.
+    pub leads: bool,
     /// The member's received or replayed position.
     pub lsn: Option<Lsn>,
 }
@@ -154,6 +159,7 @@ impl Peers for HttpPeers {
             let answer = match tokio::time::timeout(deadline, twice).await {
                 Ok(Ok(response)) => FailsafeAnswer {
                     accepted: response.status == 200 && response.text == "Accepted",
+                    leads: response.text == LEADS,
                     lsn: response.lsn,
                 },
                 Ok(Err(error)) => {

@@ -65,6 +65,7 @@ impl Scenario {
         nostream(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0004), &mut scenario);
         trials(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0002), &mut scenario);
         revocations(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0005), &mut scenario);
+        words(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0006), &mut scenario);
         late_word(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0007), &mut scenario);
         scenario
     }
@@ -204,6 +205,30 @@ fn late_word(rng: &mut SmallRng, scenario: &mut Scenario) {
         scenario.add(again, leader, Fault::KillAgent { node: 0, ms: rng.random_range(1..200) });
     }
     scenario.add(still, leader, Fault::FreezeAgent { node: 0, ms });
+}
+
+/// A leader that alone has lost the DCS leads on by the word of the others. The ttl is cut meanwhile, which it can't see, and their
+/// agents are started anew.
+fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
+    const TTL: u64 = 10;
+    if !rng.random_ratio(1, 48) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    scenario.settings["failsafe_mode"] = json!(true);
+    scenario.settings["ttl"] = json!(TTL);
+    let lost = BOOTSTRAP + rng.random_range(1_000..4_000);
+    let lower = lost + TTL * 1_000 + rng.random_range(0..3_000);
+    let again = lower + rng.random_range(200..3_000);
+    let ms = again + rng.random_range(5_000..15_000) - lost;
+    let cut = Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms };
+    scenario.add(lost, Some(Aim::Leader), cut);
+    scenario.add(lower, None, Fault::Configure { patch: json!({ "ttl": 2 }) });
+    for node in 0..scenario.nodes.len() {
+        if rng.random_ratio(3, 4) {
+            scenario.add(again + rng.random_range(0..1_000), None, Fault::KillAgent { node, ms: 100 });
+        }
+    }
 }
 
 impl Scenario {

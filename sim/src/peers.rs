@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
-use trunkline_agent::node::{Board, Command};
+use trunkline_agent::node::{Board, Command, Word};
 use trunkline_agent::peer::{FailsafeAnswer, PeerStatus, Peers};
 use trunkline_agent::postgres::{PgRole, PgStatus, Postgres};
 use trunkline_agent::rest::Sources;
@@ -167,7 +167,8 @@ impl Peers for ModelPeers {
                 if api.commands.send(Command::FailsafePoll { leader, body, reply }).await.is_err() {
                     return FailsafeAnswer::default();
                 }
-                FailsafeAnswer { accepted: answered.await.unwrap_or(false), lsn: None }
+                let word = answered.await.unwrap_or(Word::Refused);
+                FailsafeAnswer { accepted: word == Word::Given, leads: word == Word::Leads, lsn: None }
             });
             (name, answer.await.unwrap_or_default())
         };

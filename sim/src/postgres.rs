@@ -16,7 +16,7 @@ use trunkline_agent::postgres::{
     ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotKind, SlotPlan, SlotsDone,
     StartAs, StopMode, Upstream, WalSender,
 };
-use trunkline_common::{Clock, History, Lsn, SystemId, TimelineId};
+use trunkline_common::{Clock, History, Instant, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
 use crate::executor::{ProcessId, SimClock};
@@ -589,6 +589,16 @@ impl Postgres for ModelPostgres {
     }
 
     fn callback(&self, _: &'static str, _: &str) {}
+
+    async fn keep_promise(&self, until: Instant) -> Result<(), PgError> {
+        self.work(1..20).await;
+        self.server(|server| server.promised = server.promised.max(Some(until)));
+        Ok(())
+    }
+
+    fn kept_promise(&self) -> Option<Instant> {
+        self.server(|server| server.promised)
+    }
 }
 
 fn status(server: &Server) -> PgStatus {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
-use trunkline_common::{Lsn, MemberName, SystemId, TimelineId};
+use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
 use crate::judge::Reign;
@@ -48,6 +48,8 @@ pub struct Server {
     pub watchdog_broken: Option<Duration>,
     /// An operator has asked for a new copy.
     pub reinitialized: bool,
+    /// Until when its agents have promised not to lead, by the host's clock.
+    pub promised: Option<Instant>,
 }
 
 /// A data directory.
@@ -202,6 +204,7 @@ impl Server {
             watchdog_required: false,
             watchdog_broken: None,
             reinitialized: false,
+            promised: None,
         }
     }
 

@@ -250,6 +250,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             "ttl": ttl.as_secs_f64().ceil() as u64,
         });
         let answers = self.parts.peers.failsafe(members.clone(), body, patience).await;
+        if let Some((name, _)) = answers.iter().find(|(_, answer)| answer.leads) {
+            warn!("failsafe mode: {name} holds the leader key");
+            self.lease.depose(self.parts.clock.now());
+            return Next::Decide;
+        }
         let missing = |name: &&MemberName| !answers.get(*name).is_some_and(|answer| answer.accepted);
         let missing: Vec<&str> = members.keys().filter(missing).map(MemberName::as_str).collect();
         let now = self.parts.clock.now();

@@ -14,12 +14,15 @@ use super::decide::restart;
 use super::situation::{Promise, clone_source, leader_upstream};
 use super::task::{RestartPlan, TaskEnd, TaskKind};
 use super::{Ha, me, sync};
-use crate::node::{Command, Refusal, Reply, RestartFilter};
+use crate::node::{Command, Refusal, Reply, RestartFilter, Word};
 use crate::peer::Peers;
 use crate::postgres::{PgError, PgRole, PgStatus, Postgres, StartAs};
 
 /// The longest ttl that a leader without DCS is given a promise for.
 const LONGEST_PROMISE: Duration = Duration::from_secs(3600);
+
+/// How long keeping a promise may take: the leader that waits for it has no more time.
+const KEPT_WITHIN: Duration = Duration::from_millis(300);
 
 /// Slots that such a leader may name.
 const MOST_SLOTS: usize = 10_000;
@@ -40,35 +43,41 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 let _ = reply.send(self.reinitialize(force, from_leader).await);
             }
             Command::FailsafePoll { leader, body, reply } => {
-                let given = self.promise(&leader, &body);
-                if let Err(why) = &given {
-                    warn!("{leader} wants to lead without the DCS and gets no promise: {why}");
-                }
-                let _ = reply.send(given.is_ok());
+                let word = match self.promise(&leader, &body).await {
+                    Ok(()) => Word::Given,
+                    Err((word, why)) => {
+                        warn!("{leader} wants to lead without the DCS and gets no promise: {why}");
+                        word
+                    }
+                };
+                let _ = reply.send(word);
             }
         }
     }
 
     /// A leader without DCS asks for our word not to lead for its ttl (failsafe mode). The time counts from now, which is
     /// after the request was sent. A member that can take writes itself, or knows of another leader, gives none.
-    fn promise(&mut self, leader: &MemberName, body: &Value) -> Result<(), String> {
+    async fn promise(&mut self, leader: &MemberName, body: &Value) -> Result<(), (Word, String)> {
         let now = self.parts.clock.now();
         let session = self.lease.session();
         let text = |field: &str| body.get(field).and_then(Value::as_str);
         if *leader == self.me.name || text("member").is_some_and(|meant| meant != self.me.name.as_str()) {
-            return Err("it meant another member".to_owned());
+            return Err((Word::Refused, "it meant another member".to_owned()));
+        }
+        if session.key_until().is_some_and(|until| now < until) {
+            return Err((Word::Leads, "this node leads".to_owned()));
         }
         if self.pg_is_primary() || session.deadline.is_some() {
-            return Err("this node leads, or is about to".to_owned());
+            return Err((Word::Refused, "this node takes writes, or is about to".to_owned()));
         }
         let other = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|key| &key.name);
         if let Some(other) = other.filter(|other| session.trouble.is_none() && ![leader, &self.me.name].contains(other))
         {
-            return Err(format!("{other} leads"));
+            return Err((Word::Refused, format!("{other} leads")));
         }
         let asked = body.get("ttl").and_then(Value::as_u64).map_or(Duration::ZERO, Duration::from_secs);
         if asked > LONGEST_PROMISE {
-            return Err(format!("a ttl of {asked:?} is too long"));
+            return Err((Word::Refused, format!("a ttl of {asked:?} is too long")));
         }
         let until = now + asked.max(self.settings().ttl);
         if self.memory.promise.as_ref().is_none_or(|old| old.until < now) {
@@ -81,6 +90,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let slots = body.get("slots").and_then(Value::as_object).into_iter().flatten();
         let slots = slots.filter_map(|(slot, lsn)| Some((slot.clone(), Lsn(lsn.as_u64()?)))).take(MOST_SLOTS).collect();
         self.memory.promise = Some(Promise { leader: leader.clone(), until, conn_url, api_url, slots });
+        // An agent that takes this one's place has to know. A disk that does not take it is no reason to end a leader.
+        match self.parts.clock.within(KEPT_WITHIN, self.parts.postgres.keep_promise(until)).await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => warn!("the promise would not outlive this agent: {error}"),
+            None => warn!("the promise may not outlive this agent: it was not on disk within {KEPT_WITHIN:?}"),
+        }
         Ok(())
     }
 

@@ -260,7 +260,7 @@ fn resume_replay(s: &Situation, view: &ClusterView) -> Option<Decision> {
 }
 
 const MAY_HAVE_PROMISED: &str =
-    "started just now; the agent before may have promised a leader without DCS (failsafe mode) not to lead for a ttl";
+    "started just now; the agent before may have promised a leader without DCS (failsafe mode) not to lead yet";
 
 fn failed_lately(s: &Situation, what: &str) -> String {
     let why = s.memory.last_failure.as_deref().unwrap_or("no reason known");

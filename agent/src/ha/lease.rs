@@ -290,6 +290,16 @@ impl LeaseHandle {
         });
     }
 
+    /// Somebody else certainly leads, whatever was promised: PostgreSQL is fenced shortly, unless the loop is faster.
+    pub fn depose(&self, now: Instant) {
+        let timing = *self.timing.borrow();
+        self.change(|session| {
+            session.failsafe = None;
+            session.lose(now, timing.deadline_from(now + timing.fence_margin()), timing);
+            true
+        });
+    }
+
     /// Forgets a lease under which a request may still be carried out that must not hit what is won later: the next one is
     /// another lease. This one runs out.
     pub fn abandon(&self, lease: LeaseId) {

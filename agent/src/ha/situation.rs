@@ -180,6 +180,8 @@ pub struct Memory {
     pub started_at: Instant,
     /// Our word to a leader that lost the DCS.
     pub promise: Option<Promise>,
+    /// Until when an agent before this one has given it.
+    pub promised_before: Option<Instant>,
     /// The `failsafe` key as we have tried to write it.
     pub failsafe_attempt: Option<FailsafeAttempt>,
     /// When the members were last asked for their word in vain, and who did not give it.
@@ -246,11 +248,14 @@ impl Situation<'_> {
         self.memory.promise.as_ref().filter(|promise| self.now < promise.until && !self.is_primary() && !self.leads())
     }
 
-    /// An agent that has just started does not know what the one before it has promised to a leader without DCS. Only who is
-    /// on the failsafe key leads without DCS, and nobody takes it off there who has not waited for the promises to end.
+    /// An agent that has just started does not know for certain what the one before it has promised to a leader without DCS:
+    /// what that could keep may be more than a ttl of now. Only who is on the failsafe key leads without DCS, and nobody takes it
+    /// off there who has not waited for the promises to end.
     pub fn may_have_promised(&self, view: &ClusterView) -> bool {
         let others = view.failsafe.iter().flat_map(BTreeMap::keys).any(|name| *name != self.me.name);
-        others && !self.is_primary() && self.now.since(self.memory.started_at) < view.settings.ttl
+        let young = self.now.since(self.memory.started_at) < view.settings.ttl;
+        let kept = self.memory.promised_before.is_some_and(|until| self.now < until);
+        others && !self.is_primary() && (young || kept)
     }
 
     /// Who has to agree before this leader may go on without the DCS (this node not among them). `None`: it may not.

@@ -63,7 +63,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let promise = self.memory.promise.as_ref().map(|promise| promise.until);
         let hold = self.settings().failsafe_mode.then_some(self.memory.started_at + self.settings().ttl);
-        for at in [self.memory.retry_at, self.memory.abstain_until, promise, hold]
+        for at in [self.memory.retry_at, self.memory.abstain_until, promise, self.memory.promised_before, hold]
             .into_iter()
             .flatten()
             .filter(|at| *at > now)

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
-use trunkline_common::{Clock, History, Lsn, MemberName, SystemClock, TimelineId};
+use trunkline_common::{Clock, History, Instant, Lsn, MemberName, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
 use super::callback::Callbacks;
@@ -25,7 +25,7 @@ use super::slots::Decoding;
 use super::start::check_version;
 use super::{
     CustomBootstrap, Divergence, PgError, PgStatus, Postgres, Setting, SlotPlan, SlotsDone, StartAs, StopMode, Took,
-    Upstream, WantedSlot, program,
+    Upstream, WantedSlot, program, promise,
 };
 use crate::guard::Egress;
 
@@ -366,6 +366,15 @@ impl Postgres for Instance {
         if let Err(error) = files::replace(&path, &config.to_string()) {
             tracing::warn!("{}", files::unwritable(&path, &error));
         }
+    }
+
+    async fn keep_promise(&self, until: Instant) -> Result<(), PgError> {
+        let now = self.inner.clock.now();
+        self.in_pool(move |instance| promise::keep(&instance.config_now().data_dir, until, now)).await
+    }
+
+    fn kept_promise(&self) -> Option<Instant> {
+        promise::kept(&self.config_now().data_dir, self.inner.clock.now())
     }
 
     async fn start(&self, role: StartAs, limit: Duration) -> Result<(), PgError> {

@@ -23,6 +23,7 @@ mod observe;
 mod pidfile;
 mod process;
 mod program;
+mod promise;
 mod query;
 mod ready;
 mod rewind;
@@ -49,7 +50,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 use tokio::sync::watch;
-use trunkline_common::{History, Lsn, MemberName, SystemId, TimelineId};
+use trunkline_common::{History, Instant, Lsn, MemberName, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
 /// What is known of the server right now.
@@ -438,6 +439,17 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// Keeps it.
     fn cache_config(&self, config: &Value) {
         let _ = config;
+    }
+
+    /// Keeps beside the data, durably, that this node has promised not to lead before `until` (failsafe mode).
+    fn keep_promise(&self, until: Instant) -> impl Future<Output = Result<(), PgError>> + Send {
+        let _ = until;
+        async { Ok(()) }
+    }
+
+    /// Until when an earlier agent has promised not to lead.
+    fn kept_promise(&self) -> Option<Instant> {
+        None
     }
 
     /// Spawns the postmaster and waits until it accepts connections, at most `limit`.

@@ -15,8 +15,9 @@ use trunkline_config::guc;
 use super::answer::Answer;
 use super::json::python_str;
 use super::{Api, Observe, time};
-use crate::node::{Command, RestartFilter};
-use crate::postgres::{PgRole, PgStatus};
+use crate::node::{Command, RestartFilter, Word};
+use crate::peer::LEADS;
+use crate::postgres::PgStatus;
 
 /// What a restart may take beyond the times that stop and start have: `sync` is left, a checkpoint made, `before_stop` run.
 const BEFORE_RESTART: Duration = Duration::from_secs(400);
@@ -125,22 +126,20 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         };
         // As last observed, not looked at anew: an answer that comes late costs the cluster its leader.
         let lsn = match &self.board.borrow().postgres {
-            PgStatus::Running(running) if running.role == PgRole::Primary => {
-                return Answer::text(500, "Running as a leader");
-            }
             PgStatus::Running(running) => Some(running.lsn),
             _ => None,
         };
         let ask = |reply| Command::FailsafePoll { leader, body: body.into(), reply };
         match self.ask(ask, FAILSAFE_LIMIT).await {
-            Ok(true) => {
+            Ok(Word::Given) => {
                 let accepted = Answer::text(200, "Accepted");
                 match lsn {
                     Some(lsn) => accepted.with_header(HeaderName::from_static("lsn"), HeaderValue::from(lsn.0)),
                     None => accepted,
                 }
             }
-            Ok(false) => Answer::text(500, "Running as a leader"),
+            Ok(Word::Leads) => Answer::text(500, LEADS),
+            Ok(Word::Refused) => Answer::text(500, "No promise"),
             Err(answer) => answer,
         }
     }

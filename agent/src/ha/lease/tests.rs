@@ -272,6 +272,21 @@ async fn with_the_members_word_a_lost_key_is_no_reason_to_fence_and_can_be_won_b
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_members_word_is_void_once_one_of_them_leads() {
+    let bench = leading().await;
+    let lease = bench.handle.session().lease.unwrap();
+    let now = bench.clock.now();
+    assert!(bench.handle.prolong(now, now + TTL * 4));
+    bench.dcs.client().revoke(lease.id).await.unwrap();
+    bench.live(Duration::from_secs(1)).await;
+    assert!(bench.handle.may_write(bench.clock.now()));
+    bench.handle.depose(bench.clock.now());
+    assert!(!bench.handle.may_write(bench.clock.now()));
+    bench.live(Duration::from_secs(1)).await;
+    assert_eq!((bench.fences.lock().len(), bench.handle.session().leader_until()), (1, None));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_may_write_is_told_when_that_ends() {
     let bench = leading().await;
     assert!(bench.handle.may_write(bench.clock.now()));

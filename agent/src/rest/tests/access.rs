@@ -38,7 +38,7 @@ async fn whoever_asks_the_members_has_the_password_of_the_last_reload() {
     node.catch_up().await;
     node.on_command(|command| {
         if let Command::FailsafePoll { reply, .. } = command {
-            let _ = reply.send(true);
+            let _ = reply.send(crate::node::Word::Given);
         }
     });
     // As the HA loop has them, from before the reload on.

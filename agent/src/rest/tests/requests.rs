@@ -1,8 +1,8 @@
 //! Requests that change something.
 
 use super::*;
-use crate::node::Refusal;
-use crate::peer::Peers;
+use crate::node::{Refusal, Word};
+use crate::peer::{FailsafeAnswer, Peers};
 
 #[tokio::test]
 async fn the_dynamic_configuration() {
@@ -44,7 +44,11 @@ async fn requests_to_the_ha_loop() {
         }
         Command::CancelRestart(reply) => drop(reply.send(std::mem::take(&mut planned))),
         Command::Reinitialize { reply, .. } => drop(reply.send(Ok(String::new()))),
-        Command::FailsafePoll { reply, leader, .. } => drop(reply.send(leader.as_str() == "pg-a")),
+        Command::FailsafePoll { reply, leader, .. } => drop(reply.send(match leader.as_str() {
+            "pg-a" => Word::Given,
+            "pg-c" => Word::Leads,
+            _ => Word::Refused,
+        })),
         Command::Wake | Command::Reload => {}
     });
     assert_eq!(node.code("POST", "/reload", None).await, 202);
@@ -77,8 +81,12 @@ async fn requests_to_the_ha_loop() {
     let answers = peers.failsafe(everybody, poll.clone(), Duration::from_secs(2)).await;
     let answer = answers[&MemberName::from("pg-b")];
     assert!(answer.accepted && answer.lsn == Some(Lsn(0x300_0148)), "{answer:?}");
-    node.board.send_modify(|board| board.postgres = PgStatus::Running(primary()));
-    assert_eq!(node.code("POST", "/failsafe", Some(poll)).await, 500, "a primary does not accept");
+    for (asker, leads) in [("pg-c", true), ("pg-d", false)] {
+        let everybody = BTreeMap::from([(MemberName::from("pg-b"), node.url("/patroni"))]);
+        let answers = peers.failsafe(everybody, json!({"name": asker}), Duration::from_secs(2)).await;
+        let expected = FailsafeAnswer { leads, ..FailsafeAnswer::default() };
+        assert_eq!(answers[&MemberName::from("pg-b")], expected, "{asker}");
+    }
     assert_eq!(node.get("/failsafe").await.0, 502);
     assert_eq!(node.code("POST", "/mpp", Some(json!({"type": "x"}))).await, 200);
     assert_eq!(node.code("POST", "/sigterm", None).await, 202);

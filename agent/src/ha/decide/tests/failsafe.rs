@@ -81,4 +81,9 @@ fn with_failsafe_mode_a_stranger_and_an_agent_that_has_just_started_do_not_race(
     young.pg = standby(1000);
     young.memory.started_at = NOW - Duration::from_secs(5);
     assert!(matches!(young.decide().action, Action::Acquire(_)));
+    // The ttl was longer when the agent before gave its word.
+    young.memory.promised_before = Some(NOW + Duration::from_millis(1));
+    assert_eq!(young.decide().reason, MAY_HAVE_PROMISED);
+    young.memory.promised_before = Some(NOW);
+    assert!(matches!(young.decide().action, Action::Acquire(_)));
 }
