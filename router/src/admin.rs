@@ -306,7 +306,7 @@ mod tests {
     async fn endpoints_tell_the_state() {
         let router = Router::new(Limits::default()).unwrap();
         router.listening(&Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader), Crypto::default());
-        let (_sender, knowledge) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
+        let (_sender, knowledge) = watch::channel(Knowledge::default());
         let admin = Admin { router: router.clone(), knowledge };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

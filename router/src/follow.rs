@@ -59,6 +59,7 @@ pub async fn run(
         let asks = lapses.map(|until| until - lease / 2).filter(|at| now < *at);
         let at_risk = !lease.is_zero() && !registered.holds(now + lease / 2);
         let mut question = None;
+        heard.restored(known.restores);
         let reading = match (&known.view, &seed) {
             (Some(view), _) => Some(heard.read(view, now, confirmed, well)),
             (None, Some(seed)) if !fresh => Some(heard.read_seed(seed, now)),

@@ -34,9 +34,11 @@ pub struct Heard {
     vacant: Option<Instant>,
     /// What the DCS said when it fell silent, while it is.
     silenced: Option<Subject>,
-    /// The DCS has not said anything yet; members are known from elsewhere.
-    seeded: bool,
-    /// The DCS is back and says the same, which may be old.
+    /// What the DCS says next may be old: members are known from elsewhere so far, or it has gone back to an earlier state.
+    unproven: bool,
+    /// How often it had gone back.
+    restores: u64,
+    /// What the DCS says may be old: it is back and says the same, or is back from a backup.
     doubt: Option<Doubt>,
 }
 
@@ -96,8 +98,13 @@ pub fn seed(members: &[KnownMember]) -> ClusterView {
 impl Heard {
     /// The same as [`read`](Self::read), of a [`seed`]: the DCS has not said anything yet.
     pub fn read_seed(&mut self, seed: &ClusterView, now: Instant) -> Reading {
-        self.seeded = true;
+        self.unproven = true;
         self.read(seed, now, false, false)
+    }
+
+    /// The DCS has gone back to an earlier state so many times: it may name somebody who led long ago.
+    pub fn restored(&mut self, restores: u64) {
+        self.unproven |= std::mem::replace(&mut self.restores, restores) != restores;
     }
 
     /// What the DCS says at `now`, completed by what was heard. `confirmed`: it has not been silent for too long; `well`:
@@ -132,8 +139,9 @@ impl Heard {
             return;
         }
         let can_be_asked = complete.leader_member().is_some_and(|member| member.api_url.is_some());
-        let seeded = std::mem::take(&mut self.seeded);
-        if self.silenced.take().is_some_and(|before| before == about || seeded) && can_be_asked {
+        let unproven = std::mem::take(&mut self.unproven);
+        let same = self.silenced.take().is_some_and(|before| before == about);
+        if (same || unproven) && can_be_asked {
             self.doubt = Some(Doubt { about, until: None });
         } else if self.doubt.as_ref().is_some_and(|doubt| doubt.about != about) {
             self.doubt = None;
@@ -396,6 +404,21 @@ mod tests {
         assert_eq!(late.read(Some(("a", 7)), 220), (reign("a", 7), true, false));
         // Another one leads by the DCS: at once.
         assert_eq!(world.read(Some(("b", 9)), 300).0, reign("b", 9));
+    }
+
+    #[test]
+    fn who_leads_by_a_backup_has_to_prove_it() {
+        let mut world = World::default();
+        assert_eq!(world.read(Some(("c", 9)), 0), (reign("c", 9), true, false));
+        world.heard.restored(1);
+        assert_eq!(world.read(Some(("a", 7)), 10), (reign("a", 7), false, true));
+        world.hear("a", Ok(false), Some(("a", 7)), 20);
+        world.heard.restored(1);
+        assert_eq!(world.read(Some(("a", 7)), 30), (reign("a", 7), false, true));
+        world.hear("a", Ok(true), Some(("a", 7)), 40);
+        assert_eq!(world.read(Some(("a", 7)), 50), (reign("a", 7), true, false));
+        world.heard.restored(1);
+        assert_eq!(world.read(Some(("a", 7)), 60), (reign("a", 7), true, false), "that is past");
     }
 
     #[test]

@@ -113,6 +113,7 @@ async fn route(
         let grade = Grade::of(&known, started, STALE_AFTER, now);
         let mut question = None;
         if let Some(view) = &known.view {
+            heard.restored(known.restores);
             let reading = heard.read(view, now, grade.confirmed, grade.well);
             let table = &reading.table;
             let holder = view.leader.as_ref().map(|key| &key.name);

@@ -67,6 +67,7 @@ impl Scenario {
         revocations(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0005), &mut scenario);
         words(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0006), &mut scenario);
         late_word(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0007), &mut scenario);
+        restored(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0008), &mut scenario);
         scenario
     }
 }
@@ -228,6 +229,36 @@ fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
         if rng.random_ratio(3, 4) {
             scenario.add(again + rng.random_range(0..1_000), None, Fault::KillAgent { node, ms: 100 });
         }
+    }
+}
+
+/// The store is lost, and comes back from a backup, or with nothing in it; since the backup somebody else leads, and who leads
+/// may be out when it comes back. A world of its own: whoever is started anew knows only what the store says.
+fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.settings["standby_cluster"].is_object() || !rng.random_ratio(1, 32) {
+        return;
+    }
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let backup = BOOTSTRAP + rng.random_range(2_000..6_000);
+    let (age, ms) = (rng.random_range(500..15_000), rng.random_range(10..ttl * 2));
+    let (lost, back) = (backup + age, backup + age + ms);
+    scenario.events.clear();
+    scenario.add(backup, None, Fault::RestoreDcs { age, anew: rng.random_ratio(1, 3), ms });
+    if rng.random() {
+        let at = rng.random_range(backup..lost);
+        let what = if rng.random() { Fault::Switchover { candidate: None } } else { Fault::KillPostgres { node: 0 } };
+        scenario.add(at, Some(Aim::Leader), what);
+    }
+    if rng.random() {
+        let (at, lasts) = (rng.random_range(lost - 200..back + ttl), rng.random_range(ttl..ttl * 3));
+        let outages = [
+            Fault::CrashHost { node: 0, ms: lasts },
+            Fault::Isolate { node: 0, ms: lasts },
+            Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms: lasts },
+            Fault::FreezeHost { node: 0, ms: lasts },
+        ];
+        let what = outages.choose(rng).cloned().unwrap_or(Fault::BreakWatches);
+        scenario.add(at, Some(Aim::Leader), what);
     }
 }
 

@@ -177,6 +177,11 @@ impl Judge {
         self.timeline = self.timeline.max(timeline);
     }
 
+    /// The store is as it was once, and knows no newer timelines than then.
+    pub fn restored(&mut self) {
+        self.timeline = 0;
+    }
+
     /// Every acknowledged write is in this WAL.
     pub fn check_kept(&mut self, now: Duration, name: &str, wal: &Wal) {
         let mut there: Vec<u64> = wal

@@ -114,6 +114,8 @@ pub enum Fault {
     DcsLeaderChange { ms: u64 },
     /// The store ends the lease of a node before its time: its leader has thawed, and does not know of renewals meanwhile.
     RevokeLease { node: usize },
+    /// The store is lost for `ms` and comes back as it was at first, `age` before that, or, `anew`, with nothing in it.
+    RestoreDcs { age: u64, anew: bool, ms: u64 },
     /// The answers of the next calls get lost after they took effect.
     LoseAnswers { node: usize, count: u32 },
     /// Requests and answers are slow.
@@ -219,6 +221,7 @@ impl Fault {
             Self::Cut { from, to, .. } => [from, to].into_iter().filter_map(node).collect(),
             Self::DcsDown { .. }
             | Self::DcsLeaderChange { .. }
+            | Self::RestoreDcs { .. }
             | Self::BreakWatches
             | Self::Compact
             | Self::Configure { .. }
@@ -260,6 +263,7 @@ impl Event {
                 | Fault::RefusePromotion { ms, .. }
                 | Fault::BreakWatchdog { ms, .. }
                 | Fault::Pause { ms } => *ms,
+                Fault::RestoreDcs { age, ms, .. } => age + ms,
                 _ => 0,
             }
     }

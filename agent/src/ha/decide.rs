@@ -262,6 +262,9 @@ fn resume_replay(s: &Situation, view: &ClusterView) -> Option<Decision> {
 const MAY_HAVE_PROMISED: &str =
     "started just now; the agent before may have promised a leader without DCS (failsafe mode) not to lead yet";
 
+const MAY_BE_LED: &str =
+    "the DCS has gone back to an earlier state; somebody may lead for a ttl yet by what it has forgotten";
+
 fn failed_lately(s: &Situation, what: &str) -> String {
     let why = s.memory.last_failure.as_deref().unwrap_or("no reason known");
     format!("{what} ({} times so far): {why}", s.memory.failures)

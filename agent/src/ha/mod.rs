@@ -21,6 +21,7 @@ mod act;
 mod commands;
 mod finish;
 mod observe;
+mod restored;
 mod shutdown;
 mod upkeep;
 mod wake;
@@ -43,6 +44,7 @@ use trunkline_config::{Local, PostgresConfig, Settings};
 use self::decide::{Action, Decision};
 use self::lease::{Keeper, LeaseHandle, Timing};
 use self::publish::Urls;
+use self::restored::Restored;
 use self::shutdown::keep_beating;
 use self::situation::{Me, Memory, PeerAnswers, Situation};
 use self::task::{Hands, TaskEnd, TaskKind};
@@ -99,9 +101,13 @@ pub struct Ha<D, P, C, R> {
     memory: Memory,
     /// The newest view: the watch's, or our own with what we have just written in it.
     view: Option<Arc<ClusterView>>,
+    /// See [`Knowledge::restores`], of that view.
+    restores: u64,
+    /// The last time that the DCS went back.
+    restored: Option<Restored>,
     /// The view's settings; until there is a cluster, those that this node would bootstrap it with.
     settings: Settings,
-    /// The dynamic configuration as an earlier agent knew it.
+    /// The dynamic configuration as it was known last, by this agent or an earlier one.
     cached_config: Option<Value>,
     /// That of this revision is kept beside the data.
     config_kept: Option<Revision>,
@@ -201,6 +207,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             lease,
             memory,
             view: None,
+            restores: 0,
+            restored: None,
             settings,
             cached_config,
             config_kept: None,
@@ -257,7 +265,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 end = finished(&mut self.task) => self.finish(end),
                 // Whoever has to be rewound waits to hear of it.
                 () = done(&mut self.checkpoint) => debug!("woken by the end of the checkpoint after the promotion"),
-                () = Self::relevant_change(&mut self.parts.knowledge, &self.view) => debug!("woken by the DCS"),
+                () = Self::relevant_change(&mut self.parts.knowledge, &self.view, self.restores) => debug!("woken by the DCS"),
                 _ = session.changed() => debug!("woken by the lease"),
                 Some(command) = self.parts.commands.recv() => self.command(command).await,
                 () = self.parts.clock.sleep_until(wake) => {}

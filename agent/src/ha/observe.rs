@@ -9,6 +9,7 @@ use trunkline_common::dcs::Dcs;
 use trunkline_common::{Clock, ClusterView};
 use trunkline_config::{PostgresConfig, tags};
 
+use super::restored::Restored;
 use super::situation::{self, DivergenceState};
 use super::task::TaskKind;
 use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing, urls};
@@ -18,13 +19,14 @@ use crate::postgres::{PgRole, PgStatus, Postgres};
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// The newest view, unless what we wrote ourselves is newer.
     pub(super) fn take_view(&mut self) {
-        let knowledge = self.parts.knowledge.borrow_and_update();
-        let Some(view) = &knowledge.view else { return };
-        if self.view.as_ref().is_some_and(|ours| ours.revision > view.revision) {
+        let knowledge = self.parts.knowledge.borrow_and_update().clone();
+        let Some(view) = knowledge.view else { return };
+        let restored = std::mem::replace(&mut self.restores, knowledge.restores) != knowledge.restores;
+        if !restored && self.view.as_ref().is_some_and(|ours| ours.revision > view.revision) {
             return;
         }
         let leader = |view: &ClusterView| view.leader.as_ref().map(|leader| leader.created);
-        if self.view.as_ref().is_some_and(|ours| leader(ours) != leader(view)) {
+        if restored || self.view.as_ref().is_some_and(|ours| leader(ours) != leader(&view)) {
             // What failed under another leader may work under this one, and a verdict was about the other's history.
             self.memory.retry_at = None;
             if self.memory.failures == 0 && matches!(self.memory.divergence, DivergenceState::Rewind(_)) {
@@ -34,21 +36,35 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if let Some((leader, url)) = view.leader.as_ref().zip(view.leader_member().and_then(|m| m.api_url.as_ref())) {
             self.memory.former_leader = Some((leader.name.clone(), url.clone()));
         }
-        self.view = Some(view.clone());
+        if restored {
+            self.restored = self.view.take().map(|before| Restored::new(before, &view)).or(self.restored.take());
+        }
+        let mut view = self.restored.as_ref().map_or(view.clone(), |restored| Arc::new(restored.complete(&view)));
         if view.config.is_none() {
             let config = first_config(&self.parts.local, self.cached_config.as_ref());
-            self.view = Some(Arc::new(ClusterView { settings: settings_of(config.as_ref()), ..(**view).clone() }));
+            Arc::make_mut(&mut view).settings = settings_of(config.as_ref());
         }
+        if restored {
+            // A lease of before may be as long as the settings of before, or of now, say.
+            let longest = self.settings.ttl.max(view.settings.ttl);
+            self.memory.start_over(self.parts.clock.now() + longest);
+            (self.config_kept, self.published.upkept, self.published.status) = (None, None, None);
+        }
+        self.view = Some(view);
     }
 
-    /// What an agent goes by that starts where the DCS has lost its content.
+    /// What an agent goes by where the DCS has lost its content, also one that is started then.
     pub(super) fn keep_config(&mut self) {
         let Some(config) = self.view.as_ref().and_then(|view| view.config.clone()) else { return };
+        if self.config_kept == Some(config.revision) {
+            return;
+        }
         let there = !matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_));
-        if there && self.config_kept != Some(config.revision) {
+        if there {
             self.parts.postgres.cache_config(&config.value);
             self.config_kept = Some(config.revision);
         }
+        self.cached_config = Some(config.value);
     }
 
     /// The leader's address is where writes are taken. An agent that has just started leaves it where it is until it knows

@@ -24,7 +24,8 @@ pub struct Awaited {
 pub fn awaited(view: &ClusterView, held: Option<(Revision, Instant)>, now: Instant) -> Option<Awaited> {
     let key = view.leader.as_ref().filter(|_| !view.settings.router_lease.is_zero())?;
     let waited = held.filter(|(created, _)| *created == key.created).map_or(Duration::ZERO, |(_, at)| now.since(at));
-    let behind = view.routers.values().filter(|router| router.epoch < key.created && waited < router.lease);
+    // One that was created later than ours is from before the DCS was restored from a backup.
+    let behind = view.routers.values().filter(|router| router.epoch != key.created && waited < router.lease);
     let (names, left): (Vec<_>, Vec<_>) = behind.map(|router| (router.name.clone(), router.lease - waited)).unzip();
     Some(Awaited { left: left.into_iter().max()?, names })
 }
@@ -63,7 +64,12 @@ mod tests {
         let some = |names: &str, left| Some((names.to_owned(), left));
         let held = Some((50, 100));
         assert_eq!(told(&[], held, 100), None, "there is none");
-        assert_eq!(told(&[("x", 50, 5), ("y", 51, 5)], held, 100), None, "all have said it");
+        assert_eq!(told(&[("x", 50, 5), ("y", 50, 5)], held, 100), None, "all have said it");
+        assert_eq!(
+            told(&[("x", 51, 5)], held, 100),
+            some("x", 5),
+            "it can't have seen a later one while there is ours"
+        );
         assert_eq!(told(&[("x", 50, 5), ("y", 49, 5)], held, 100), some("y", 5));
         assert_eq!(told(&[("x", 0, 5), ("y", 49, 20)], held, 104), some("x y", 16));
         assert_eq!(told(&[("x", 0, 5), ("y", 49, 20)], held, 105), some("y", 15));

@@ -194,6 +194,20 @@ pub struct Memory {
     pub heard: BTreeMap<MemberName, Lsn>,
     /// Revision at which the leader key was found or made ours: an older view says nothing about what we hold.
     pub leading_since: Revision,
+    /// The DCS has gone back to an earlier state: until then somebody may lead by what it has forgotten.
+    pub forgotten_until: Option<Instant>,
+}
+
+impl Memory {
+    /// The DCS has gone back to an earlier state, and counts its revisions from there: nothing that was concluded from those
+    /// of before means anything now. Whoever led by what it has forgotten does so no longer than `until`.
+    pub fn start_over(&mut self, until: Instant) {
+        self.forgotten_until = self.forgotten_until.max(Some(until));
+        self.leading_since = Revision(0);
+        self.sync_settled = false;
+        (self.elected, self.key_held, self.prepared, self.unfulfilled) = (None, None, None, None);
+        (self.sync_before, self.failsafe_attempt) = (None, None);
+    }
 }
 
 /// Our word to a leader that lost the DCS: not to lead for so long.
@@ -256,6 +270,12 @@ impl Situation<'_> {
         let young = self.now.since(self.memory.started_at) < view.settings.ttl;
         let kept = self.memory.promised_before.is_some_and(|until| self.now < until);
         others && !self.is_primary() && (young || kept)
+    }
+
+    /// Whether somebody may still lead by what the DCS knew before it went back to an earlier state. Whoever takes writes now
+    /// is that one.
+    pub fn may_be_led(&self) -> bool {
+        !self.is_primary() && self.memory.forgotten_until.is_some_and(|until| self.now < until)
     }
 
     /// Who has to agree before this leader may go on without the DCS (this node not among them). `None`: it may not.

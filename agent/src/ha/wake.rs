@@ -21,13 +21,18 @@ const ASK_AGAIN: Duration = Duration::from_millis(50);
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// Returns when the DCS shows something that a decision may depend on. Positions and the like don't count: they
     /// would keep every node awake.
-    pub(super) async fn relevant_change(knowledge: &mut watch::Receiver<Knowledge>, seen: &Option<Arc<ClusterView>>) {
+    pub(super) async fn relevant_change(
+        knowledge: &mut watch::Receiver<Knowledge>,
+        seen: &Option<Arc<ClusterView>>,
+        restores: u64,
+    ) {
         loop {
             if knowledge.changed().await.is_err() {
                 return std::future::pending().await;
             }
-            let current = knowledge.borrow().view.clone();
-            let matters = match (&current, seen) {
+            let current = knowledge.borrow().clone();
+            let matters = match (&current.view, seen) {
+                (Some(_), Some(_)) if current.restores != restores => true,
                 (Some(now), Some(before)) => now.revision >= before.revision && matters(before, now),
                 (now, before) => now.is_some() != before.is_some(),
             };
@@ -63,7 +68,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let promise = self.memory.promise.as_ref().map(|promise| promise.until);
         let hold = self.settings().failsafe_mode.then_some(self.memory.started_at + self.settings().ttl);
-        for at in [self.memory.retry_at, self.memory.abstain_until, promise, self.memory.promised_before, hold]
+        let (before, forgotten) = (self.memory.promised_before, self.memory.forgotten_until);
+        for at in [self.memory.retry_at, self.memory.abstain_until, promise, before, forgotten, hold]
             .into_iter()
             .flatten()
             .filter(|at| *at > now)

@@ -1,6 +1,8 @@
 //! etcd of a lab: one member or three, each of which can be killed, frozen and started again.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -81,6 +83,33 @@ impl Etcd {
         self.members[member].proc.iter().for_each(|proc| proc.signal(Signal::CONT));
     }
 
+    /// Copies a member's data, as it is at one moment: a backup.
+    ///
+    /// # Errors
+    /// It can't be copied.
+    pub fn copy_data(&self, member: usize) -> Result<PathBuf> {
+        let data = self.members[member].dir.join("data");
+        let copy = self.members[member].dir.join("copy");
+        self.freeze(member);
+        let copied = copy_tree(&data, &copy);
+        self.thaw(member);
+        copied.map(|()| copy)
+    }
+
+    /// Kills a member that has no others, and gives it the data of `copy` instead of its own; without one it begins anew.
+    ///
+    /// # Errors
+    /// The data can't be replaced, or the member does not come up with it.
+    pub async fn restore(&mut self, member: usize, copy: Option<&Path>) -> Result<()> {
+        self.kill(member);
+        let data = self.members[member].dir.join("data");
+        fs::remove_dir_all(&data).with_context(|| format!("removing {}", data.display()))?;
+        if let Some(copy) = copy {
+            copy_tree(copy, &data)?;
+        }
+        self.restart(member).await
+    }
+
     /// How many members there are.
     pub fn count(&self) -> usize {
         self.members.len()
@@ -113,4 +142,11 @@ impl Etcd {
         });
         answered.await.with_context(|| format!("last lines of {}:\n{}", log.display(), process::tail(&log, 15)))
     }
+}
+
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    // With owners and permissions: etcd may run as another user.
+    let done = Command::new("cp").arg("--archive").arg("--no-target-directory").args([from, to]).status();
+    ensure!(done.context("running cp")?.success(), "{} could not be copied to {}", from.display(), to.display());
+    Ok(())
 }

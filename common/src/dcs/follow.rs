@@ -2,6 +2,7 @@
 //!
 //! This is on the failover path: an event becomes a published view without a wait in between.
 
+use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,9 @@ pub struct Knowledge {
     pub confirmed_at: Option<Instant>,
     /// Why there is doubt now, in words; `None` while the watch is alive.
     pub trouble: Option<String>,
+    /// How often the DCS had gone back to a state before one that it had shown: it was restored from a backup, or made anew.
+    /// `view` is that of now, whose revisions say nothing about those of before.
+    pub restores: u64,
 }
 
 /// The task behind [`Knowledge`].
@@ -39,6 +43,7 @@ pub struct Follower<D, C> {
     clock: C,
     publish: watch::Sender<Knowledge>,
     snapshot: Snapshot,
+    restores: u64,
     /// Failures since the watch last said something.
     failures: u32,
 }
@@ -52,7 +57,7 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
         let (publish, receiver) = watch::channel(Knowledge::default());
         let gone = publish.clone();
         let runtime = clock.clone();
-        let follower = Self { store, clock, publish, snapshot: Snapshot::default(), failures: 0 };
+        let follower = Self { store, clock, publish, snapshot: Snapshot::default(), restores: 0, failures: 0 };
         runtime.spawn(async move {
             tokio::select! {
                 biased;
@@ -80,26 +85,26 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
         let asked = self.clock.now();
         let snapshot = self.store.dcs().read(self.store.paths().prefix()).await?;
         if snapshot.revision < self.snapshot.revision {
-            tracing::warn!(
-                "the DCS went back from revision {} to {}: was it restored from a backup?",
-                self.snapshot.revision,
-                snapshot.revision
-            );
+            let (before, now) = (self.snapshot.revision, snapshot.revision);
+            tracing::warn!("the DCS went back from revision {before} to {now}: was it restored from a backup?");
+            self.restores += 1;
         }
         self.snapshot = snapshot;
         self.publish_view(asked, Revision(0));
         let from = Revision(self.snapshot.revision.0 + 1);
         let mut watch = self.store.dcs().watch(self.store.paths().prefix(), from).await?;
         // Beside the watch: nothing must wait for an answer that is slow.
-        let mut reread = pin!(read_later(self.store.clone(), self.clock.clone()));
+        let mut reread = pin!(self.read_later());
         loop {
             let event = tokio::select! {
                 biased;
                 event = watch.next() => event.unwrap_or_else(|| Err(DcsError::WatchLost("closed".to_owned())))?,
                 snapshot = &mut reread => {
-                    reread.set(read_later(self.store.clone(), self.clock.clone()));
-                    if let Ok((asked, snapshot)) = snapshot {
-                        self.compare(asked, snapshot);
+                    reread.set(self.read_later());
+                    match snapshot {
+                        Ok((asked, snapshot)) => self.compare(asked, snapshot),
+                        Err(lost @ DcsError::WatchLost(_)) => return Err(lost),
+                        Err(_) => {}
                     }
                     continue;
                 }
@@ -116,6 +121,24 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
                     self.snapshot.apply(revision, changes);
                     self.publish_view(now, since);
                 }
+            }
+        }
+    }
+
+    /// Reads everything in a while. [`DcsError::WatchLost`]: there is less than was known when it was asked for, so the watch is
+    /// that of a store which is no more.
+    fn read_later(&self) -> impl Future<Output = Result<(Instant, Snapshot), DcsError>> + use<D, C> {
+        let (store, clock, publish) = (self.store.clone(), self.clock.clone(), self.publish.clone());
+        async move {
+            let _ = clock.within(REREAD, store.out_of_date()).await;
+            let asked = clock.now();
+            let known = publish.borrow().view.as_ref().map_or(Revision(0), |view| view.revision);
+            let snapshot = store.dcs().read(store.paths().prefix()).await?;
+            match snapshot.revision < known {
+                true => {
+                    Err(DcsError::WatchLost(format!("the DCS is at revision {}, before {known}", snapshot.revision)))
+                }
+                false => Ok((asked, snapshot)),
             }
         }
     }
@@ -141,7 +164,12 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
             if let Some(trouble) = &known.trouble {
                 tracing::info!("the DCS can be followed again at revision {} (was: {trouble})", view.revision);
             }
-            *known = Knowledge { view: Some(view), confirmed_at: Some(confirmed_at), trouble: None };
+            *known = Knowledge {
+                view: Some(view),
+                confirmed_at: Some(confirmed_at),
+                trouble: None,
+                restores: self.restores,
+            };
         });
     }
 
@@ -157,12 +185,6 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
             changed
         });
     }
-}
-
-async fn read_later<D: Dcs, C: Clock>(store: ClusterStore<D>, clock: C) -> Result<(Instant, Snapshot), DcsError> {
-    let _ = clock.within(REREAD, store.out_of_date()).await;
-    let asked = clock.now();
-    Ok((asked, store.dcs().read(store.paths().prefix()).await?))
 }
 
 impl Snapshot {
@@ -209,7 +231,7 @@ impl Snapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dcs::memory::MemoryDcs;
+    use crate::dcs::memory::{Backup, MemoryDcs};
     use crate::dcs::paths::Paths;
     use crate::dcs::{Op, Txn};
     use crate::{LeaseId, TokioClock};
@@ -357,6 +379,46 @@ mod tests {
         let malformed = |known: &Knowledge| known.view.as_ref().is_some_and(|view| view.malformed.contains_key(&key));
         let seen = known.wait_for(malformed).await.unwrap().view.clone().unwrap();
         assert_eq!(seen.config.as_ref().unwrap().value, serde_json::json!({"ttl": 20}));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_went_back_is_followed_from_there() {
+        let world = world();
+        let mut known = world.follow();
+        world.lead("a", LeaseId(0)).await;
+        let backup = world.dcs.backup();
+        for name in ["b", "c"] {
+            world.lead(name, LeaseId(0)).await;
+        }
+        known.wait_for(|known| leader(known) == Some("c")).await.unwrap();
+        let newest = known.borrow().view.clone().unwrap().revision;
+        world.dcs.restore(&backup);
+        let seen = known.wait_for(|known| leader(known) == Some("a")).await.unwrap().clone();
+        assert_eq!((seen.restores, seen.trouble, seen.view.unwrap().revision < newest), (1, None, true));
+        world.dcs.restore(&Backup::default());
+        let seen = known.wait_for(|known| leader(known).is_none()).await.unwrap().clone();
+        assert_eq!((seen.restores, seen.trouble), (2, None));
+        world.lead("d", LeaseId(0)).await;
+        known.wait_for(|known| leader(known) == Some("d")).await.unwrap();
+        assert_eq!(known.borrow().restores, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_from_a_revision_of_a_store_that_is_no_more_is_found_out() {
+        let world = world();
+        for name in ["a", "b", "c"] {
+            world.lead(name, LeaseId(0)).await;
+        }
+        // The store goes back between a reading and the watch from there: nothing breaks, and that revision is yet to come.
+        let delay = Duration::from_millis(100);
+        world.link.set_faults(|faults| faults.answer_delay = delay);
+        let mut known = world.follow();
+        world.clock.sleep(delay / 2).await;
+        world.dcs.restore(&Backup::default());
+        world.lead("d", LeaseId(0)).await;
+        known.wait_for(|known| leader(known) == Some("c")).await.unwrap();
+        world.clock.sleep(REREAD + Duration::from_secs(1)).await;
+        assert_eq!((leader(&known.borrow()), known.borrow().restores), (Some("d"), 1));
     }
 
     #[tokio::test(start_paused = true)]

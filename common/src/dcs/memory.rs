@@ -76,6 +76,14 @@ impl Default for Faults {
     }
 }
 
+/// The content of a store at one moment, as an operator keeps it. The default is that of a new one.
+#[derive(Debug, Clone, Default)]
+pub struct Backup {
+    revision: i64,
+    keys: BTreeMap<String, KeyValue>,
+    leases: BTreeMap<LeaseId, Duration>,
+}
+
 /// One client's connection.
 struct Link {
     faults: Mutex<Faults>,
@@ -100,6 +108,8 @@ struct Data {
     now: Instant,
     leases: BTreeMap<LeaseId, HeldLease>,
     last_lease: i64,
+    /// How often it was restored.
+    restores: u64,
 }
 
 /// What one transaction wrote.
@@ -165,6 +175,30 @@ impl<C: Clock> MemoryDcs<C> {
         self.store.revision.send_modify(|_| ());
     }
 
+    /// What there is now.
+    pub fn backup(&self) -> Backup {
+        let data = self.store.data();
+        let leases = data.leases.iter().map(|(id, held)| (*id, held.ttl)).collect();
+        Backup { revision: data.revision, keys: data.keys.clone(), leases }
+    }
+
+    /// The store is lost, and its content is that of `backup` again, revision and all: nothing of what was written since is
+    /// known. Watches break; leases have their full time, as in etcd. No lease's name is given out twice.
+    pub fn restore(&self, backup: &Backup) {
+        let now = self.store.clock.now();
+        let mut data = self.store.data();
+        data.revision = backup.revision.max(1);
+        data.compacted = data.revision;
+        data.keys = backup.keys.clone();
+        data.log.clear();
+        let held = |(id, ttl): (&LeaseId, &Duration)| (*id, HeldLease { ttl: *ttl, ends: now + *ttl });
+        data.leases = backup.leases.iter().map(held).collect();
+        data.restores += 1;
+        let revision = data.revision;
+        drop(data);
+        self.store.revision.send_replace(revision);
+    }
+
     /// Everything in the store, past all faults: for checkers of the simulation.
     pub fn peek(&self, prefix: &str) -> Snapshot {
         self.store.change(|data| data.snapshot(prefix))
@@ -224,7 +258,8 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
     }
 
     async fn watch(&self, prefix: &str, from: Revision) -> Result<Self::Watch, DcsError> {
-        let revision = self.call(move |data, _| data.check_history(from.0).map(|()| data.revision)).await?;
+        let opened = self.call(move |data, _| data.check_history(from.0).map(|()| (data.revision, data.restores)));
+        let (revision, restores) = opened.await?;
         let watcher = Watcher {
             store: self.store.clone(),
             link: self.link.clone(),
@@ -233,6 +268,7 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
             next: if from.0 > 0 { from.0 } else { revision + 1 },
             revision: self.store.revision.subscribe(),
             broken: self.link.broken.subscribe(),
+            restores,
             heard: self.store.clock.now(),
         };
         Ok(Box::pin(watcher.events()))
@@ -462,6 +498,8 @@ struct Watcher<C> {
     next: i64,
     revision: watch::Receiver<i64>,
     broken: watch::Receiver<u64>,
+    /// The store's, when this was opened.
+    restores: u64,
     heard: Instant,
 }
 
@@ -522,6 +560,9 @@ impl<C: Clock> Watcher<C> {
 
     fn look(&self) -> Result<(Option<Written>, Option<Instant>), DcsError> {
         self.store.change(|data| {
+            if data.restores != self.restores {
+                return Err(DcsError::WatchLost("the connection broke".to_owned()));
+            }
             data.check_history(self.next)?;
             Ok((data.event(&self.prefix, self.next), data.next_expiry()))
         })

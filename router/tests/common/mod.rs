@@ -69,7 +69,7 @@ impl World {
             router.lean.start(1, NonZeroU32::MIN).unwrap();
             tokio::spawn(survey::settling(router.clone()));
         }
-        let (sender, receiver) = watch::channel(Knowledge { view: None, confirmed_at: None, trouble: None });
+        let (sender, receiver) = watch::channel(Knowledge::default());
         tokio::spawn(survey::candidates(router.clone()));
         tokio::spawn(follow::run(router.clone(), Prober::default(), receiver, seed));
         let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
@@ -107,7 +107,11 @@ impl World {
 
     pub fn confirm(&self) {
         let confirmed_at = Some(SystemClock.now());
-        self.knowledge.send_replace(Knowledge { view: Some(Arc::new(self.view.clone())), confirmed_at, trouble: None });
+        self.knowledge.send_replace(Knowledge {
+            view: Some(Arc::new(self.view.clone())),
+            confirmed_at,
+            ..Knowledge::default()
+        });
     }
 
     /// The key and its holder's record, in one step.

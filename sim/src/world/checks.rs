@@ -38,8 +38,15 @@ impl World {
             let mut before = Arc::<ClusterView>::default();
             let mut vacancy = Vacancy::default();
             let mut term = None;
+            let mut restores = 0;
             while knowledge.changed().await.is_ok() {
-                let Some(view) = knowledge.borrow_and_update().view.clone() else { continue };
+                let known = knowledge.borrow_and_update().clone();
+                let Some(view) = known.view else { continue };
+                if std::mem::replace(&mut restores, known.restores) != known.restores {
+                    // What it says is no change that anybody has made.
+                    (before, vacancy, term) = (view, Vacancy::default(), None);
+                    continue;
+                }
                 if let Some(timeline) = view.timeline() {
                     world.stage.judge(|judge, now| judge.timeline(now, timeline.0));
                 }
@@ -76,7 +83,9 @@ impl World {
             !led && !inherited
                 && node(&MemberName::from(name.as_str())).is_some_and(|node| node.tags.contains_key("nosync"))
         };
-        if let Some(name) = view.sync.standbys.iter().find(nosync) {
+        // Who led before a store went back has every commit as well, and that store does not know of it.
+        let restored = self.scenario.events.iter().any(|event| matches!(event.what, Fault::RestoreDcs { .. }));
+        if let Some(name) = view.sync.standbys.iter().find(nosync).filter(|_| !restored) {
             return Some(format!("commits may wait for {name}, which is tagged nosync"));
         }
         let leader = view.leader.as_ref()?;

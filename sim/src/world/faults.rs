@@ -10,7 +10,7 @@ use trunkline_agent::guard::Guard;
 use trunkline_agent::node::{Command, RestartFilter};
 use trunkline_common::ClusterView;
 use trunkline_common::dcs::Dcs;
-use trunkline_common::dcs::memory::MemoryDcs;
+use trunkline_common::dcs::memory::{Backup, MemoryDcs};
 use trunkline_common::dcs::store::Outcome;
 use trunkline_config::merge;
 
@@ -212,6 +212,17 @@ impl World {
                 if let Some(member) = self.view().members.get(&name(node)) {
                     let _ = self.stage.store().client().revoke(member.lease).await;
                 }
+            }
+            Fault::RestoreDcs { age, anew, ms } => {
+                let backup = if anew { Backup::default() } else { self.stage.store().backup() };
+                self.wait(age).await;
+                self.dcs_down.lock().1 += 1;
+                self.refresh_links();
+                self.wait(ms).await;
+                self.stage.store().restore(&backup);
+                self.stage.judge(|judge, _| judge.restored());
+                self.dcs_down.lock().1 -= 1;
+                self.refresh_links();
             }
             Fault::LoseAnswers { node, count } => {
                 if let Some(link) = &self.hosts.lock()[node].link {

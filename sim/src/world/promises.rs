@@ -1,7 +1,7 @@
 //! What settings and tags promise: who is preferred as a leader and as a synchronous standby, who is waited for and how long.
 //!
 //! Most of it is promised for healthy times only. So each rule looks at those whom the faults have left alone for a while, and
-//! says nothing where an operator has asked for something, in worlds with pauses, or where members have given their word to a
+//! says nothing where an operator has asked for something, in worlds with pauses or a store that is restored, or where members have given their word to a
 //! leader without DCS.
 
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use trunkline_config::dynamic::SynchronousMode;
 
 use super::World;
 use crate::executor::Livelock;
+use crate::scenario::Fault;
 use crate::server::{Names, Server};
 use crate::stage::{Stage, host_of};
 
@@ -60,7 +61,10 @@ impl World {
         let requested = before.failover.is_some() || view.failover.is_some();
         let failsafe = view.settings.failsafe_mode || view.failsafe.as_ref().is_some_and(|list| !list.is_empty());
         let standby_cluster = before.settings.standby_cluster.is_some();
+        // Members know more of settings and of who has every commit than a store that has gone back.
+        let restored = self.scenario.events.iter().any(|event| matches!(event.what, Fault::RestoreDcs { .. }));
         if requested
+            || restored
             || failsafe
             || paused
             || standby_cluster

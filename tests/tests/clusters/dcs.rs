@@ -102,6 +102,41 @@ async fn an_outage_of_etcd_without_failsafe_mode_ends_with_it_and_nobody_is_led_
     Ok(())
 }
 
+/// etcd begins anew, or with an old copy of its data, under agents and a router that go on: its revisions are lower than what
+/// they have seen, whatever it says of leader and `sync` is of yesterday, and settings may be missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_is_restored_or_made_anew_gets_its_cluster_back() -> Result<()> {
+    let mut scene = Scene::start("dcs-restored", 3).await?;
+    let load = scene.load().await?;
+    let first = scene.cluster.settled(LIMIT).await?;
+    let backup = scene.etcd.copy_data(0)?;
+    scene.cluster.switchover(first, None).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? != first, "the backup is to name another leader");
+    load.writers.progress(100, LIMIT).await?;
+
+    // Another leader's key, while the leader of now has time left on its lease.
+    scene.etcd.restore(0, Some(&backup)).await?;
+    load.writers.progress(100, LIMIT).await.context("after a restore within the lease")?;
+    // The same when its lease is over, and then nothing at all: settings are then those that were known last.
+    for copy in [Some(backup.as_path()), None] {
+        let leader = scene.cluster.settled(LIMIT).await?;
+        scene.cluster.patch_config(&json!({ "member_slots_ttl": "7min" })).await?;
+        load.writers.progress(100, LIMIT).await?;
+        let (target, lost) = (scene.node(leader), SystemClock.now());
+        scene.etcd.kill(0);
+        open_for(&target, lost).await?;
+        scene.etcd.restore(0, copy).await?;
+        load.writers.progress(100, LIMIT).await.with_context(|| format!("after a restore of {copy:?}"))?;
+    }
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let config = rest::get(scene.cluster.nodes[leader].rest_port(), "/config").await?.body;
+    ensure!(config["synchronous_mode"] == true && config["member_slots_ttl"] == "7min", "settings were lost: {config}");
+    let record = load.writers.record();
+    ensure!(record.failed_with(WRONG_NODE) == 0, "a write was sent to a standby: {:?}", record.errors);
+    scene.finish(load).await?;
+    Ok(())
+}
+
 /// Three nodes in failsafe mode.
 fn failsafe_spec() -> Result<Spec> {
     let mut spec = Spec::new(3, &Program::agent()?);

@@ -6,8 +6,8 @@ use trunkline_common::ClusterView;
 use trunkline_common::cluster::FailoverRequest;
 
 use super::{
-    Action, Decision, DemoteMode, FAILSAFE_PAUSE, FIRST_PROOF, MAY_HAVE_PROMISED, failed_lately, failsafe_margin, is,
-    leaderless, resume_replay, standby, step_down_margin,
+    Action, Decision, DemoteMode, FAILSAFE_PAUSE, FIRST_PROOF, MAY_BE_LED, MAY_HAVE_PROMISED, failed_lately,
+    failsafe_margin, is, leaderless, resume_replay, standby, step_down_margin,
 };
 use crate::ha::election::{self, Takeover, Verdict};
 use crate::ha::routers::{self, Awaited};
@@ -271,6 +271,7 @@ pub fn named(s: &Situation, view: &ClusterView) -> Decision {
             is(Action::Wait, "PostgreSQL can't be killed; the leader key is left to run out")
         }
         _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
+        _ if s.may_be_led() => is(Action::Wait, MAY_BE_LED),
         _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
         _ if s.is_primary()
             && !view.settings.pause

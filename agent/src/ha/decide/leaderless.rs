@@ -3,7 +3,7 @@
 use trunkline_common::cluster::Initialize;
 use trunkline_common::{ClusterView, MemberName};
 
-use super::{Action, Decision, DemoteMode, FIRST_PROOF, MAY_HAVE_PROMISED, failed_lately, is, standby};
+use super::{Action, Decision, DemoteMode, FIRST_PROOF, MAY_BE_LED, MAY_HAVE_PROMISED, failed_lately, is, standby};
 use crate::ha::election::{self, Verdict};
 use crate::ha::situation::{DivergenceState, Situation, remote};
 use crate::ha::sync;
@@ -22,6 +22,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
             return is(Action::Wait, format!("PostgreSQL answers with an error ({why}); nobody leads"));
         }
         PgStatus::Running(_) if s.may_have_promised(view) => return is(Action::Wait, MAY_HAVE_PROMISED),
+        PgStatus::Running(_) if s.may_be_led() => return is(Action::Wait, MAY_BE_LED),
         PgStatus::Running(_) => {}
     }
     if !s.has_lease {
@@ -89,6 +90,7 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
             is(Action::CloneRemote(remote(view)), "no data here; copying from outside, for a standby cluster")
         }
         Initialize::Absent if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
+        Initialize::Absent if s.may_be_led() => is(Action::Wait, MAY_BE_LED),
         Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
         Initialize::Absent if s.backing_off() => is(Action::Wait, failed_lately(s, "the bootstrap failed")),
         Initialize::Absent => match has_data(s, view) {

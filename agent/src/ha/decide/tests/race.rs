@@ -391,3 +391,24 @@ fn without_a_required_watchdog_nobody_leads() {
     leader.pg = primary(1000);
     assert_eq!(leader.decide().action, Action::Lead, "paused");
 }
+
+#[test]
+fn where_the_dcs_has_forgotten_who_led_nobody_leads_before_that_is_over() {
+    let forgotten = |until| {
+        let mut world = world().leaderless().answers(&[("c", peer(1000))]);
+        world.memory.start_over(until);
+        world
+    };
+    let over = forgotten(NOW);
+    assert!(matches!(over.decide().action, Action::Acquire(_)), "{:?}", over.decide());
+    let mut world = forgotten(NOW + Duration::from_millis(1));
+    assert_eq!(world.decide().reason, MAY_BE_LED);
+    world.view().leader = Some(key("b"));
+    assert_eq!(world.decide().reason, MAY_BE_LED, "the key of the backup is no better");
+    world.view().leader = None;
+    world.pg = primary(1000);
+    assert!(matches!(world.decide().action, Action::Acquire(_)), "who takes writes is the one");
+    world.pg = PgStatus::NoData;
+    world.view().initialize = Initialize::Absent;
+    assert_eq!(world.decide().reason, MAY_BE_LED);
+}
