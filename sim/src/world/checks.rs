@@ -25,6 +25,9 @@ use crate::scenario::Fault;
 use crate::server::Server;
 use crate::stage::{host_of, paths};
 
+/// Records that one may be behind who follows the leader, a fraction of the smallest limit for a failover.
+const KEPT_UP: usize = 50;
+
 impl World {
     /// What each revision of the store says in itself: the timeline never goes down, nobody who is no primary takes the
     /// leader key in a pause unasked, nobody is promoted or waited for who is tagged against it.
@@ -189,10 +192,12 @@ impl World {
         let candidate = |outside: bool| {
             self.stage.servers(|servers| {
                 let wal = servers.iter().find(|server| server.name == leader).and_then(|server| server.data.as_ref());
-                // One may be left to a person, and another that hangs below it with it.
+                // One may be left to a person, or get nothing, and another that hangs below it with it.
                 let follows = |server: &Server| {
                     let own = server.data.as_ref().map(|data| &data.wal);
-                    own.zip(wal).is_some_and(|(own, leader)| own.is_prefix_of(&leader.wal))
+                    own.zip(wal).is_some_and(|(own, leader)| {
+                        own.is_prefix_of(&leader.wal) && leader.wal.len() <= own.len() + KEPT_UP
+                    })
                 };
                 let able = |server: &&Server| {
                     server.name != leader
