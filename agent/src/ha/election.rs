@@ -218,6 +218,10 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
     if quorum_mode {
         return quorum(s, view, peers);
     }
+    if electorate.is_empty() {
+        // Only who is gone from the DCS was asked.
+        return Verdict::Race("no other member could lead".to_owned());
+    }
     let said = |name: &MemberName| match answer(peers, name) {
         Some(peer) if promotable(peer) => format!("{name} is at {}", peer.lsn),
         Some(_) => format!("{name} may not be promoted"),
