@@ -12,6 +12,7 @@ use super::place::Lab;
 use super::process::{self, Proc};
 use super::rest;
 use super::tools::Program;
+use super::wait;
 use super::workload::Target;
 
 /// One member of a cluster. Dropping it kills the agent; PostgreSQL ends with the lab.
@@ -223,5 +224,18 @@ impl Node {
     /// It can't be read.
     pub fn log(&self) -> Result<String> {
         Ok(String::from_utf8_lossy(&std::fs::read(self.lab.log(&self.name))?).into_owned())
+    }
+
+    /// The whole log, once it says `what`: lines are written by a thread of their own, so what they tell may be seen before them.
+    ///
+    /// # Errors
+    /// It does not say so within `limit`.
+    pub async fn says(&self, what: &str, limit: Duration) -> Result<String> {
+        wait::until(format_args!("{} to say {what:?}", self.name), limit, async || {
+            let log = self.log()?;
+            ensure!(log.contains(what), "its last lines: {}", self.log_tail(12));
+            Ok(log)
+        })
+        .await
     }
 }

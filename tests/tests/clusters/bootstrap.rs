@@ -79,8 +79,7 @@ async fn half_a_cluster_is_moved_aside_and_made_anew() -> Result<()> {
     let data_dir = cluster.nodes[0].data_dir();
     let aside = data_dir.with_file_name(format!("{}.failed", data_dir.file_name().unwrap_or_default().display()));
     ensure!(aside.join("PG_VERSION").exists(), "{} is not there", aside.display());
-    let log = cluster.nodes[0].log()?;
-    ensure!(log.contains("the bootstrap of an earlier agent was cut off"), "{log}");
+    cluster.nodes[0].says("the bootstrap of an earlier agent was cut off", LIMIT).await?;
     lab.success();
     Ok(())
 }
@@ -108,7 +107,7 @@ async fn a_bootstrap_whose_last_step_fails_is_taken_back_and_tried_again() -> Re
     ensure!(cluster.nodes[0].is_running(), "the agent has ended");
     std::fs::write(&works, "")?;
     ensure!(cluster.settled(LIMIT).await? == 0);
-    ensure!(cluster.nodes[0].log()?.contains("the bootstrap failed: "), "the log does not say so");
+    cluster.nodes[0].says("the bootstrap failed: ", LIMIT).await?;
     lab.success();
     Ok(())
 }
@@ -147,10 +146,10 @@ async fn a_custom_bootstrap_that_fails_is_taken_back_and_tried_again() -> Result
     let data_dir = cluster.nodes[0].data_dir();
     let aside = data_dir.with_file_name(format!("{}.failed", data_dir.file_name().unwrap_or_default().display()));
     ensure!(aside.join("half").exists(), "{} is not there", aside.display());
-    let log = cluster.nodes[0].log()?;
     for why in ["exit status: 1: there is no backup", "exit status: 2"] {
-        ensure!(log.contains(&format!("the bootstrap failed: sh ended with {why}")), "{why} is not in {log}");
+        cluster.nodes[0].says(&format!("the bootstrap failed: sh ended with {why}"), LIMIT).await?;
     }
+    let log = cluster.nodes[0].log()?;
     ensure!(!log.contains("cleaning up after the failed bootstrap"), "what there was not could not be removed: {log}");
     std::fs::write(notes.join("works"), "")?;
     ensure!(cluster.settled(LIMIT).await? == 0);

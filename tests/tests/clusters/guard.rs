@@ -145,7 +145,7 @@ async fn a_guard_that_is_killed_or_hangs_is_replaced() -> Result<()> {
         });
         guard = replaced.await?;
     }
-    ensure!(node.log()?.contains("starting another one"), "the log does not say so");
+    node.says("starting another one", LIMIT).await?;
     ensure!(load.writers.record().failures == 0, "a write failed");
     scene.finish(load).await?;
     Ok(())

@@ -105,12 +105,7 @@ async fn the_operators_programs_are_run_at_their_moments_and_pre_promote_can_ref
     // A candidate that may not be promoted gives the key back, until it may.
     std::fs::write(scene.cluster.nodes[leader].dir().join("veto"), "")?;
     scene.cluster.nodes[replica].kill_postmaster()?;
-    wait::until("the refused promotion", LIMIT, async || {
-        let log = scene.cluster.nodes[leader].log()?;
-        ensure!(log.contains("pre_promote: sh ended with"), "the log does not say so");
-        Ok(())
-    })
-    .await?;
+    scene.cluster.nodes[leader].says("pre_promote: sh ended with", LIMIT).await?;
     let still = scene.node(leader).query_one("SELECT pg_is_in_recovery()", LIMIT).await;
     ensure!(still.is_err() || still.is_ok_and(|standby| standby == "t"), "promoted without leave");
     std::fs::remove_file(scene.cluster.nodes[leader].dir().join("veto"))?;
@@ -162,12 +157,8 @@ async fn a_promotion_that_is_being_asked_for_ends_with_the_leader_key() -> Resul
     let etcd: u16 = endpoint.rsplit_once(':').context("a port")?.1.parse()?;
     let gone = rest::post(etcd, "/v3/kv/deleterange", &json!({ "key": "L3NlcnZpY2UvZGVtby9sZWFkZXI=" }), LIMIT).await?;
     ensure!(gone.body["deleted"] == "1", "{gone:?}");
-    wait::until("the promotion to end", Duration::from_secs(20), async || {
-        let log = scene.cluster.nodes[candidate].log()?;
-        ensure!(log.contains("the leader key was lost while pre_promote ran"), "the log does not say so");
-        Ok(())
-    })
-    .await?;
+    let limit = Duration::from_secs(20);
+    scene.cluster.nodes[candidate].says("the leader key was lost while pre_promote ran", limit).await?;
     scene.read_write().execute("CREATE TABLE t (i int)", LIMIT).await?;
     switchover.abort();
     scene.lab.success();
@@ -197,12 +188,8 @@ async fn a_refused_promotion_leaves_the_lead_to_those_that_were_synchronous_befo
     let names = |node: usize| scene.cluster.nodes[node].name().to_owned();
     let request = json!({ "leader": names(leader), "candidate": names(standby) });
     let _ = rest::post(scene.cluster.nodes[leader].rest_port(), "/switchover", &request, LIMIT).await;
-    wait::until("the key to be given back", LIMIT, async || {
-        let log = scene.cluster.nodes[standby].log()?;
-        ensure!(log.contains("released the leader key, and the sync key says again what it said before"), "not yet");
-        Ok(())
-    })
-    .await?;
+    let given_back = "released the leader key, and the sync key says again what it said before";
+    scene.cluster.nodes[standby].says(given_back, LIMIT).await?;
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "somebody else leads");
     scene.read_write().execute("INSERT INTO t VALUES (1)", LIMIT).await?;
     scene.lab.success();

@@ -102,11 +102,7 @@ async fn a_patroni_that_is_frozen_is_given_time_while_its_primary_takes_writes()
     cluster.nodes[0].agent().context("it runs")?.signal(Signal::STOP);
     let ours = &cluster.nodes[1];
     let said = format!("My ({}) wal position moved since last heart beat loop", ours.name());
-    wait::until("the race to be put off", LIMIT, async || {
-        ensure!(ours.log()?.contains(&said), "not said");
-        Ok(())
-    })
-    .await?;
+    ours.says(&said, LIMIT).await?;
     let free = SystemClock.now();
     ensure!(ours.health("/primary").await == Some(503), "it leads all the same");
     writers.progress(10, LIMIT).await?;

@@ -81,7 +81,8 @@ async fn one_port_serves_writers_and_readers_and_tells_who_they_are() -> Result<
     };
     let at: i32 = reader.query_one("SELECT inet_server_port()", &[]).await?.get(0);
     let replica = scene.cluster.nodes.iter().find(|node| i32::from(node.port()) == at).context("whose is it?")?;
-    ensure!(told("session begins")?.contains(replica.name()));
+    let line = wait::until("the beginning in the log", LIMIT, async || told("session begins")).await?;
+    ensure!(line.contains(replica.name()), "{line}");
     drop(reader);
     let line = wait::until("the end in the log", LIMIT, async || told("session ended")).await?;
     ensure!(line.contains("reason=client") && line.contains(&replica.port().to_string()), "{line}");

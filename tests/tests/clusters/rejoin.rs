@@ -96,11 +96,7 @@ async fn a_diverged_primary_is_copied_anew_where_a_setting_allows_exactly_that()
     let (mut scene, old) = diverged("no-rewind", broken).await?;
     let before = directory(&scene, old)?;
     let said = "reinitialize this member, or set remove_data_directory_on_rewind_failure";
-    wait::until("the reason", LIMIT, async || {
-        ensure!(scene.cluster.nodes[old].log()?.contains(said), "the log does not say it");
-        Ok(())
-    })
-    .await?;
+    scene.cluster.nodes[old].says(said, LIMIT).await?;
     ensure!(directory(&scene, old)? == before, "the data directory was removed without leave");
 
     let mut config: Value = serde_json::from_slice(&std::fs::read(scene.cluster.nodes[old].config())?)?;
@@ -109,7 +105,7 @@ async fn a_diverged_primary_is_copied_anew_where_a_setting_allows_exactly_that()
     let port = scene.cluster.nodes[old].rest_port();
     ensure!(rest::post(port, "/reload", &json!({}), SHORT).await?.status == 202);
     follows(&mut scene, old).await?;
-    ensure!(scene.cluster.nodes[old].log()?.contains("copying anew"), "the log does not say so");
+    scene.cluster.nodes[old].says("copying anew", LIMIT).await?;
     scene.lab.success();
     Ok(())
 }
