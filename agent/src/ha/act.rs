@@ -13,6 +13,7 @@ use trunkline_common::{Clock, ClusterView, MemberName, Revision, TimelineId};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode, step_down_margin};
+use super::prepare::Stop;
 use super::situation::DivergenceState;
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, StandbyNames, TaskKind};
 use super::{Ha, Next, sync, timelines};
@@ -41,6 +42,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             Action::ClearFailover => self.clear_failover().await,
             Action::Promote(write) => self.promote(write).await,
+            Action::HandOver => self.hand_over().await,
+            Action::DemoteCluster => self.demote_cluster().await,
             Action::Bootstrap => self.bootstrap().await,
             Action::Follow(upstream) => {
                 if let Err(error) = self.parts.postgres.follow(upstream).await {
@@ -63,18 +66,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     fn start_task(&mut self, action: Action) -> Next {
         let hands = self.hands();
         match action {
-            Action::HandOver => {
-                let Some(plan) = self.hand_over_plan(self.requested_candidate()) else { return Next::Wait };
-                // Routers take sessions away as soon as it is told that this server stops, so not before it is about to.
-                let prepared = self.memory.prepared.take() == Some(plan.view.failover_revision);
-                match prepared {
-                    true => self.spawn(TaskKind::HandOver, hands.hand_over(plan)),
-                    false => {
-                        self.memory.prepared = Some(plan.view.failover_revision);
-                        self.spawn(TaskKind::Prepare, hands.prepare());
-                    }
-                }
-            }
             Action::Demote(mode) => {
                 let until = self.lease.session().deadline.filter(|_| mode == DemoteMode::Offline);
                 let until = until.map(|deadline| deadline.fence_at);
@@ -96,10 +87,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     }
                 };
                 self.spawn(TaskKind::Start, hands.start(role, names, limit, Some(told)));
-            }
-            Action::DemoteCluster => {
-                let limit = self.settings().stop_limit();
-                self.spawn(TaskKind::DemoteCluster, hands.demote_cluster(limit));
             }
             Action::CloneRemote(source) => {
                 let section = self.settings().standby_cluster.as_ref();
@@ -124,14 +111,35 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Action::Release if matches!(self.pg, PgStatus::Running(_)) => Some("not_won"),
             Action::Release => Some("postgresql_down"),
             Action::Resign => Some("dcs_away"),
-            Action::HandOver => Some("requested"),
             Action::Demote(DemoteMode::LostKey) => Some("lost_key"),
-            Action::DemoteCluster => Some("standby_cluster"),
             Action::Demote(DemoteMode::Offline) => Some("dcs_away"),
             Action::Demote(DemoteMode::Sick) => Some("postgresql_sick"),
             Action::Rewind(_) | Action::Reclone(_) => Some("diverged"),
             _ => None,
         }
+    }
+
+    /// Steps down in order once the checkpoint for it is made, and leads on until then: routers take sessions away as soon as it is
+    /// told that this server stops, so not before it is about to.
+    async fn hand_over(&mut self) -> Next {
+        let Some(plan) = self.hand_over_plan(self.requested_candidate()) else { return Next::Wait };
+        if !self.is_prepared(Stop::HandOver(plan.view.failover_revision)) {
+            return self.lead().await;
+        }
+        self.count(Action::HandOver.label(), "requested");
+        let hands = self.hands();
+        self.spawn(TaskKind::HandOver, hands.hand_over(plan));
+        Next::Wait
+    }
+
+    async fn demote_cluster(&mut self) -> Next {
+        if !self.is_prepared(Stop::DemoteCluster) {
+            return self.lead().await;
+        }
+        self.count(Action::DemoteCluster.label(), "standby_cluster");
+        let (hands, limit) = (self.hands(), self.settings().stop_limit());
+        self.spawn(TaskKind::DemoteCluster, hands.demote_cluster(limit));
+        Next::Wait
     }
 
     /// The transaction that makes a leader. What it wrote is put into our copy of the view: the promotion must not wait

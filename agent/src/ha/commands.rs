@@ -115,8 +115,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     fn restart(&mut self, filter: RestartFilter, reply: tokio::sync::oneshot::Sender<Reply>) {
-        let come_back = match &self.task {
-            Some(task) => Err(format!("{} already in progress", task.kind.label())),
+        let busy = self.task.as_ref().map(|task| task.kind).or(self.preparation.under_way());
+        let come_back = match busy {
+            Some(kind) => Err(format!("{} already in progress", kind.label())),
             None => restart::decide(&self.situation(None), &filter).map_err(str::to_owned),
         };
         let come_back = match come_back {
@@ -193,7 +194,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.scheduled_restart = None;
             return;
         }
-        if self.task.is_some() || self.settings().pause {
+        if self.task.is_some() || self.preparation.under_way().is_some() || self.settings().pause {
             return;
         }
         let Some(at) =

@@ -18,9 +18,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     pub(super) fn finish(&mut self, end: (TaskKind, TaskEnd)) {
         let (kind, end) = end;
         let now = self.parts.clock.now();
-        if kind == TaskKind::Prepare {
-            return;
-        }
         let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
         self.memory.up_since = started.then_some(now);
         if kind == TaskKind::Promote && !matches!(end, TaskEnd::Refused(_)) {
@@ -111,7 +108,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (
                 TaskKind::Bootstrap
                 | TaskKind::CustomBootstrap
-                | TaskKind::Prepare
                 | TaskKind::Start
                 | TaskKind::Restart
                 | TaskKind::Promote

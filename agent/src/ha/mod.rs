@@ -21,6 +21,7 @@ mod act;
 mod commands;
 mod finish;
 mod observe;
+mod prepare;
 mod restored;
 mod shutdown;
 mod upkeep;
@@ -43,6 +44,7 @@ use trunkline_config::{Local, PostgresConfig, Settings};
 
 use self::decide::{Action, Decision};
 use self::lease::{Keeper, LeaseHandle, Timing};
+use self::prepare::Preparation;
 use self::publish::Urls;
 use self::restored::Restored;
 use self::shutdown::keep_beating;
@@ -139,7 +141,10 @@ pub struct Ha<D, P, C, R> {
     fenced: u64,
     /// The same of the guard.
     killed: u64,
+    /// After a promotion.
     checkpoint: Option<Task<()>>,
+    /// Before a stop.
+    preparation: Preparation,
 }
 
 struct Running {
@@ -230,6 +235,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             fenced: 0,
             killed: parts.guard.status().kills,
             checkpoint: None,
+            preparation: Preparation::default(),
             parts,
         }
     }
@@ -265,6 +271,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 end = finished(&mut self.task) => self.finish(end),
                 // Whoever has to be rewound waits to hear of it.
                 () = done(&mut self.checkpoint) => debug!("woken by the end of the checkpoint after the promotion"),
+                () = done(&mut self.preparation.checkpoint) => debug!("woken by the end of the checkpoint before a stop"),
                 () = Self::relevant_change(&mut self.parts.knowledge, &self.view, self.restores) => debug!("woken by the DCS"),
                 _ = session.changed() => debug!("woken by the lease"),
                 Some(command) = self.parts.commands.recv() => self.command(command).await,

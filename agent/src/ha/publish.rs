@@ -25,7 +25,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
         Some(TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster | TaskKind::Stop) => return "stopping",
         // Stopped for it, for as long as it takes: nobody may wait for WAL from here.
         Some(TaskKind::Rewind) => return "stopped",
-        Some(TaskKind::Prepare | TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Discard) | None => {}
+        Some(TaskKind::Promote | TaskKind::CheckDivergence | TaskKind::Discard) | None => {}
     }
     match pg {
         PgStatus::Running(_) => "running",

@@ -8,6 +8,7 @@ use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::store::Outcome;
 
 use super::lease::LeaseHandle;
+use super::prepare::LONGEST_CHECKPOINT;
 use super::task::{HandOverPlan, TaskEnd, TaskKind};
 use super::{Ha, finished};
 use crate::peer::Peers;
@@ -57,8 +58,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let stopped = match (leads, self.hand_over_plan(None)) {
             (true, Some(plan)) => {
                 // As a switchover: routers hear of it once the checkpoint is done.
-                if matches!(self.pg, PgStatus::Running(_)) {
-                    self.hands().prepare().await;
+                if matches!(self.pg, PgStatus::Running(_))
+                    && let Err(error) = self.parts.postgres.checkpoint(LONGEST_CHECKPOINT).await
+                {
+                    warn!("handing over without a checkpoint first: {error}");
                 }
                 let plan = HandOverPlan { candidate_limit: Duration::from_secs(5), ..plan };
                 let hands = self.hands();

@@ -174,8 +174,6 @@ pub struct Memory {
     /// What makes the `sync` key say again what it said before this node took the leader key, as long as no promotion was
     /// begun: whoever had every commit then still has.
     pub sync_before: Option<SyncWrite>,
-    /// The failover request, by its revision, that the checkpoint before the switchover was made for.
-    pub prepared: Option<Revision>,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,
     /// Our word to a leader that lost the DCS.
@@ -205,7 +203,7 @@ impl Memory {
         self.forgotten_until = self.forgotten_until.max(Some(until));
         self.leading_since = Revision(0);
         self.sync_settled = false;
-        (self.elected, self.key_held, self.prepared, self.unfulfilled) = (None, None, None, None);
+        (self.elected, self.key_held, self.unfulfilled) = (None, None, None);
         (self.sync_before, self.failsafe_attempt) = (None, None);
     }
 }

@@ -41,8 +41,6 @@ pub enum TaskKind {
     Restart,
     /// Promotion.
     Promote,
-    /// A checkpoint while the server still serves, before it steps down in order.
-    Prepare,
     /// Stepping down in order.
     HandOver,
     /// Stepping down at once.
@@ -71,7 +69,7 @@ impl TaskKind {
             TaskKind::Start => "starting",
             TaskKind::Restart => "restart",
             TaskKind::Promote => "promote",
-            TaskKind::Prepare | TaskKind::HandOver => "switchover",
+            TaskKind::HandOver => "switchover",
             TaskKind::Demote => "demote",
             TaskKind::DemoteCluster => "demote cluster",
             TaskKind::CheckDivergence => "comparing histories",
@@ -400,15 +398,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         }
     }
 
-    /// Checkpoint while still serving, so that the one of the shutdown is short.
-    pub async fn prepare(self) -> TaskEnd {
-        if let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await {
-            warn!("handing over without a checkpoint first: {error}");
-        }
-        TaskEnd::Done
-    }
-
-    /// After [`Hands::prepare`]: let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is
+    /// After a checkpoint ([`super::prepare`]): let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is
     /// free.
     pub async fn hand_over(self, plan: HandOverPlan) -> TaskEnd {
         if !plan.grace.is_zero() {
@@ -518,11 +508,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     }
 
     /// The cluster has become a standby cluster: its primary stops in order, and what it wrote last goes to the archive, where
-    /// the cluster that is to be followed may need it. The key stays ours.
+    /// the cluster that is to be followed may need it. The key stays ours. After a checkpoint ([`super::prepare`]).
     pub async fn demote_cluster(self, limit: Duration) -> TaskEnd {
-        if let Err(error) = self.postgres.checkpoint(Duration::from_secs(300)).await {
-            warn!("demoting without a checkpoint first: {error}");
-        }
         if let Err(error) = self.postgres.stop(StopMode::Fast, limit, None).await {
             return error.into();
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::etcd::EtcdDcs;
@@ -260,6 +260,46 @@ async fn in_failsafe_mode_members_are_asked_with_the_password_of_the_last_reload
 
     scene.etcd.restart(0).await?;
     ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.finish(load).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_failsafe_mode_writes_go_on_without_etcd_while_a_switchover_waits_for_its_checkpoint() -> Result<()> {
+    let mut scene = failsafe_scene("failsafe-checkpoint").await?;
+    let load = scene.load().await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let (failures, target) = (load.writers.record().failures, scene.node(leader));
+
+    let of = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'";
+    let checkpointer = target.query_one(of, LIMIT).await?.parse().ok().and_then(Pid::from_raw).context("no pid")?;
+    kill_process(checkpointer, Signal::STOP)?;
+    let (port, body) =
+        (scene.cluster.nodes[leader].rest_port(), json!({ "leader": scene.cluster.nodes[leader].name() }));
+    let asked = tokio::spawn(async move { rest::post(port, "/switchover", &body, LIMIT).await });
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE query = 'CHECKPOINT' AND state = 'active'";
+    let prepares = wait::until("the checkpoint before the switchover", LIMIT, async || {
+        let waiting = target.query_one(waits, Duration::from_secs(5)).await?;
+        ensure!(waiting == "1", "{waiting} sessions wait for it");
+        Ok(())
+    });
+    prepares.await?;
+
+    let lost = SystemClock.now();
+    scene.etcd.kill(0);
+    let ttl = Duration::from_secs(scene.cluster.spec().timing.ttl.into());
+    while SystemClock.now().since(lost) < ttl * 2 {
+        load.writers.progress(20, LIMIT).await?;
+    }
+    let record = load.writers.record();
+    ensure!(record.failures == failures, "statements failed: {:?}", record.last_error);
+    ensure!(target.query_one(waits, LIMIT).await? == "1", "the checkpoint was made meanwhile, so this shows nothing");
+
+    kill_process(checkpointer, Signal::CONT)?;
+    scene.etcd.restart(0).await?;
+    // What was asked for is carried out now, or given up, as nobody may take over for the time of a promise.
+    asked.abort();
+    load.writers.progress(100, LIMIT).await?;
     scene.finish(load).await?;
     Ok(())
 }

@@ -223,6 +223,9 @@ pub fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverR
         // Also where it was in vain, and the one that stepped down leads again: once asked is tried once.
         return is(Action::ClearFailover, "the request is older than this leadership");
     }
+    if s.dcs_away {
+        return lead("a failover was requested; the DCS, which would say who leads then, does not answer".to_owned());
+    }
     if let Some(at) = request.scheduled_at {
         let late = (s.wall - at.to_utc()).to_std();
         match late {

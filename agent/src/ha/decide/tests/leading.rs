@@ -135,7 +135,9 @@ fn a_switchover_needs_a_candidate_that_can() {
     let asked = world().leading().requested(Some("b"), Some("c"));
     assert!(matches!(asked.decide().action, Action::Ask(members) if members.len() == 1));
     assert_eq!(asked.clone().answers(&[("c", peer(1000))]).decide().action, Action::HandOver);
-    assert_eq!(asked.answers(&[("c", None)]).decide().action, Action::ClearFailover);
+    assert_eq!(asked.clone().answers(&[("c", None)]).decide().action, Action::ClearFailover);
+    let away = World { dcs_away: true, ..asked.clone() };
+    assert_eq!(away.answers(&[("c", peer(1000))]).decide().action, Action::Lead, "who leads then nobody could say");
     assert_eq!(world().leading().requested(Some("a"), None).decide().action, Action::ClearFailover);
     assert_eq!(world().leading().requested(None, Some("b")).decide().action, Action::ClearFailover);
 }
