@@ -68,6 +68,7 @@ impl Scenario {
         words(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0006), &mut scenario);
         late_word(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0007), &mut scenario);
         restored(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0008), &mut scenario);
+        copies(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0009), &mut scenario);
         scenario
     }
 }
@@ -260,6 +261,31 @@ fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
         let what = outages.choose(rng).cloned().unwrap_or(Fault::BreakWatches);
         scenario.add(at, Some(Aim::Leader), what);
     }
+}
+
+/// A synchronous standby is made anew, of a member that lacks what was written lately, while the leader's agent stands still, or in
+/// strict mode; then the leader is out.
+fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
+    let synchronous = scenario.settings["synchronous_mode"] == json!(true);
+    if !synchronous || scenario.nodes.len() < 3 || !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let (ttl, strict) = (scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000, rng.random::<bool>());
+    scenario.settings["synchronous_mode_strict"] = json!(strict);
+    scenario.settings["maximum_lag_on_failover"] = json!(1_048_576);
+    let behind = rng.random_range(0..scenario.nodes.len());
+    scenario.nodes[behind].tags = Map::from_iter(["nosync", "clonefrom"].map(|tag| (tag.to_owned(), json!(true))));
+    let lost = BOOTSTRAP + rng.random_range(0..2_000);
+    let anew = lost + rng.random_range(500..3_000);
+    let out = anew + rng.random_range(100..2_500);
+    let cut = Fault::Cut { from: End::Postgres(0), to: End::Postgres(behind), both: true, ms: out + ttl * 3 - lost };
+    scenario.add(lost, Some(Aim::Leader), cut);
+    if !strict {
+        scenario.add(anew - 20, Some(Aim::Leader), Fault::FreezeAgent { node: 0, ms: out - anew + 20 });
+    }
+    scenario.add(anew, Some(Aim::Synchronous), Fault::Reinitialize { node: 0 });
+    scenario.add(out, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: ttl * 3 });
 }
 
 impl Scenario {

@@ -178,6 +178,40 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
+    /// Replaces the data directory by a copy, once nothing is promised any more of what it had.
+    pub(super) fn spawn_copy(&mut self, kind: TaskKind, copy: impl Future<Output = TaskEnd> + Send + 'static) {
+        let forgone = self.forgo_place();
+        self.spawn(kind, async move {
+            match forgone.await {
+                Ok(()) => copy.await,
+                Err(why) => TaskEnd::Failed { why, damaged: false },
+            }
+        });
+    }
+
+    /// The `sync` key says of names, not of data directories, who has every commit. Returns once it does not say so of this node,
+    /// which its leader sees to as soon as the member key, which is to be published, says what is about to happen. An error says
+    /// why that is not certain.
+    fn forgo_place(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let (clock, me) = (self.parts.clock.clone(), self.me.name.clone());
+        let mut knowledge = self.parts.knowledge.clone();
+        let (session, limit) = (self.lease.session(), (self.settings().loop_wait * 2).min(self.settings().ttl));
+        async move {
+            let promised = |known: &Knowledge| known.view.as_ref().is_none_or(|view| sync::promises(view, &me));
+            if !promised(&knowledge.borrow()) {
+                return Ok(());
+            }
+            if session.lease.is_none() || session.trouble.is_some() {
+                return Err("the sync key says that this node has every commit, and the DCS does not answer".to_owned());
+            }
+            info!("waiting until the sync key does not say any more that this node has every commit");
+            let forgone = async { _ = knowledge.wait_for(|known| !promised(known)).await };
+            clock.within(limit, forgone).await.ok_or_else(|| {
+                format!("the leader has not taken this node off the sync key within {limit:?}: it would lead without commits")
+            })
+        }
+    }
+
     fn schedule_restart(&mut self, schedule: Value) -> Reply {
         if self.scheduled_restart.is_some() {
             return Err(refusal(409, "Another restart is already scheduled"));
@@ -240,7 +274,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.abort_task().await;
         info!("making this replica anew from {}", source.name);
         let hands = self.hands();
-        self.spawn(TaskKind::Reinitialize, hands.reinitialize(source, from_leader));
+        self.spawn_copy(TaskKind::Reinitialize, hands.reinitialize(source, from_leader));
         Ok("reinitialize started".to_owned())
     }
 }

@@ -9,6 +9,7 @@ use trunkline_config::tags;
 
 use super::situation::{Me, Memory};
 use super::slots;
+use super::sync;
 use super::task::TaskKind;
 use super::timelines;
 use crate::node::PATRONI_VERSION;
@@ -19,7 +20,7 @@ pub fn state_text(pg: &PgStatus, task: Option<&TaskKind>, memory: &Memory, pause
     match task {
         Some(TaskKind::Bootstrap) => return "initializing new cluster",
         Some(TaskKind::CustomBootstrap) => return "running custom bootstrap script",
-        Some(TaskKind::Clone | TaskKind::Reinitialize) => return "creating replica",
+        Some(TaskKind::Clone | TaskKind::Reinitialize) => return sync::BEING_COPIED,
         Some(TaskKind::Start | TaskKind::CopySlots) => return "starting",
         Some(TaskKind::Restart) => return "restarting",
         Some(TaskKind::HandOver | TaskKind::Demote | TaskKind::DemoteCluster | TaskKind::Stop) => return "stopping",

@@ -19,6 +19,9 @@ use crate::postgres::{Running, WalSender};
 /// Stands in `synchronous_standby_names` where strict mode has nobody to name: commits wait (Patroni's name for it).
 pub const STRICT_PLACEHOLDER: &str = "__patroni_strict_sync_replica_placeholder__";
 
+/// The state of a member whose data directory is about to be replaced by a copy, or is being replaced.
+pub const BEING_COPIED: &str = "creating replica";
+
 /// `synchronous_standby_names` of strict mode where nobody can be named.
 pub fn strict_placeholder() -> String {
     quoted(STRICT_PLACEHOLDER)
@@ -177,6 +180,12 @@ pub fn step(
     let all_confirm = InForce::parse(in_force).all_confirm();
     let listed = if by_votes { &[] } else { sync.standbys.as_slice() };
     let active = active(view, running, me);
+    // What it had is gone, and with it what the key says of it.
+    let anew = |name: &String| view.members.iter().any(|(member, m)| member.matches(name) && m.state == BEING_COPIED);
+    if active.is_empty() && settings.synchronous_mode_strict && sync.standbys.iter().any(anew) {
+        let (lost, kept): (Vec<String>, Vec<String>) = listed.iter().cloned().partition(anew);
+        return write(&kept, format!("{} is made anew", lost.join(", ")));
+    }
     if active.is_empty() && settings.synchronous_mode_strict {
         // Nobody can confirm, and commits shall wait: keep waiting for those that were synchronous, so that the first
         // one to come back is enough.
@@ -266,6 +275,11 @@ pub fn counts_on(view: &ClusterView, standby: &MemberName) -> bool {
         && leader.is_some_and(|leader| leader != standby)
         && view.sync.leader.as_ref() == leader
         && view.sync.lists(standby)
+}
+
+/// Whether the `sync` key says that `member` has every commit.
+pub fn promises(view: &ClusterView, member: &MemberName) -> bool {
+    view.settings.synchronous_mode != SynchronousMode::Off && view.sync.includes(member)
 }
 
 /// Whether strict mode makes commits wait for somebody who is not there.

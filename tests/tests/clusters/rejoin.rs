@@ -4,6 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use trunkline_tests::{LIMIT, Lab, Program, Scene, Spec, rest, wait};
 
@@ -157,5 +158,55 @@ async fn a_replica_is_made_anew_when_somebody_asks_for_it() -> Result<()> {
         ensure!(tried == expected, "the other method was tried {tried} times with {body}");
     }
     scene.finish(load).await?;
+    Ok(())
+}
+
+/// The `sync` key names members: what its standby has is taken from it once it is not named, also in strict mode, and not where its
+/// leader does not see to that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_synchronous_standby_is_made_anew_once_nothing_counts_on_it() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true, "synchronous_mode_strict": true });
+    let lab = Lab::new("reinit-sync")?;
+    let notes = lab.make_dir("notes")?;
+    let (asked, go) = (notes.join("asked"), notes.join("go"));
+    let waits = format!("echo asked > {}; until [ -e {} ]; do sleep 0.1; done; false", asked.display(), go.display());
+    let method = json!({ "command": format!("sh -c '{waits}'"), "no_params": true });
+    spec.local = json!({ "postgresql": { "create_replica_methods": ["own", "basebackup"], "own": method } });
+    std::fs::write(&go, "")?;
+    let mut scene = Scene::in_lab(lab, 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let standby = 1 - leader;
+    let port = scene.cluster.nodes[standby].rest_port();
+    let anew = async || {
+        let answer = rest::post(port, "/reinitialize", &json!({}), SHORT).await?;
+        ensure!(answer.status == 200, "{answer:?}");
+        anyhow::Ok(())
+    };
+    std::fs::remove_file(&asked)?;
+    std::fs::remove_file(&go)?;
+
+    let before = directory(&scene, standby)?;
+    scene.cluster.nodes[leader].agent().context("no agent")?.signal(Signal::STOP);
+    anew().await?;
+    scene.cluster.nodes[standby].says("it would lead without commits", LIMIT).await?;
+    scene.cluster.nodes[leader].agent().context("no agent")?.signal(Signal::CONT);
+    ensure!(directory(&scene, standby)? == before && !asked.exists(), "it was copied");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+
+    anew().await?;
+    wait::until("the copy to begin", LIMIT, async || {
+        ensure!(asked.exists(), "not yet");
+        Ok(())
+    })
+    .await?;
+    let members = rest::get(scene.cluster.nodes[leader].rest_port(), "/cluster").await?.body;
+    let name = scene.cluster.nodes[standby].name();
+    let role = members["members"].as_array().context("no list")?.iter().find(|member| member["name"] == name);
+    ensure!(role.context("it is not there")?["role"] == "replica", "{members}");
+    std::fs::write(&go, "")?;
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    ensure!(directory(&scene, standby)? != before, "it is the old one");
+    scene.lab.success();
     Ok(())
 }

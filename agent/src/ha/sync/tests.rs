@@ -278,6 +278,20 @@ fn after_quorum_mode_nobody_is_taken_for_having_everything() {
 }
 
 #[test]
+fn who_is_made_anew_is_on_the_key_no_longer() {
+    let mut strict = view(&["b", "c-1"]);
+    strict.settings.synchronous_mode_strict = true;
+    let nobody = primary("2 (b,\"c-1\")", vec![]);
+    assert_eq!(next(&strict, &nobody, &[]), None, "they are down, and have every commit");
+    strict.members.get_mut(&"b".into()).unwrap().state = BEING_COPIED.to_owned();
+    assert_eq!(listed(next(&strict, &nobody, &[])), Some("c-1".into()));
+    strict.sync.standbys = vec!["b".to_owned()];
+    assert_eq!(listed(next(&strict, &nobody, &[])), Some(Value::Null));
+    strict.sync.standbys.clear();
+    assert_eq!(names(next(&strict, &nobody, &[])), STRICT_PLACEHOLDER, "commits wait until it has caught up");
+}
+
+#[test]
 fn strict_mode_says_when_nobody_is_there() {
     let mut strict = view(&["b"]);
     strict.settings.synchronous_mode_strict = true;
