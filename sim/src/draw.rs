@@ -64,6 +64,7 @@ impl Scenario {
         standby_cluster(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0003), &mut scenario);
         nostream(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0004), &mut scenario);
         trials(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0002), &mut scenario);
+        slow_replay(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_000A), &mut scenario);
         revocations(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0005), &mut scenario);
         words(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0006), &mut scenario);
         late_word(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0007), &mut scenario);
@@ -261,6 +262,19 @@ fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
         let what = outages.choose(rng).cloned().unwrap_or(Fault::BreakWatches);
         scenario.add(at, Some(Aim::Leader), what);
     }
+}
+
+/// Whoever leads next has much to replay before it takes writes.
+fn slow_replay(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 48) {
+        return;
+    }
+    let at = BOOTSTRAP + rng.random_range(1_000..20_000);
+    let ms = rng.random_range(80_000..110_000);
+    for node in 0..scenario.nodes.len() {
+        scenario.add(at, None, Fault::SlowReplay { node, ms });
+    }
+    scenario.add(at + 1, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: rng.random_range(5_000..20_000) });
 }
 
 /// A synchronous standby is made anew, of a member that lacks what was written lately, while the leader's agent stands still, or in

@@ -362,7 +362,7 @@ impl Postgres for ModelPostgres {
         Ok(())
     }
 
-    async fn promote(&self, limit: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
+    async fn promote(&self, patience: Duration, left_out: Vec<TimelineId>) -> Result<TimelineId, PgError> {
         if self.server(|server| server.refuses_promotion.is_some()) {
             self.stage.micros(1_000..20_000).await;
             return Err(PgError::Refused("it ended with exit status: 1".to_owned()));
@@ -372,11 +372,14 @@ impl Postgres for ModelPostgres {
         let Some((number, process)) = running else {
             return Err(PgError::Failed("promotion needs a running standby".to_owned()));
         };
+        promises::check_patience(&self.stage, self.host, number);
+        // It gets on as long as that.
+        let replay = self.server(|server| server.replays_until).saturating_sub(self.stage.executor().now());
         let (done, promoted) = oneshot::channel();
         server::promote(&self.stage, self.host, number, process, left_out, done);
-        let timeout = PgError::Timeout { what: "promotion".to_owned(), limit };
+        let timeout = PgError::Timeout { what: "promotion".to_owned(), limit: patience };
         let ended = |_| PgError::Failed("PostgreSQL ended while it was promoted".to_owned());
-        self.clock.within(limit, promoted).await.ok_or(timeout)?.map_err(ended)
+        self.clock.within(replay + patience, promoted).await.ok_or(timeout)?.map_err(ended)
     }
 
     async fn follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {

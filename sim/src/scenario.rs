@@ -134,6 +134,8 @@ pub enum Fault {
     SlowDisk { node: usize, ms: u64 },
     /// The operator's `pre_promote` says no.
     RefusePromotion { node: usize, ms: u64 },
+    /// There is so much to replay that a promotion does not come to its end before.
+    SlowReplay { node: usize, ms: u64 },
     /// The kernel watchdog does not work.
     BreakWatchdog { node: usize, ms: u64 },
     /// Some other program makes a replication slot for itself.
@@ -174,6 +176,7 @@ impl Fault {
             | Self::DiskFull { node, .. }
             | Self::SlowDisk { node, .. }
             | Self::RefusePromotion { node, .. }
+            | Self::SlowReplay { node, .. }
             | Self::BreakWatchdog { node, .. }
             | Self::MakeSlot { node }
             | Self::WallJump { node, .. }
@@ -229,6 +232,7 @@ impl Fault {
             Self::KillPostgres { .. }
             | Self::FreezeRouter { .. }
             | Self::RefusePromotion { .. }
+            | Self::SlowReplay { .. }
             | Self::BreakWatchdog { .. }
             | Self::MakeSlot { .. }
             | Self::WallJump { .. }
@@ -261,6 +265,7 @@ impl Event {
                 | Fault::DiskFull { ms, .. }
                 | Fault::SlowDisk { ms, .. }
                 | Fault::RefusePromotion { ms, .. }
+                | Fault::SlowReplay { ms, .. }
                 | Fault::BreakWatchdog { ms, .. }
                 | Fault::Pause { ms } => *ms,
                 Fault::RestoreDcs { age, ms, .. } => age + ms,

@@ -36,6 +36,8 @@ pub struct Server {
     pub disk_full: bool,
     /// Since when `pre_promote` says no.
     pub refuses_promotion: Option<Duration>,
+    /// Until then there is something to be replayed, whatever is asked for.
+    pub replays_until: Duration,
     /// Everything that writes much takes seconds.
     pub disk_slow: bool,
     /// The last time that its postmaster was killed, if it was the leader's and took writes.
@@ -136,6 +138,8 @@ pub struct Postmaster {
     pub senders: BTreeMap<MemberName, Sender>,
     /// Its own WAL receiver streams.
     pub streaming: bool,
+    /// Since when it is being promoted.
+    pub promoting: Option<Duration>,
     /// Since when it has accepted connections, and streamed without a break; when it was sent WAL last.
     pub since: Since,
 }
@@ -198,6 +202,7 @@ impl Server {
             changed: watch::Sender::new(0),
             disk_full: false,
             refuses_promotion: None,
+            replays_until: Duration::ZERO,
             disk_slow: false,
             killed: None,
             rewound: false,
@@ -347,6 +352,7 @@ pub fn spawn(stage: &Stage, host: usize) {
             names: data.names.clone(),
             senders: BTreeMap::new(),
             streaming: false,
+            promoting: None,
             since: Since::default(),
         });
         let damage = data.damage;
@@ -461,6 +467,8 @@ pub fn promote(
     stage.executor().clone().spawn(process, async move {
         let slow = stage.server(host, |server| server.disk_slow);
         stage.micros(if slow { 100_000..4_000_000 } else { 3_000..40_000 }).await;
+        let replay = stage.server(host, |server| server.replays_until).saturating_sub(stage.executor().now());
+        stage.executor().sleep(replay).await;
         let timeline = stage.server(host, |server| {
             let postmaster = server.postmaster(number)?;
             if postmaster.phase != Phase::Running || postmaster.role == PgRole::Primary {

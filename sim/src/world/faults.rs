@@ -268,6 +268,10 @@ impl World {
                 self.wait(ms).await;
                 self.stage.server(node, |server| server.refuses_promotion = None);
             }
+            Fault::SlowReplay { node, ms } => {
+                let until = self.stage.executor().now() + Duration::from_millis(ms);
+                self.stage.server(node, |server| server.replays_until = until);
+            }
             Fault::BreakWatchdog { node, ms } => {
                 let since = self.stage.executor().now();
                 self.stage.server(node, |server| server.watchdog_broken = Some(since));

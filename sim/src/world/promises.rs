@@ -309,6 +309,17 @@ pub(crate) fn check_lag(stage: &Stage, running: &Running, names: &str) {
 /// More than a standby that streams may be behind.
 const FAR: u64 = 100_000;
 
+/// A promotion whose replay gets on is waited for: nobody begins another one while it lasts.
+pub(crate) fn check_patience(stage: &Stage, host: usize, number: u64) {
+    let now = stage.executor().now();
+    let begun = stage.server(host, |server| server.postmaster(number)?.promoting.replace(now));
+    let Some(lasted) = begun.map(|begun| now - begun) else { return };
+    if stage.quiet_for(host) > lasted + SETTLED {
+        let what = format!("n{host} is promoted anew after {lasted:?}, and its replay was getting on");
+        stage.judge(|judge, now| judge.violation(now, what));
+    }
+}
+
 /// `primary_start_timeout` 0: a leader whose server was killed does not come back in place while somebody could lead.
 pub(crate) fn check_start(stage: &Stage, host: usize) {
     let Some(killed) = stage.server(host, |server| server.killed.take()) else { return };
