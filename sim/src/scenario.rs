@@ -287,13 +287,14 @@ impl Scenario {
     /// How long it may take, from `calm_at` on, until somebody leads: the longest lease that this world has, a turn of the loop
     /// and a request that gets no answer, and what is allowed for besides.
     pub fn patience_for_a_leader(&self) -> Duration {
-        let ttl = |settings: &Value| settings["ttl"].as_u64();
-        let changed = self.events.iter().filter_map(|event| match &event.what {
-            Fault::Configure { patch } => ttl(patch),
-            _ => None,
-        });
-        let ttl = changed.chain(ttl(&self.settings)).max().unwrap_or_default();
-        Duration::from_secs(ttl + 1 + 1) + ALLOWED
+        let longest = |key: &str| {
+            let changed = self.events.iter().filter_map(|event| match &event.what {
+                Fault::Configure { patch } => patch[key].as_u64(),
+                _ => None,
+            });
+            changed.chain(self.settings[key].as_u64()).max().unwrap_or_default()
+        };
+        Duration::from_secs(longest("ttl") + longest("loop_wait") + longest("retry_timeout")) + ALLOWED
     }
 
     /// Whether commits wait for standbys from the first one on to the last.

@@ -1,0 +1,284 @@
+//! What some worlds have besides: settings, tags, and faults in an order in which a promise is put to the test. Each is drawn from
+//! numbers of its own, so that all other worlds are as they were without it.
+
+use rand::rngs::SmallRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+use super::BOOTSTRAP;
+use crate::outside;
+use crate::scenario::{Aim, End, Fault, Scenario};
+use crate::server::FOREIGN_SLOT;
+
+/// One kind of addition, and the number that makes its draws its own.
+type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
+
+/// In the order in which they are drawn.
+const SCENES: [Scene; 11] = [
+    (0x0B, timing),
+    (0x01, preferences),
+    (0x03, standby_cluster),
+    (0x04, nostream),
+    (0x02, trials),
+    (0x0A, slow_replay),
+    (0x05, revocations),
+    (0x06, words),
+    (0x07, late_word),
+    (0x08, restored),
+    (0x09, copies),
+];
+
+/// Adds to a world what its seed has for it.
+pub(super) fn add(seed: u64, scenario: &mut Scenario) {
+    for (own, scene) in SCENES {
+        scene(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000 ^ own), scenario);
+    }
+}
+
+/// Turns of the loop that are longer, requests that may take longer, and others from some moment on.
+fn timing(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 12) {
+        return;
+    }
+    let drawn = |rng: &mut SmallRng| {
+        let (loop_wait, retry_timeout) = (rng.random_range(1..=3), rng.random_range(1..=2));
+        let ttl: u64 = loop_wait + 2 * retry_timeout + *[0, 1, 3].choose(rng).unwrap_or(&1);
+        [("ttl", ttl), ("loop_wait", loop_wait), ("retry_timeout", retry_timeout)]
+    };
+    for (key, seconds) in drawn(rng) {
+        scenario.settings[key] = json!(seconds);
+    }
+    for _ in 0..rng.random_range(0..3) {
+        let patch = Map::from_iter(drawn(rng).map(|(key, seconds)| (key.to_owned(), json!(seconds))));
+        scenario.add(BOOTSTRAP + rng.random_range(0..25_000), None, Fault::Configure { patch: Value::Object(patch) });
+    }
+}
+
+/// Who is preferred for what.
+fn preferences(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if rng.random_ratio(1, 8) {
+        let may_lead = scenario.nodes.iter_mut().filter(|node| node.priority > 0);
+        may_lead.for_each(|node| node.priority = rng.random_range(1..=3));
+    }
+    if scenario.settings["synchronous_mode"] != json!(false) && rng.random_ratio(1, 4) {
+        for node in scenario.nodes.iter_mut().filter(|node| !node.tags.contains_key("nosync")) {
+            node.tags.insert("sync_priority".to_owned(), json!(rng.random_range(1..=3)));
+        }
+    }
+    if rng.random_ratio(1, 8) {
+        scenario.settings["postgresql"]["remove_data_directory_on_diverged_timelines"] = json!(true);
+    }
+    for tag in ["clonefrom", "noloadbalance"] {
+        if rng.random_ratio(1, 6) {
+            let tagged = scenario.nodes.iter_mut().filter(|_| rng.random());
+            tagged.for_each(|node| drop(node.tags.insert(tag.to_owned(), json!(true))));
+        }
+    }
+    if rng.random_ratio(1, 12) {
+        scenario.settings["ignore_slots"] = json!([{ "name": FOREIGN_SLOT, "type": "physical" }]);
+        scenario.add(BOOTSTRAP + rng.random_range(0..10_000), Some(Aim::Leader), Fault::MakeSlot { node: 0 });
+    }
+    if rng.random_ratio(1, 12) {
+        scenario.nodes.iter_mut().for_each(|node| node.watchdog = true);
+        for _ in 0..rng.random_range(1..4) {
+            let (node, ms) = (rng.random_range(0..scenario.nodes.len()), rng.random_range(1_000..20_000));
+            let aim = rng.random::<bool>().then_some(Aim::Leader);
+            scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, Fault::BreakWatchdog { node, ms });
+        }
+    }
+}
+
+/// A member that gets no WAL but what an archive has, and here there is none.
+fn nostream(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.nodes.len() > 3 && rng.random_ratio(1, 8) {
+        let node = rng.random_range(0..scenario.nodes.len());
+        scenario.nodes[node].tags.insert("nostream".to_owned(), json!(true));
+    }
+}
+
+/// A standby cluster, which may become an ordinary one.
+fn standby_cluster(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 24) {
+        return;
+    }
+    scenario.settings["standby_cluster"] = json!({ "host": outside::HOST, "port": 5432 });
+    if rng.random() {
+        let promoted = BOOTSTRAP + rng.random_range(0..25_000);
+        scenario.add(promoted, None, Fault::Configure { patch: json!({ "standby_cluster": null }) });
+    }
+}
+
+/// Faults in an order in which a promise of the settings is put to the test.
+fn trials(rng: &mut SmallRng, scenario: &mut Scenario) {
+    let count = scenario.nodes.len();
+    if count < 3 {
+        return;
+    }
+    let (at, node) = (BOOTSTRAP + rng.random_range(1_000..20_000), rng.random_range(0..count));
+    if rng.random_ratio(1, 16) {
+        // A standby stands still, and the leader that is to make room waits for it.
+        scenario.settings["primary_stop_timeout"] = json!(1);
+        scenario.add(at, None, Fault::FreezePostgres { node, ms: rng.random_range(9_000..15_000) });
+        let asked = at + rng.random_range(100..1_500);
+        scenario.add(asked, None, Fault::Switchover { candidate: None });
+    }
+    if scenario.settings["synchronous_mode"] == json!(true) && rng.random_ratio(1, 16) {
+        // What a standby confirms gets lost, and the one that commits have waited for is out.
+        scenario.settings["maximum_lag_on_syncnode"] = json!(640);
+        for other in (0..count).filter(|other| *other != node) {
+            let cut = Fault::Cut { from: End::Postgres(node), to: End::Postgres(other), both: false, ms: 12_000 };
+            scenario.add(at, None, cut);
+        }
+        let gone = at + rng.random_range(1_500..4_000);
+        scenario.add(gone, Some(Aim::Synchronous), Fault::KillAgent { node, ms: 5_000 });
+        scenario.add(gone, Some(Aim::Synchronous), Fault::KillPostgres { node });
+    }
+}
+
+/// The store ends leases of leaders that live, and may hear of it late. Only who can be asked is known to lead no longer, so
+/// nothing else goes wrong in such a world.
+fn revocations(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let mut at = BOOTSTRAP;
+    for _ in 0..rng.random_range(1..4) {
+        at += rng.random_range(1_000..8_000);
+        if rng.random() {
+            let delay = rng.random_range(100..3_000);
+            scenario.add(at - 50, Some(Aim::Leader), Fault::SlowWatch { node: 0, delay, ms: 2_000 });
+        }
+        scenario.add(at, Some(Aim::Leader), Fault::RevokeLease { node: 0 });
+    }
+}
+
+/// The only standby is back, and gone again before the leader has an answer to what it writes of it. That is carried out when
+/// the leader is out, which went on alone meanwhile. A world of its own: anything besides would be in the way.
+fn late_word(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.settings["synchronous_mode"] == json!(false) || !rng.random_ratio(1, 32) {
+        return;
+    }
+    let count = scenario.nodes.len();
+    let standby = rng.random_range(0..count);
+    let other = (standby + rng.random_range(1..count)) % count;
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let gone = BOOTSTRAP + ttl * 2 + rng.random_range(3_000..6_000);
+    let back = gone + rng.random_range(500..3_000);
+    let slow = back + rng.random_range(0..1_500);
+    let again = slow + rng.random_range(200..2_500);
+    let still = again + rng.random_range(20..1_500);
+    let (request, lasts) = (rng.random_range(2_000..8_000), rng.random_range(200..1_500));
+    let ms = ttl * 4;
+    scenario.events.clear();
+    let leader = Some(Aim::Leader);
+    for out in (0..count).filter(|node| ![standby, other].contains(node)) {
+        scenario.add(BOOTSTRAP, None, Fault::CrashHost { node: out, ms: still + ms });
+    }
+    let mut leaves = |at, ms| {
+        scenario.add(at, None, Fault::KillAgent { node: standby, ms });
+        scenario.add(at, None, Fault::KillPostgres { node: standby });
+    };
+    leaves(gone, back - gone);
+    leaves(again, rng.random_range(200..2_000));
+    let cut = Fault::Cut { from: End::Postgres(standby), to: End::Postgres(other), both: true, ms };
+    scenario.add(again, None, cut);
+    scenario.add(slow, leader, Fault::SlowDcs { node: 0, request, answer: 0, ms: lasts });
+    if rng.random() {
+        scenario.add(again, leader, Fault::KillAgent { node: 0, ms: rng.random_range(1..200) });
+    }
+    scenario.add(still, leader, Fault::FreezeAgent { node: 0, ms });
+}
+
+/// A leader that alone has lost the DCS leads on by the word of the others. The ttl is cut meanwhile, which it can't see, and their
+/// agents are started anew.
+fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
+    const TTL: u64 = 10;
+    if !rng.random_ratio(1, 48) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    scenario.settings["failsafe_mode"] = json!(true);
+    scenario.settings["ttl"] = json!(TTL);
+    let lost = BOOTSTRAP + rng.random_range(1_000..4_000);
+    let lower = lost + TTL * 1_000 + rng.random_range(0..3_000);
+    let again = lower + rng.random_range(200..3_000);
+    let ms = again + rng.random_range(5_000..15_000) - lost;
+    let cut = Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms };
+    scenario.add(lost, Some(Aim::Leader), cut);
+    scenario.add(lower, None, Fault::Configure { patch: json!({ "ttl": 2 }) });
+    for node in 0..scenario.nodes.len() {
+        if rng.random_ratio(3, 4) {
+            scenario.add(again + rng.random_range(0..1_000), None, Fault::KillAgent { node, ms: 100 });
+        }
+    }
+}
+
+/// The store is lost, and comes back from a backup, or with nothing in it; since the backup somebody else leads, and who leads
+/// may be out when it comes back. A world of its own: whoever is started anew knows only what the store says.
+fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.settings["standby_cluster"].is_object() || !rng.random_ratio(1, 32) {
+        return;
+    }
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let backup = BOOTSTRAP + rng.random_range(2_000..6_000);
+    let (age, ms) = (rng.random_range(500..15_000), rng.random_range(10..ttl * 2));
+    let (lost, back) = (backup + age, backup + age + ms);
+    scenario.events.clear();
+    scenario.add(backup, None, Fault::RestoreDcs { age, anew: rng.random_ratio(1, 3), ms });
+    if rng.random() {
+        let at = rng.random_range(backup..lost);
+        let what = if rng.random() { Fault::Switchover { candidate: None } } else { Fault::KillPostgres { node: 0 } };
+        scenario.add(at, Some(Aim::Leader), what);
+    }
+    if rng.random() {
+        let (at, lasts) = (rng.random_range(lost - 200..back + ttl), rng.random_range(ttl..ttl * 3));
+        let outages = [
+            Fault::CrashHost { node: 0, ms: lasts },
+            Fault::Isolate { node: 0, ms: lasts },
+            Fault::Cut { from: End::Agent(0), to: End::Dcs, both: true, ms: lasts },
+            Fault::FreezeHost { node: 0, ms: lasts },
+        ];
+        let what = outages.choose(rng).cloned().unwrap_or(Fault::BreakWatches);
+        scenario.add(at, Some(Aim::Leader), what);
+    }
+}
+
+/// Whoever leads next has much to replay before it takes writes.
+fn slow_replay(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 48) {
+        return;
+    }
+    let at = BOOTSTRAP + rng.random_range(1_000..20_000);
+    let ms = rng.random_range(80_000..110_000);
+    for node in 0..scenario.nodes.len() {
+        scenario.add(at, None, Fault::SlowReplay { node, ms });
+    }
+    scenario.add(at + 1, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: rng.random_range(5_000..20_000) });
+}
+
+/// A synchronous standby is made anew, of a member that lacks what was written lately, while the leader's agent stands still, or in
+/// strict mode; then the leader is out.
+fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
+    let synchronous = scenario.settings["synchronous_mode"] == json!(true);
+    if !synchronous || scenario.nodes.len() < 3 || !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let (ttl, strict) = (scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000, rng.random::<bool>());
+    scenario.settings["synchronous_mode_strict"] = json!(strict);
+    scenario.settings["maximum_lag_on_failover"] = json!(1_048_576);
+    let behind = rng.random_range(0..scenario.nodes.len());
+    scenario.nodes[behind].tags = Map::from_iter(["nosync", "clonefrom"].map(|tag| (tag.to_owned(), json!(true))));
+    let lost = BOOTSTRAP + rng.random_range(0..2_000);
+    let anew = lost + rng.random_range(500..3_000);
+    let out = anew + rng.random_range(100..2_500);
+    let cut = Fault::Cut { from: End::Postgres(0), to: End::Postgres(behind), both: true, ms: out + ttl * 3 - lost };
+    scenario.add(lost, Some(Aim::Leader), cut);
+    if !strict {
+        scenario.add(anew - 20, Some(Aim::Leader), Fault::FreezeAgent { node: 0, ms: out - anew + 20 });
+    }
+    scenario.add(anew, Some(Aim::Synchronous), Fault::Reinitialize { node: 0 });
+    scenario.add(out, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: ttl * 3 });
+}
