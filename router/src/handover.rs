@@ -10,6 +10,10 @@
 //! router's own, start-up over, no side closed) stops where it is and is sent with both its sockets, what it is
 //! registered as, and the bytes that have been read and not been written. Everything else is in the kernel's buffers, and
 //! stays there. What can't be sent is drained as ever.
+//!
+//! A session belongs to the next process as soon as that has acknowledged it, and not before. Whatever goes wrong, it has
+//! one owner: the running process shuts the connection down before it goes on with a session that was not acknowledged, and
+//! from that moment on nobody can.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -23,19 +27,19 @@ use std::time::Duration;
 use rustix::net::sockopt;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
 };
 
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
 use trunkline_common::{Instant, Revision};
 
-use crate::accept::Permit;
 use crate::boundary::Trace;
 use crate::listeners::Inherited;
 use crate::port::Peer;
 use crate::relay::Carried;
-use crate::sessions::{Registered, Reign};
+use crate::sessions::{Registered, Reign, Sessions};
 use crate::table::Backend;
 
 /// How long one side may keep the other waiting.
@@ -48,13 +52,18 @@ const NAME: usize = 512;
 const END: &[u8] = b"end";
 /// The next process knows where sessions may go, and accepts.
 const TAKEN: &[u8] = b"taken";
-/// Sessions may come.
-const READY: &[u8] = b"ready";
+/// Sessions may come, and each will be acknowledged.
+const READY: &[u8] = b"acknowledging";
+/// The last session is here.
+const HERE: &[u8] = b"here";
+
+/// Sessions on their way to the next process at once.
+const LEAVING: usize = 256;
 
 /// What is sent at once of a session's bytes.
 const PIECE: usize = 32 << 10;
 
-/// A session on its way to the next process. It counts as one of this process until it is sent.
+/// A session on its way to the next process, which waits for what comes of it. Dropping this means that it is there.
 #[derive(Debug)]
 pub struct Leaving {
     /// What it is registered as.
@@ -64,9 +73,20 @@ pub struct Leaving {
     /// The connection to its server.
     pub server: Arc<TcpStream>,
     /// What it takes along.
-    pub carried: Carried,
-    /// Its right to be here.
-    pub _permit: Permit,
+    pub carried: Box<Carried>,
+    /// Where that goes if it stays.
+    pub stays: oneshot::Sender<Box<Carried>>,
+}
+
+impl Leaving {
+    /// It goes on here.
+    fn stay(self) {
+        let Self { client, server, carried, stays, .. } = self;
+        // First of all: whoever has the session may need the only references.
+        drop((client, server));
+        // One that is over does not wait any more.
+        let _ = stays.send(carried);
+    }
 }
 
 /// A session of another process.
@@ -188,21 +208,46 @@ impl Given {
         u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()
     }
 
-    /// Waits until sessions may come, which is soon.
+    /// Gives it every session that can leave, now and later, for as long as there is one. Blocks. `count`: how many it has taken.
     ///
     /// # Errors
-    /// It is not, in time.
-    pub fn ready(&self) -> io::Result<()> {
-        let mut answer = [0; READY.len()];
-        let (length, _) = rustix::net::recv(&self.0, &mut answer[..], RecvFlags::empty())?;
-        if answer[..length] == *READY { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    /// It takes no more. Those that it has not taken go on here.
+    pub fn sessions(self, sessions: &Sessions, count: &mut usize) -> io::Result<()> {
+        self.expect(READY)?;
+        let (exit, mut leaving) = mpsc::channel(LEAVING);
+        sessions.leave(exit);
+        while let Some(next) = leaving.blocking_recv() {
+            if let Err(error) = self.session(&next) {
+                // First of all, so that none of those that go on wants to leave again.
+                sessions.stay();
+                leaving.close();
+                next.stay();
+                std::iter::from_fn(|| leaving.blocking_recv()).for_each(Leaving::stay);
+                return Err(error);
+            }
+            *count += 1;
+        }
+        Ok(())
     }
 
-    /// Sends one session.
-    ///
     /// # Errors
-    /// The next process is gone, and the session with it.
-    pub fn session(&self, leaving: &Leaving) -> io::Result<()> {
+    /// It has not taken it, and can't do so any more.
+    fn session(&self, leaving: &Leaving) -> io::Result<()> {
+        let taken = self.send(leaving).and_then(|()| self.expect(HERE));
+        taken.or_else(|error| {
+            // What it acknowledges from now on does not arrive, and it is told so.
+            let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
+            self.expect(HERE).map_err(|_| error)
+        })
+    }
+
+    fn expect(&self, word: &[u8]) -> io::Result<()> {
+        let mut answer = [0; NAME];
+        let (length, _) = rustix::net::recv(&self.0, &mut answer[..], RecvFlags::empty())?;
+        if answer.get(..length) == Some(word) { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
+    fn send(&self, leaving: &Leaving) -> io::Result<()> {
         let Leaving { registered, client, server, carried, .. } = leaving;
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let told = Told {
@@ -308,6 +353,8 @@ impl Taker {
             let (up, down) = (self.pieces(told.up)?, self.pieces(told.down)?);
             let (traces, budget) = (told.traces.take(), told.budget.map(Duration::from_millis));
             let carried = Carried { up, down, traces, budget };
+            // If the other process does not hear this, it goes on with the session.
+            rustix::net::send(&self.0, HERE, SendFlags::NOSIGNAL)?;
             take(Adopted { registered: told.into_registered(), client, server, carried });
         }
     }
@@ -383,6 +430,29 @@ mod tests {
         }
         drop(giver);
         assert!(Giver::at(&path).is_ok(), "what was left is replaced");
+    }
+
+    #[tokio::test]
+    async fn a_session_that_was_given_up_can_not_be_taken_any_more() {
+        let (giver, taker) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (given, taker) = (Given(giver), Taker(taker));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = Arc::new(tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        let backend = Arc::new(Backend::at("a".into(), "10.0.0.1".into(), 5432));
+        let registered = Registered { port: "rw".into(), client: Peer::Unix, backend, reign: None, key: None };
+        let leaving = || {
+            let carried = Box::new(Carried { up: vec![7; 3 * PIECE], ..Carried::default() });
+            let (registered, client, server) = (registered.clone(), client.clone(), client.clone());
+            Leaving { registered, client, server, carried, stays: oneshot::channel().0 }
+        };
+        // The next process hangs, and goes on too late.
+        sockopt::set_socket_timeout(&given.0, sockopt::Timeout::Recv, Some(Duration::from_millis(50))).unwrap();
+        assert!(given.session(&leaving()).is_err());
+        let mut taken = 0;
+        assert!(taker.sessions(|_| taken += 1).is_err());
+        assert_eq!(taken, 0);
+        assert!(given.session(&leaving()).is_err(), "no other one either");
     }
 
     #[test]

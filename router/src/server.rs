@@ -27,9 +27,6 @@ const TAKE_LIMIT: Duration = Duration::from_secs(30);
 /// How long until it waits again after a hand-over that failed.
 const GIVE_PAUSE: Duration = Duration::from_millis(200);
 
-/// Sessions on their way to the next process at once.
-const LEAVING: usize = 256;
-
 /// How often the next process, while it is not ready, looks whether the one before is still there.
 const ALONE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -176,7 +173,7 @@ impl Next {
                 match giver.give(|| listeners.copies()) {
                     Ok(given) => {
                         let _ = done.blocking_send(given.pid());
-                        return give_sessions(&router, &given);
+                        return give_sessions(&router, given);
                     }
                     Err(error) => {
                         warn!(%error, "the sockets were not handed over; going on");
@@ -225,17 +222,12 @@ impl Next {
     }
 }
 
-/// Sends every session that can be sent, until this process ends.
-fn give_sessions(router: &Router, given: &Given) {
-    if let Err(error) = given.ready() {
-        return warn!(%error, "the next process takes no sessions; they are drained");
-    }
-    let (exit, mut leaving) = mpsc::channel(LEAVING);
-    router.sessions.leave(exit);
-    while let Some(leaving) = leaving.blocking_recv() {
-        if let Err(error) = given.session(&leaving) {
-            warn!(%error, "a session was lost on its way to the next process");
-        }
+/// Gives every session that can leave to the next process, until this one ends.
+fn give_sessions(router: &Router, given: Given) {
+    let mut gone = 0;
+    if let Err(error) = given.sessions(&router.sessions, &mut gone) {
+        let (stay, limit) = (router.sessions.len(), router.limits().drain_timeout);
+        warn!(gone, stay, ?limit, %error, "the next process takes no more sessions; those that stay are drained here");
     }
 }
 

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::error::SendError;
+use tokio::sync::oneshot;
 use tracing::field::display;
 use tracing::{Level, debug, enabled, info};
 use trunkline_common::Clock;
@@ -145,6 +147,14 @@ async fn come_back(router: Arc<Router>, back: relay::Back, permit: Option<Permit
     begun.over(&router, ended);
 }
 
+/// Goes on with a session that the next process has not taken.
+async fn stay(router: Arc<Router>, mut begun: Begun) {
+    let carried = begun.start().carried;
+    begun.start = goes_on(&router, carried, None);
+    let ended = begun.relay(&router).await;
+    begun.over(&router, ended);
+}
+
 /// What a session begins with that has been relayed before: whatever that was, its start is over.
 fn goes_on(router: &Router, carried: relay::Carried, why: Option<relay::Why>) -> Option<Box<relay::Start>> {
     let (resignation, settles) = (resignation(router), router.lean.after());
@@ -186,7 +196,7 @@ impl Begun {
         let start = self.start();
         match relay::relay(&self.parties, start, &router.pipes).await {
             relay::Outcome::Ended(end) => self.ended(end),
-            relay::Outcome::Settled(carried) => self.settles(*carried),
+            relay::Outcome::Settled(carried) => self.goes_on(*carried, Ended::Settled),
             other => Box::pin(self.part(other, None)).await,
         }
     }
@@ -211,8 +221,8 @@ impl Begun {
     async fn part(&mut self, outcome: relay::Outcome, leg: Option<Leg>) -> Ended {
         let idle = match outcome {
             relay::Outcome::Ended(end) => return self.ended(end),
-            relay::Outcome::Left(carried) => return self.leave(*carried).await,
-            relay::Outcome::Settled(carried) => return self.settles(*carried),
+            relay::Outcome::Left(carried) => return self.leave(carried).await,
+            relay::Outcome::Settled(carried) => return self.goes_on(*carried, Ended::Settled),
             relay::Outcome::Overdue => {
                 self.parties.session.end(Cut::Overdue);
                 return Ended::Cut(Cut::Overdue);
@@ -226,15 +236,17 @@ impl Begun {
         if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
     }
 
-    fn settles(&mut self, carried: relay::Carried) -> Ended {
+    /// With these bytes first, in another way.
+    fn goes_on(&mut self, carried: relay::Carried, how: Ended) -> Ended {
         self.start = Some(Box::new(relay::Start { carried, ..relay::Start::default() }));
-        Ended::Settled
+        how
     }
 
     /// Its relay is over, here at least.
     fn over(self, router: &Arc<Router>, ended: Ended) {
         match ended {
             Ended::Settled => self.settle(router),
+            Ended::Stays => drop(tokio::spawn(stay(router.clone(), self))),
             ended => tell_end(router, &self.parties.session, ended),
         }
     }
@@ -252,13 +264,19 @@ impl Begun {
         router.lean.enter(relay::Guest { client, server, session, meter, traces, take_back });
     }
 
-    /// To the next process. If nobody takes it any more, its sockets are closed with it.
-    async fn leave(&mut self, carried: relay::Carried) -> Ended {
-        if let (Some((exit, registered)), Some(permit)) = (self.parties.session.exit(), self.permit.take()) {
-            let (client, server) = (self.parties.client.clone(), self.parties.server.clone());
-            let _ = exit.send(Leaving { registered, client, server, carried, _permit: permit }).await;
+    /// To the next process, if that takes it.
+    async fn leave(&mut self, carried: Box<relay::Carried>) -> Ended {
+        if let Some(cut) = self.parties.session.cut() {
+            return Ended::Cut(cut);
         }
-        Ended::Left
+        let Some((exit, registered)) = self.parties.session.exit() else { return self.goes_on(*carried, Ended::Stays) };
+        let (client, server) = (self.parties.client.clone(), self.parties.server.clone());
+        let (stays, stayed) = oneshot::channel();
+        let returned = match exit.send(Leaving { registered, client, server, carried, stays }).await {
+            Ok(()) => stayed.await.ok(),
+            Err(SendError(leaving)) => Some(leaving.carried),
+        };
+        returned.map_or(Ended::Left, |carried| self.goes_on(*carried, Ended::Stays))
     }
 }
 
@@ -571,6 +589,8 @@ enum Ended {
     Switchover,
     /// The next process has it.
     Left,
+    /// That has not taken it.
+    Stays,
     /// It goes on elsewhere in this process.
     Settled,
     Cancel(&'static str),
@@ -604,6 +624,7 @@ impl Ended {
             Ended::Handshake => "no_tls",
             Ended::Left => "handed_over",
             // Never told.
+            Ended::Stays => "stays",
             Ended::Settled => "settled",
             Ended::Cancel(_) => "cancel",
         }

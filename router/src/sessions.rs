@@ -447,6 +447,13 @@ impl Sessions {
         inner.live.values().for_each(|live| live.ticket.waker.wake());
     }
 
+    /// From now on none does.
+    pub fn stay(&self) {
+        let mut inner = self.inner.lock();
+        inner.exit = None;
+        self.leaving.store(false, Ordering::Release);
+    }
+
     /// Ends every session, and says how many.
     pub fn end_all(&self, cut: Cut) -> usize {
         let inner = self.inner.lock();

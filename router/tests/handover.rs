@@ -4,29 +4,30 @@
 
 mod common;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use trunkline_common::{Clock, SystemClock};
 use trunkline_config::router::{KnownMember, Limits, Target};
 use trunkline_router::handover::{Giver, Taker};
 use trunkline_router::{Router, heard, session};
 
-/// The first router gives what it has to whoever comes to `path`.
-fn give(router: &Arc<Router>, path: &Path) {
+/// The first router gives what it has to whoever comes to `path`. Ends with how many that has taken, and why no more.
+fn give(router: &Arc<Router>, path: &Path) -> JoinHandle<(usize, io::Result<()>)> {
     let (router, giver) = (router.clone(), Giver::at(path).unwrap());
     std::thread::spawn(move || {
+        let mut count = 0;
         let given = giver.give(|| Ok(Default::default())).unwrap();
-        given.ready().unwrap();
-        let (exit, mut leaving) = tokio::sync::mpsc::channel(4);
-        router.sessions.leave(exit);
-        while let Some(leaving) = leaving.blocking_recv() {
-            given.session(&leaving).unwrap();
-        }
-    });
+        let ended = given.sessions(&router.sessions, &mut count);
+        (count, ended)
+    })
 }
 
 /// The second one takes it.
@@ -37,6 +38,42 @@ fn take(router: &Arc<Router>, path: PathBuf) {
         taker.taken().unwrap();
         taker.sessions(|adopted| drop(runtime.spawn(session::resume(router.clone(), adopted)))).unwrap();
     });
+}
+
+/// Streams both ways that nobody reads, so that buffers and pipes are full.
+struct Streams {
+    bytes: Vec<u8>,
+    reading: (OwnedReadHalf, OwnedReadHalf),
+    writing: tokio::task::JoinHandle<(OwnedWriteHalf, OwnedWriteHalf)>,
+}
+
+fn stream_both_ways(client: TcpStream, at_server: TcpStream) -> Streams {
+    let bytes: Vec<u8> = (0..16 << 20).map(|n: u32| (n ^ (n >> 8)) as u8).collect();
+    let ((client_read, mut client_write), (server_read, mut server_write)) =
+        (client.into_split(), at_server.into_split());
+    let (up, down) = (bytes.clone(), bytes.clone());
+    let writing = tokio::spawn(async move {
+        tokio::try_join!(client_write.write_all(&up), server_write.write_all(&down)).unwrap();
+        (client_write, server_write)
+    });
+    Streams { bytes, reading: (server_read, client_read), writing }
+}
+
+impl Streams {
+    async fn is_under_way(&self) {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!self.writing.is_finished());
+    }
+
+    /// Every byte, in order. The connections stay open for as long as what is returned.
+    async fn arrive(mut self) -> impl Sized {
+        let (mut up, mut down) = (vec![0; self.bytes.len()], vec![0; self.bytes.len()]);
+        let reading =
+            async { tokio::try_join!(self.reading.0.read_exact(&mut up), self.reading.1.read_exact(&mut down)) };
+        within(reading).await.unwrap();
+        assert!(up == self.bytes && down == self.bytes, "every byte, in order");
+        (within(self.writing).await.unwrap(), self.reading)
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -55,17 +92,9 @@ async fn sessions_go_on_in_the_next_process_with_every_byte() {
         passes(&mut at_server, &mut client, said).await;
         sessions.push((client, at_server));
     }
-    // One is in the middle of streams both ways that nobody reads, so that buffers and pipes are full.
-    let bytes: Vec<u8> = (0..16 << 20).map(|n: u32| (n ^ (n >> 8)) as u8).collect();
     let (client, at_server) = sessions.pop().unwrap();
-    let ((mut client_read, mut client_write), (mut server_read, mut server_write)) =
-        (client.into_split(), at_server.into_split());
-    let (up, down) = (bytes.clone(), bytes.clone());
-    let writing = tokio::spawn(async move {
-        tokio::try_join!(client_write.write_all(&up), server_write.write_all(&down)).unwrap();
-        (client_write, server_write)
-    });
-    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    let streams = stream_both_ways(client, at_server);
+    streams.is_under_way().await;
     // One has not finished its start.
     let mut starting = connect(rw, STARTUP).await;
     let (mut starting_at_server, _) = server.session().await;
@@ -80,12 +109,7 @@ async fn sessions_go_on_in_the_next_process_with_every_byte() {
         passes(client, at_server, b"to the server").await;
         passes(at_server, client, b"and back").await;
     }
-    let (mut got_up, mut got_down) = (vec![0; bytes.len()], vec![0; bytes.len()]);
-    within(async { tokio::try_join!(server_read.read_exact(&mut got_up), client_read.read_exact(&mut got_down)) })
-        .await
-        .unwrap();
-    assert!(got_up == bytes && got_down == bytes, "every byte, in order");
-    let _open = within(writing).await.unwrap();
+    let _open = streams.arrive().await;
     // What has not started stays until it has.
     passes(&mut starting_at_server, &mut starting, b"\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await;
     eventually(|| after.router.sessions.len() == 4 && before.router.connections() == 0).await;
@@ -99,6 +123,54 @@ async fn sessions_go_on_in_the_next_process_with_every_byte() {
         assert_eq!(rest(client).await, b"");
     }
     eventually(|| after.router.connections() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_next_process_that_fails_has_not_taken_goes_on_where_it_was() {
+    let (mut before, mut after) = (World::new(limits()), World::new(limits()));
+    let rw = before.open(port(Target::Leader)).await;
+    after.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    before.lead("a", server.at).await;
+    after.lead("a", server.at).await;
+    let mut sessions = Vec::new();
+    for _ in 0..20 {
+        sessions.push(started(rw, &server).await);
+    }
+    let (client, at_server) = started(rw, &server).await;
+    let streams = stream_both_ways(client, at_server);
+    streams.is_under_way().await;
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("upgrade");
+    let giving = give(&before.router, &path);
+    let (router, runtime) = (after.router.clone(), tokio::runtime::Handle::current());
+    let failing = std::thread::spawn(move || {
+        let (taker, _) = Taker::take(&path).unwrap();
+        taker.taken().unwrap();
+        let mut count = 0;
+        taker.sessions(|adopted| {
+            count += 1;
+            drop(runtime.spawn(session::resume(router.clone(), adopted)));
+            assert!(count < 3, "the next process fails");
+        })
+    });
+    assert!(tokio::task::spawn_blocking(|| failing.join()).await.unwrap().is_err());
+    let (count, ended) = tokio::task::spawn_blocking(|| giving.join()).await.unwrap().unwrap();
+    assert!(count == 3 && ended.is_err(), "{count} {ended:?}");
+    eventually(|| after.router.sessions.len() == 3 && before.router.sessions.len() == 18).await;
+    for (client, at_server) in &mut sessions {
+        passes(client, at_server, b"to the server").await;
+        passes(at_server, client, b"and back").await;
+    }
+    streams.arrive().await;
+    // They end as they would have.
+    before.change(|view| view.leader = None).await;
+    after.change(|view| view.leader = None).await;
+    for (client, _) in &mut sessions {
+        assert_eq!(rest(client).await, b"");
+    }
+    eventually(|| after.router.connections() == 0 && before.router.connections() == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -278,12 +278,7 @@ async fn they_go_on_in_the_next_process_while_they_talk() {
     let (router, giver) = (before.world.router.clone(), Giver::at(&path).unwrap());
     std::thread::spawn(move || {
         let given = giver.give(|| Ok(Default::default())).unwrap();
-        given.ready().unwrap();
-        let (exit, mut leaving) = tokio::sync::mpsc::channel(4);
-        router.sessions.leave(exit);
-        while let Some(leaving) = leaving.blocking_recv() {
-            given.session(&leaving).unwrap();
-        }
+        given.sessions(&router.sessions, &mut 0)
     });
     let (router, runtime) = (after.router.clone(), tokio::runtime::Handle::current());
     std::thread::spawn(move || {
