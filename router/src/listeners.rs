@@ -2,13 +2,15 @@
 //! over to the next process.
 //!
 //! By TCP every thread has a socket of its own for every address, among which the kernel spreads the connections: a
-//! session never changes its thread.
+//! session never changes its thread. Each socket that listens is accepted from, or is closed: whoever is in the queue of one
+//! that is not would wait there for ever. So a process that takes over accepts from all sockets of an address that it is
+//! given, also if they are more than its threads, its own new ones listen when it begins, and the one before closes its copies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
@@ -33,6 +35,8 @@ pub struct Listeners {
     router: Arc<Router>,
     threads: Vec<mpsc::Sender<Work>>,
     next: AtomicUsize,
+    /// The threads accept.
+    begun: AtomicBool,
     open: Mutex<BTreeMap<Listen, Open>>,
 }
 
@@ -63,7 +67,7 @@ pub struct Opened {
 #[derive(Debug)]
 struct Open {
     address: Address,
-    /// One for each thread, for handing over.
+    /// One for each thread at least, for handing over.
     sockets: Vec<Bound>,
     slot: Slot,
     close: watch::Sender<bool>,
@@ -73,11 +77,28 @@ impl Listeners {
     /// Listens nowhere; what it will open goes to the receivers, one for each thread.
     pub fn new(router: Arc<Router>, threads: usize) -> (Self, Vec<mpsc::Receiver<Work>>) {
         let (threads, receivers) = (0..threads.max(1)).map(|_| mpsc::channel(QUEUE)).unzip();
-        (Self { router, threads, next: AtomicUsize::new(0), open: Mutex::default() }, receivers)
+        let (next, begun) = (AtomicUsize::new(0), AtomicBool::new(false));
+        (Self { router, threads, next, begun, open: Mutex::default() }, receivers)
     }
 
-    /// Listens for exactly these ports from now on. What cannot be listened on leaves everything as it was. Sessions are
-    /// not touched.
+    /// The threads accept from now on, so that clients may connect.
+    ///
+    /// # Errors
+    /// An address, and why nobody can listen there.
+    pub fn begin(&self) -> io::Result<()> {
+        let open = self.open.lock();
+        self.begun.store(true, Ordering::Relaxed);
+        for open in open.values() {
+            open.sockets.iter().try_for_each(Bound::listen).map_err(|error| {
+                let (port, address) = (&open.slot.read().name, &open.address);
+                io::Error::new(error.kind(), format!("port '{port}' can't listen on {address}: {error}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Listens for exactly these ports from now on, or from when it [begins](Self::begin). What cannot be listened on leaves
+    /// everything as it was. Sessions are not touched.
     ///
     /// # Errors
     /// The port and why.
@@ -110,7 +131,7 @@ impl Listeners {
             let Some(listening) = listening.get(port.name.as_str()) else { continue };
             let (slot, close) = (Slot::new(RwLock::new(listening.clone())), watch::Sender::new(false));
             tune(port, &copies);
-            for (thread, bound) in self.threads.iter().zip(sockets) {
+            for (thread, bound) in self.threads.iter().cycle().zip(sockets) {
                 let opened = Opened { bound, slot: slot.clone(), closed: close.subscribe() };
                 // Full only if a thread has hung for thousands of changes; its share of connections hangs as well then.
                 let _ = thread.try_send(Work::Accept(opened));
@@ -133,16 +154,16 @@ impl Listeners {
         Ok(())
     }
 
-    /// A socket for each thread, inherited where there is one, and a copy of each.
+    /// Every socket that is inherited, or as many more as it takes for each thread to have one; and a copy of each.
     fn bind(&self, listen: &Listen, inherited: &mut Inherited) -> io::Result<(Address, Vec<Bound>, Vec<Bound>)> {
         let mut address = Address::of(listen)?;
         let threads = self.threads.len();
-        let mut sockets: Vec<Bound> = (0..threads)
-            .map_while(|thread| inherited.remove(&key(&address, thread)))
+        let mut sockets: Vec<Bound> = (0..)
+            .map_while(|number| inherited.remove(&key(&address, number)))
             .map(|fd| Bound::inherited(&address, fd))
             .collect();
         match sockets.first() {
-            None => sockets = Bound::listen(&address, threads)?,
+            None => sockets = Bound::new(&address, threads)?,
             Some(first) => {
                 // More threads than before.
                 let more: io::Result<Vec<Bound>> =
@@ -152,6 +173,9 @@ impl Listeners {
         }
         if let Some(first) = sockets.first() {
             address = first.address()?;
+        }
+        if self.begun.load(Ordering::Relaxed) {
+            sockets.iter().try_for_each(Bound::listen)?;
         }
         let copies = sockets.iter().map(Bound::try_clone).collect::<io::Result<_>>()?;
         Ok((address, sockets, copies))
@@ -164,13 +188,14 @@ impl Listeners {
     pub fn copies(&self) -> io::Result<Inherited> {
         let open = self.open.lock();
         let of = |open: &Open| -> io::Result<Vec<(String, OwnedFd)>> {
-            let copy = |(thread, socket): (usize, &Bound)| Ok((key(&open.address, thread), socket.try_clone()?.into()));
+            let copy = |(number, socket): (usize, &Bound)| Ok((key(&open.address, number), socket.try_clone()?.into()));
             open.sockets.iter().enumerate().map(copy).collect()
         };
         Ok(open.values().map(of).collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
-    /// Listens nowhere any more, once the threads have let go as well: clients are refused and don't wait for a process that ends.
+    /// Listens nowhere any more, once the threads have let go as well: clients don't wait for a process that ends. Where another
+    /// one has a copy of a socket, that goes on listening.
     pub fn close(&self) {
         self.open.lock().clear();
     }
@@ -199,6 +224,102 @@ fn tune(port: &Port, sockets: &[Bound]) {
 }
 
 /// How a socket is named to the next process.
-fn key(address: &Address, thread: usize) -> String {
-    format!("{address}#{thread}")
+fn key(address: &Address, number: usize) -> String {
+    format!("{address}#{number}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpStream};
+
+    use trunkline_config::router::{Limits, Target};
+
+    use super::*;
+
+    /// A process with so many threads, which has not begun.
+    fn process(threads: usize, ports: &[Port], inherited: Inherited) -> (Listeners, Vec<mpsc::Receiver<Work>>) {
+        let (listeners, threads) = Listeners::new(Router::new(Limits::default()).unwrap(), threads);
+        listeners.apply(ports, inherited).unwrap();
+        (listeners, threads)
+    }
+
+    fn port(name: &str, address: SocketAddr) -> Port {
+        Port::new(name, Listen::Tcp(address.to_string()), Target::Leader)
+    }
+
+    fn address(listeners: &Listeners) -> SocketAddr {
+        match listeners.addresses().remove(0).1 {
+            Address::Tcp(address) => address,
+            Address::Unix(path) => panic!("{path:?}"),
+        }
+    }
+
+    /// How many of so many connections each thread accepts.
+    fn accept(threads: &mut [mpsc::Receiver<Work>], connections: usize) -> Vec<usize> {
+        let listeners: Vec<Vec<_>> = threads
+            .iter_mut()
+            .map(|thread| {
+                let listener = |work: Work| match work {
+                    Work::Accept(Opened { bound: Bound::Tcp(listener), .. }) => listener,
+                    other => panic!("{other:?}"),
+                };
+                std::iter::from_fn(|| thread.try_recv().ok().map(listener)).collect()
+            })
+            .collect();
+        let mut accepted = vec![0; threads.len()];
+        // They are there as soon as the kernel has got round to it.
+        for _ in 0..1_000 {
+            for (listeners, accepted) in listeners.iter().zip(&mut accepted) {
+                *accepted += listeners.iter().flat_map(|one| std::iter::from_fn(|| one.accept().ok())).count();
+            }
+            if accepted.iter().sum::<usize>() == connections {
+                return accepted;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        panic!("{accepted:?} of {connections}");
+    }
+
+    #[test]
+    fn nobody_waits_in_a_queue_after_an_upgrade_to_other_threads() {
+        for (before, after) in [(4, 1), (4, 3), (2, 4)] {
+            let (old, of_old) = process(before, &[port("rw", "127.0.0.1:0".parse().unwrap())], Inherited::new());
+            old.begin().unwrap();
+            let at = address(&old);
+            let (new, mut of_new) = process(after, &[port("rw", at)], old.copies().unwrap());
+            new.begin().unwrap();
+            old.close();
+            drop(of_old);
+            let clients: Vec<TcpStream> = (0..64).map(|_| TcpStream::connect(at).unwrap()).collect();
+            let accepted = accept(&mut of_new, clients.len());
+            assert!(accepted.iter().all(|accepted| *accepted > 0), "{before} to {after}: {accepted:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_process_that_has_not_begun() {
+        let (old, mut of_old) = process(1, &[port("rw", "127.0.0.1:0".parse().unwrap())], Inherited::new());
+        assert!(TcpStream::connect(address(&old)).is_err(), "there are threads, but none accepts");
+        old.begin().unwrap();
+        let at = address(&old);
+        let (new, _of_new) = process(4, &[port("rw", at)], old.copies().unwrap());
+        let clients: Vec<TcpStream> = (0..64).map(|_| TcpStream::connect(at).unwrap()).collect();
+        assert_eq!(accept(&mut of_old, clients.len()), [clients.len()]);
+        drop(new);
+    }
+
+    #[test]
+    fn nobody_can_connect_to_a_port_that_the_next_process_does_not_have() {
+        let [one, two] = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap());
+        let (old, of_old) = process(2, &[port("one", one), port("two", two)], Inherited::new());
+        old.begin().unwrap();
+        let (new, mut of_new) = process(2, &[port("one", one)], old.copies().unwrap());
+        new.begin().unwrap();
+        assert!(TcpStream::connect(two).is_ok(), "as long as the old one is in charge");
+        old.close();
+        drop(of_old);
+        assert!(TcpStream::connect(two).is_err());
+        let _client = TcpStream::connect(one).unwrap();
+        accept(&mut of_new, 1);
+    }
 }

@@ -73,6 +73,7 @@ pub fn run(plan: Plan) -> io::Result<()> {
                 () = signals.stop.told() => return Ok(()),
             }
         }
+        listeners.begin()?;
         for (number, work) in threads.into_iter().enumerate() {
             relay_thread(number, router.clone(), work)?;
         }
@@ -292,11 +293,9 @@ impl Signals {
                 info!(pid, "the next process is in charge");
                 pid.map(NotifyState::MainPid).map(tell_systemd);
             }
-            None => {
-                tell_systemd(NotifyState::Stopping);
-                listeners.close();
-            }
+            None => tell_systemd(NotifyState::Stopping),
         }
+        listeners.close();
         let limit = router.limits().drain_timeout;
         let drained = tokio::select! {
             ended = router.drain(limit, handed_over) => {

@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use trunkline_config::router::Listen;
@@ -58,7 +58,7 @@ pub fn resolve(listen: &str) -> io::Result<SocketAddr> {
     found.ok_or_else(|| io::Error::new(io::ErrorKind::AddrNotAvailable, "no address"))
 }
 
-/// A listening socket outside of any runtime.
+/// A socket outside of any runtime that listens, or shall.
 #[derive(Debug)]
 pub enum Bound {
     /// By TCP.
@@ -69,21 +69,24 @@ pub enum Bound {
 
 impl Bound {
     /// As many sockets as there are threads. By TCP each has a queue of its own (`SO_REUSEPORT`), among which the kernel
-    /// spreads the connections; by a unix socket they share one. Fails if somebody else listens there.
-    pub fn listen(address: &Address, threads: usize) -> io::Result<Vec<Self>> {
+    /// spreads the connections; by a unix socket they share one. Nobody can connect before they [listen](Self::listen).
+    ///
+    /// # Errors
+    /// Somebody else listens there, or nobody can.
+    pub fn new(address: &Address, threads: usize) -> io::Result<Vec<Self>> {
         match address {
             Address::Tcp(address) => {
                 check_free(*address)?;
-                let mut bound = vec![listen(*address)?];
+                let mut bound = vec![bind(*address)?];
                 // Port 0 is chosen once, and then shared.
                 let address = bound[0].local_addr()?;
                 for _ in 1..threads {
-                    bound.push(listen(address)?);
+                    bound.push(bind(address)?);
                 }
                 Ok(bound.into_iter().map(Bound::Tcp).collect())
             }
             Address::Unix(path) => {
-                let first = listen_unix(path)?;
+                let first = bind_unix(path)?;
                 let mut bound = Vec::with_capacity(threads);
                 for _ in 1..threads {
                     bound.push(Bound::Unix(first.try_clone()?));
@@ -97,8 +100,19 @@ impl Bound {
     /// One more socket beside `other` of the same address.
     pub fn share(address: &Address, other: &Self) -> io::Result<Self> {
         match address {
-            Address::Tcp(address) => listen(*address).map(Bound::Tcp),
+            Address::Tcp(address) => bind(*address).map(Bound::Tcp),
             Address::Unix(_) => other.try_clone(),
+        }
+    }
+
+    /// From now on clients can connect, if they could not before.
+    ///
+    /// # Errors
+    /// Somebody else listens there by now.
+    pub fn listen(&self) -> io::Result<()> {
+        match self {
+            Bound::Tcp(listener) => begin_to_listen(listener),
+            Bound::Unix(listener) => begin_to_listen(listener),
         }
     }
 
@@ -184,14 +198,7 @@ impl Listener {
     }
 }
 
-/// A listening socket that others may share the address with (`SO_REUSEPORT`).
-pub fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let socket = bind(address)?;
-    begin_to_listen(&socket)?;
-    Ok(socket)
-}
-
-/// The same, but nobody can connect before [`begin_to_listen`].
+/// A socket that others may share the address with (`SO_REUSEPORT`). Nobody can connect before [`begin_to_listen`].
 pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -203,13 +210,12 @@ pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 /// From now on clients can connect.
-pub fn begin_to_listen(socket: &std::net::TcpListener) -> io::Result<()> {
+pub fn begin_to_listen(socket: impl AsFd) -> io::Result<()> {
     Ok(rustix::net::listen(socket, BACKLOG)?)
 }
 
-/// A listening socket in the file system, for everybody, as PostgreSQL's own. What a router that is gone has left there is
-/// removed.
-fn listen_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+/// The same in the file system, for everybody, as PostgreSQL's own. What a router that is gone has left there is removed.
+fn bind_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     use std::os::unix::net;
     if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
         match net::UnixStream::connect(path) {
@@ -217,10 +223,11 @@ fn listen_unix(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
             _ => return Err(io::ErrorKind::AddrInUse.into()),
         }
     }
-    let listener = net::UnixListener::bind(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    Ok(socket.into())
 }
 
 /// Fails if somebody who does not share the address has it: with `SO_REUSEPORT` alone, a second router of the same user
@@ -469,22 +476,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let address = Address::Unix(path.clone());
-        let bound = Bound::listen(&address, 2).unwrap();
+        let bound = Bound::new(&address, 2).unwrap();
+        bound[0].listen().unwrap();
         assert_eq!((bound.len(), bound[0].address().unwrap()), (2, address.clone()));
-        assert!(Bound::listen(&address, 1).is_err(), "in use");
+        assert!(Bound::new(&address, 1).is_err(), "in use");
         drop(bound);
-        assert!(path.exists() && Bound::listen(&address, 1).is_ok(), "left over");
+        assert!(path.exists() && Bound::new(&address, 1).is_ok(), "left over");
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
-        assert!(Bound::listen(&address, 1).is_err(), "no socket");
+        assert!(Bound::new(&address, 1).is_err(), "no socket");
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 
     #[test]
     fn a_taken_port_is_noticed_though_it_could_be_shared() {
-        let taken = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let taken = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        begin_to_listen(&taken).unwrap();
         let address = taken.local_addr().unwrap();
         assert!(check_free(address).is_err());
-        assert!(listen(address).is_ok(), "threads share it");
+        assert!(bind(address).and_then(begin_to_listen).is_ok(), "threads share it");
     }
 }

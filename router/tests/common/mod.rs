@@ -79,7 +79,8 @@ impl World {
     /// Opens a port; clients connect to the address.
     pub async fn open(&self, port: Port) -> SocketAddr {
         let router = self.router.clone();
-        let bound = Bound::listen(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
+        let bound = Bound::new(&Address::of(&port.listen[0]).unwrap(), 1).unwrap().remove(0);
+        bound.listen().unwrap();
         let address = bound.address().unwrap();
         bound.tune(port.client_silence).unwrap();
         let slot = Arc::new(parking_lot::RwLock::new(self.router.listening(&port, Crypto::of(&port).unwrap())));

@@ -600,6 +600,67 @@ async fn an_upgrade_waits_for_etcd_and_nobody_notices() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_a_router_that_has_handed_over_and_has_a_session_left() -> Result<()> {
+    let (lab, [encrypted, removed]) = (Lab::new("upgrade-threads")?, [const { std::cell::Cell::new(0) }; 2]);
+    let (certificate, key) = certificate::own(&lab)?;
+    let more = |lab: &Lab| {
+        encrypted.set(lab.port()?);
+        removed.set(lab.port()?);
+        let listen = |port: u16| format!("127.0.0.1:{port}");
+        let tls = json!({"certfile": certificate, "keyfile": key});
+        Ok(vec![
+            json!({"name": "tls", "listen": listen(encrypted.get()), "target": "leader", "tls": tls}),
+            json!({"name": "removed", "listen": listen(removed.get()), "target": "leader"}),
+        ])
+    };
+    let mut scene = scene_with(lab.clone(), Spec::new(2, &Program::agent()?), more).await?;
+    let ports = scene.router.ports();
+    scene.router.process().kill();
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(lab.dir().join("etc/router.yml"))?)?;
+    config["threads"] = json!(4);
+    lab.write_config("four.yml", &config.to_string())?;
+    config["threads"] = json!(1);
+    config["ports"].as_array_mut().context("no ports")?.retain(|port| port["name"] != "removed");
+    lab.write_config("one.yml", &config.to_string())?;
+
+    let mut running = router_process(&scene, "four", "four.yml", &[])?;
+    let target = Target::new(ports.read_write, &scene.cluster.spec().password);
+    wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+    let goes = connect(&scene, removed.get(), "").await?;
+    let psql = trunkline_tests::tools::find_program("psql", "postgresql-client")?;
+    let mut stays = tokio::process::Command::new(psql);
+    let connection = format!("host=127.0.0.1 port={} user=postgres sslmode=require", encrypted.get());
+    stays.env("PGPASSWORD", &scene.cluster.spec().password).kill_on_drop(true);
+    let stays = stays.args(["-XAtc", "SELECT pg_sleep(60)", &connection]).spawn()?;
+    wait::until("a session with TLS", LIMIT, async || {
+        let sessions = rest::get(ports.admin, "/sessions?port=tls").await?.body;
+        ensure!(sessions["sessions"].as_array().is_some_and(|list| list.len() == 1), "{sessions}");
+        Ok(())
+    })
+    .await?;
+
+    let mut next = router_process(&scene, "one", "one.yml", &["--upgrade"])?;
+    wait::until("the next router to be in charge", LIMIT, async || {
+        ensure!(metric(ports.admin, "trunkline_router_adopted_total").await? >= 1.0);
+        Ok(())
+    })
+    .await?;
+    for _ in 0..40 {
+        ensure!(target.query_one("SELECT 1", Duration::from_secs(5)).await? == "1");
+    }
+    wait::until("the removed port to be closed", Duration::from_secs(5), async || {
+        ensure!(std::net::TcpStream::connect(("127.0.0.1", removed.get())).is_err());
+        Ok(())
+    })
+    .await?;
+    ensure!(running.ended().is_none() && next.ended().is_none(), "both are there");
+    ensure!(!is_standby(&goes).await?, "whoever came by that port stays");
+    drop(stays);
+    scene.lab.success();
+    Ok(())
+}
+
 /// The next router has never heard etcd, and calls the leader's reign by another name than the one before; and than etcd does later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upgrade_without_etcd_keeps_the_sessions_of_a_leader_that_proves_itself() -> Result<()> {
