@@ -88,11 +88,9 @@ impl Listeners {
     pub fn begin(&self) -> io::Result<()> {
         let open = self.open.lock();
         self.begun.store(true, Ordering::Relaxed);
-        for open in open.values() {
-            open.sockets.iter().try_for_each(Bound::listen).map_err(|error| {
-                let (port, address) = (&open.slot.read().name, &open.address);
-                io::Error::new(error.kind(), format!("port '{port}' can't listen on {address}: {error}"))
-            })?;
+        for (listen, open) in &*open {
+            let listened = open.sockets.iter().try_for_each(Bound::listen);
+            listened.map_err(|error| cant_listen(&open.slot.read().settings(), listen, &error))?;
         }
         Ok(())
     }
@@ -110,10 +108,13 @@ impl Listeners {
         let addresses = ports.iter().flat_map(|port| port.listen.iter().map(move |listen| (port, listen)));
         let mut bound = Vec::new();
         for (port, listen) in addresses.clone().filter(|(_, listen)| !open.contains_key(listen)) {
-            let sockets = self.bind(listen, &mut inherited).map_err(|error| {
-                io::Error::new(error.kind(), format!("port '{}' can't listen on {listen}: {error}", port.name))
-            })?;
+            let sockets = self.bind(listen, &mut inherited).map_err(|error| cant_listen(port, listen, &error))?;
             bound.push((port, listen, sockets));
+        }
+        if self.begun.load(Ordering::Relaxed) {
+            for (port, listen, (_, sockets, _)) in &bound {
+                sockets.iter().try_for_each(Bound::listen).map_err(|error| cant_listen(port, listen, &error))?;
+            }
         }
         // Nothing can fail any more.
         let listening: BTreeMap<&str, Arc<Listening>> = ports
@@ -174,9 +175,6 @@ impl Listeners {
         if let Some(first) = sockets.first() {
             address = first.address()?;
         }
-        if self.begun.load(Ordering::Relaxed) {
-            sockets.iter().try_for_each(Bound::listen)?;
-        }
         let copies = sockets.iter().map(Bound::try_clone).collect::<io::Result<_>>()?;
         Ok((address, sockets, copies))
     }
@@ -214,6 +212,10 @@ impl Listeners {
     pub fn addresses(&self) -> Vec<(Arc<str>, Address)> {
         self.open.lock().values().map(|open| (open.slot.read().name.clone(), open.address.clone())).collect()
     }
+}
+
+fn cant_listen(port: &Port, listen: &Listen, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("port '{}' can't listen on {listen}: {error}", port.name))
 }
 
 /// Sets what accepted connections inherit. Where the kernel refuses it, they work without.

@@ -184,7 +184,9 @@ fn background(
             // The same has just worked in `check_etcd`.
             Err(error) => return error!(%error, "etcd3"),
         };
-        tokio::spawn(reloader.run());
+        if let Err(error) = reloader.start() {
+            error!(%error, "changes of the configuration will not be seen");
+        }
         tokio::spawn(survey::candidates(router.clone()));
         tokio::spawn(survey::settling(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);

@@ -1,23 +1,29 @@
 //! A changed configuration file, in force without a restart: ports and limits, and the certificates that ports name. A wrong
-//! one is refused whole.
+//! one is refused whole, and tried again: what was missing may be there by then, a certificate as well as an address.
+//!
+//! All this has a thread of its own: a file system that hangs keeps nobody else.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use std::{fs, io};
 
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 use trunkline_common::Clock;
 use trunkline_config::router::Port;
-use trunkline_config::{Env, RouterConfig};
+use trunkline_config::{Env, Errors, Notice, RouterConfig};
 
 use crate::listeners::{Inherited, Listeners};
 use crate::router::Router;
 
 /// How often the file is looked at. By its attributes, which works in every file system and through every symbolic link.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// What comes of reading a file.
+pub type Read = Result<(RouterConfig, Vec<Notice>), Errors>;
 
 /// A configuration in force, and where it came from.
 #[derive(Debug)]
@@ -34,7 +40,15 @@ pub struct Reloader {
 
 impl Reloader {
     /// Reloads at SIGHUP and when a file has changed, until the router drains.
-    pub async fn run(mut self) {
+    ///
+    /// # Errors
+    /// There is no thread for that.
+    pub fn start(self) -> io::Result<()> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("reload".into()).spawn(move || runtime.block_on(self.run())).map(drop)
+    }
+
+    async fn run(mut self) {
         let mut hup = match signal(SignalKind::hangup()) {
             Ok(hup) => hup,
             Err(error) => return error!(%error, "SIGHUP can't be handled"),
@@ -42,64 +56,63 @@ impl Reloader {
         let mut seen = self.marks();
         loop {
             let clock = self.router.clock;
+            let mut again = false;
             tokio::select! {
                 _ = hup.recv() => {}
                 () = self.router.drain_begun() => return,
                 () = clock.sleep_until(clock.now() + PAUSE) => {
-                    let marks = self.marks();
-                    // What is still being written is read when it has been the same for a while.
-                    if marks == seen {
+                    again = self.marks() == seen;
+                    if again && self.router.config_trouble().is_none() {
                         continue;
                     }
-                    clock.sleep_until(clock.now() + PAUSE / 10).await;
+                    if !again {
+                        // What is still being written is read when it has been the same for a while.
+                        clock.sleep_until(clock.now() + PAUSE / 10).await;
+                    }
                 }
             }
             seen = self.marks();
-            self.reload(RouterConfig::load(self.path.as_deref(), &Env::of_process()));
+            self.reload(RouterConfig::load(self.path.as_deref(), &Env::of_process()), again);
         }
     }
 
-    /// Puts what was read in force, or says why not.
-    pub fn reload(&mut self, read: Result<(RouterConfig, Vec<trunkline_config::Notice>), trunkline_config::Errors>) {
-        let (result, trouble) = match read {
-            Err(errors) => {
-                errors.0.iter().for_each(|problem| error!("{problem}"));
-                ("refused", Some(errors.to_string()))
-            }
-            Ok((config, notices)) => {
-                notices.iter().for_each(|notice| warn!("{notice}"));
-                match self.apply(config) {
-                    Ok(result) => (result, None),
-                    Err(error) => {
-                        error!("{error}");
-                        ("refused", Some(error.to_string()))
-                    }
-                }
-            }
+    /// Puts what was read in force, or says why not; but not `again`, if it is refused for the same reason as the last time.
+    pub fn reload(&mut self, read: Read, again: bool) {
+        let (notices, result) = match read {
+            Ok((config, notices)) => (notices, self.apply(config).map_err(|error| error.to_string())),
+            Err(errors) => (Vec::new(), Err(errors.to_string())),
         };
-        match result {
-            "refused" => error!("the changed configuration is refused; the one before stays in force"),
-            "applied" => info!("the changed configuration is in force"),
-            _ => info!("the configuration has not changed"),
+        let trouble = result.clone().err();
+        if again && trouble.is_some() && trouble == self.router.config_trouble() {
+            return;
         }
-        self.router.metrics.reloads.with_label_values(&[result]).inc();
+        notices.iter().for_each(|notice| warn!("{notice}"));
+        match &result {
+            Ok("applied") => info!("the changed configuration is in force"),
+            Ok(_) => info!("the configuration has not changed"),
+            Err(trouble) => {
+                trouble.lines().for_each(|problem| error!("{problem}"));
+                error!("the changed configuration is refused; the one before stays in force");
+            }
+        }
+        self.router.metrics.reloads.with_label_values(&[result.unwrap_or("refused")]).inc();
         self.router.set_config_trouble(trouble);
     }
 
-    fn apply(&mut self, config: RouterConfig) -> std::io::Result<&'static str> {
+    fn apply(&mut self, config: RouterConfig) -> io::Result<&'static str> {
         let for_a_restart = needs_restart(&self.config, &config);
+        let same = (&self.config.ports, &self.config.limits) == (&config.ports, &config.limits);
+        // The same names of certificates may stand for other certificates.
+        let unchanged = same && !config.ports.iter().any(Port::speaks_tls);
+        if !unchanged {
+            self.listeners.apply(&config.ports, Inherited::new())?;
+            self.router.set_limits(config.limits);
+            (self.config.ports, self.config.limits) = (config.ports, config.limits);
+        }
         if !for_a_restart.is_empty() {
             warn!(keys = for_a_restart.join(", "), "these take effect at the next start");
         }
-        let same = (&self.config.ports, &self.config.limits) == (&config.ports, &config.limits);
-        // The same names of certificates may stand for other certificates.
-        if same && !config.ports.iter().any(Port::speaks_tls) {
-            return Ok("unchanged");
-        }
-        self.listeners.apply(&config.ports, Inherited::new())?;
-        self.router.set_limits(config.limits);
-        (self.config.ports, self.config.limits) = (config.ports, config.limits);
-        Ok("applied")
+        Ok(if unchanged { "unchanged" } else { "applied" })
     }
 
     /// What tells a changed file from the one that was read.
@@ -147,7 +160,7 @@ mod tests {
     use super::*;
     use crate::socket::Address;
 
-    fn load(text: &str) -> Result<(RouterConfig, Vec<trunkline_config::Notice>), trunkline_config::Errors> {
+    fn load(text: &str) -> Read {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("router.yml");
         fs::write(&file, format!("scope: s\netcd3: {{hosts: 'h:1'}}\n{text}")).unwrap();
@@ -186,7 +199,7 @@ mod tests {
                 "ports:\n- {{name: {a}, listen: '127.0.0.1:{one}', target: leader}}\n- {{name: {b}, listen: '127.0.0.1:{two}', target: any}}\n"
             )
         };
-        reloader.reload(load(&format!("{}limits: {{max_held: 7}}", ports("a", "b"))));
+        reloader.reload(load(&format!("{}limits: {{max_held: 7}}", ports("a", "b"))), false);
         assert_eq!(reloader.router.limits().max_held, 7);
         let mut expected = vec![("a".to_owned(), one), ("b".to_owned(), two)];
         expected.sort_by_key(|(_, port)| port.to_string());
@@ -197,10 +210,10 @@ mod tests {
         };
         assert_eq!(sorted(&reloader), expected);
         // The names change places: the sockets stay.
-        reloader.reload(load(&ports("b", "a")));
+        reloader.reload(load(&ports("b", "a")), false);
         expected.iter_mut().for_each(|(name, _)| *name = if name == "a" { "b".into() } else { "a".into() });
         assert_eq!(sorted(&reloader), expected);
-        reloader.reload(load(&format!("ports: [{{name: c, listen: '127.0.0.1:{one}', target: sync}}]")));
+        reloader.reload(load(&format!("ports: [{{name: c, listen: '127.0.0.1:{one}', target: sync}}]")), false);
         assert_eq!(listening(&reloader), [("c".to_owned(), one)]);
         assert_eq!(reloader.router.ports().len(), 1);
         assert!(reloader.router.config_trouble().is_none());
@@ -219,12 +232,17 @@ mod tests {
                 "ports: [{{name: a, listen: ['127.0.0.1:{free}', '{taken}'], target: any}}]\nlimits: {{max_held: 7}}"
             ),
         ] {
-            reloader.reload(load(&text));
+            let read = load(&text);
+            for again in [false, true, true] {
+                reloader.reload(read.clone(), again);
+            }
             assert_eq!((listening(&reloader), reloader.config.clone()), before, "{text}");
             assert_eq!(reloader.router.limits(), Limits::default());
             assert!(reloader.router.config_trouble().is_some());
             assert!(std::net::TcpListener::bind(("127.0.0.1", free)).is_ok(), "nothing is left open");
         }
+        let refused = reloader.router.metrics.reloads.with_label_values(&["refused"]);
+        assert_eq!(refused.get(), 2, "each of them was told once");
     }
 
     #[test]

@@ -334,7 +334,57 @@ async fn a_changed_file_is_in_force_and_a_wrong_one_is_not() -> Result<()> {
         Ok(())
     });
     in_force.await?;
+
+    // Its certificate is late.
+    let (certificate, key) = certificate::own(&scene.lab)?;
+    let late = [scene.lab.dir().join("late.pem"), scene.lab.dir().join("late.key")];
+    config["ports"][1]["tls"] = json!({"certfile": late[0], "keyfile": late[1]});
+    good(&config)?;
+    let refused = wait::until("the file to be refused", LIMIT, async || {
+        let now = configuration(ports.admin).await?;
+        ensure!(now.starts_with("refused: ") && now.contains("late.pem"), "{now}");
+        Ok(())
+    });
+    refused.await?;
+    std::fs::rename(&key, &late[1])?;
+    std::fs::rename(&certificate, &late[0])?;
+    let in_force = wait::until("the port to speak TLS", LIMIT, async || {
+        ensure!(configuration(ports.admin).await? == "in force");
+        psql(&scene, new, &format!("sslmode=verify-full sslrootcert={}", late[0].display())).await
+    });
+    in_force.await?;
     ensure!(!is_standby(&client).await?, "the session from before all this");
+    scene.lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_system_that_hangs_does_not_keep_the_router_from_following() -> Result<()> {
+    let mut scene = scene("hanging-file", |_| Ok(Vec::new())).await?;
+    let target = Target::new(scene.router.ports().read_write, &scene.cluster.spec().password);
+    ensure!(target.query_one("SELECT 1", LIMIT).await? == "1");
+    // Who reads a pipe waits until somebody writes.
+    let file = scene.lab.dir().join("etc/router.yml");
+    let config = std::fs::read_to_string(&file)?;
+    std::fs::remove_file(&file)?;
+    let (mode, kind) = (rustix::fs::Mode::from_raw_mode(0o666), rustix::fs::FileType::Fifo);
+    rustix::fs::mknodat(rustix::fs::CWD, &file, kind, mode, 0)?;
+    rustix::fs::chmod(&file, mode)?;
+    let writes = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+    let reading = wait::until("the router to read", LIMIT, async || {
+        Ok(rustix::fs::open(&file, writes, rustix::fs::Mode::empty())?)
+    });
+    let writer = reading.await?;
+    let leader = scene.cluster.leader(LIMIT).await?;
+    scene.cluster.nodes[leader].kill();
+    let other = scene.cluster.nodes[1 - leader].port().to_string();
+    let served = wait::until("the new leader to serve", LIMIT, async || {
+        let port = target.query_one("SELECT inet_server_port() WHERE NOT pg_is_in_recovery()", LIMIT).await?;
+        ensure!(port == other, "{port}");
+        Ok(())
+    });
+    served.await?;
+    rustix::io::write(&writer, config.as_bytes())?;
     scene.lab.success();
     Ok(())
 }
