@@ -120,6 +120,11 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     let open = |socket: OwnedFd| TcpStream::from_std(socket.into()).map(Arc::new);
     let (Ok(client), Ok(server)) = (open(client), open(server)) else { return Err(Ended::ClientGone) };
     let permit = accept::permit_for_adopted(router, &registered.port);
+    // It has its place among those of its client as well.
+    let counted = router.port(&registered.port).and_then(|port| {
+        let counts = port.settings().max_per_client.is_some();
+        port.clients.enter(registered.client.ip(), usize::MAX).filter(|_| counts)
+    });
     let Some(session) = router.sessions.adopt(&registered, &client, &server, router.clock.now()) else {
         // Its server is not the leader any more.
         socket::abort(&server);
@@ -131,7 +136,8 @@ fn adopt(router: &Router, adopted: Adopted) -> Result<Begun, Ended> {
     let meter = router.metrics.meter(&registered.port, registered.backend.member.as_str());
     router.metrics.adopted.inc();
     let parties = relay::Parties { client, server, session, meter };
-    Ok(Begun { parties, start: goes_on(router, carried, None), tls: None, permit: Some(permit), _counted: None })
+    let start = goes_on(router, carried, None);
+    Ok(Begun { parties, start, tls: None, permit: Some(permit), _counted: counted.map(Box::new) })
 }
 
 /// Goes on with a session that has just talked.

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use trunkline_common::{Clock, SystemClock};
-use trunkline_config::router::{KnownMember, Limits, Target};
+use trunkline_config::router::{KnownMember, Limits, Port, Target};
 use trunkline_router::handover::{Giver, Taker};
 use trunkline_router::{Router, heard, session};
 
@@ -199,6 +199,23 @@ fn pass(before: &World, after: &World) -> tempfile::TempDir {
     give(&before.router, &path);
     take(&after.router, path);
     dir
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_counts_as_its_clients_in_the_next_process() {
+    let (mut before, mut after) = (World::new(limits()), World::new(limits()));
+    let strict = || Port { max_per_client: Some(1), ..port(Target::Leader) };
+    let (rw, rw_after) = (before.open(strict()).await, after.open(strict()).await);
+    let server = Fake::start().await;
+    before.lead("a", server.at).await;
+    after.lead("a", server.at).await;
+    let (client, at_server) = started(rw, &server).await;
+    let _dir = pass(&before, &after);
+    eventually(|| after.router.sessions.len() == 1).await;
+    assert_eq!(refused(&mut connect(rw_after, STARTUP).await).await, "53300");
+    drop((client, at_server));
+    eventually(|| after.router.sessions.is_empty()).await;
+    started(rw_after, &server).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
