@@ -33,9 +33,6 @@ pub enum Answer {
 
 /// Waits for the answer to `packet`, for as long as the server takes. What is read is kept in `said`.
 pub async fn first(server: &TcpStream, packet: Packet, said: &mut Vec<u8>) -> Answer {
-    if packet == Packet::DirectTls {
-        return Answer::Begun;
-    }
     loop {
         match verdict(said, packet) {
             Some(Answer::Denied) => {
@@ -48,6 +45,8 @@ pub async fn first(server: &TcpStream, packet: Packet, said: &mut Vec<u8>) -> An
         let mut piece = [0; LOOK];
         match poll_fn(|cx| socket::poll_read(cx, server, &mut piece)).await {
             Ok(bytes @ 1..) => said.extend_from_slice(&piece[..bytes]),
+            // How one that does not know direct TLS says so: the client has to hear that, and another server would say no more.
+            Ok(0) if packet == Packet::DirectTls => return Answer::Begun,
             Ok(0) | Err(_) => return Answer::Gone,
         }
     }
@@ -94,7 +93,7 @@ fn verdict(seen: &[u8], packet: Packet) -> Option<Answer> {
     match seen {
         [] => None,
         [b'N', ..] if packet.awaits_answer() => Some(Answer::Denied),
-        [b'E', rest @ ..] if !packet.awaits_answer() => {
+        [b'E', rest @ ..] if matches!(packet, Packet::Startup { .. }) => {
             let (length, fields) = rest.split_first_chunk::<4>()?;
             let length = u32::from_be_bytes(*length) as usize;
             if fields.len() + 4 < length && seen.len() < LOOK {

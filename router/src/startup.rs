@@ -19,8 +19,11 @@ const CANCEL_REQUEST: u32 = 80_877_102;
 /// An SSLRequest, whole.
 pub const SSL_REQUEST_PACKET: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 
-/// A record type of TLS: the first byte of a ClientHello.
+/// A record type of TLS, the kind of handshake message that is a ClientHello, and the lengths of what they begin with (RFC 8446, 4 and 5.1).
 const TLS_HANDSHAKE: u8 = 0x16;
+const CLIENT_HELLO: u8 = 1;
+const RECORD_HEAD: usize = 5;
+const MESSAGE_HEAD: usize = 4;
 
 /// What is known after the bytes so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +41,7 @@ pub enum Packet {
     SslRequest,
     /// GSSAPI encryption, please: as above.
     GssEncRequest,
-    /// TLS without asking (PostgreSQL 17, `sslnegotiation=direct`): what was read is the head of a ClientHello.
+    /// TLS without asking (PostgreSQL 17, `sslnegotiation=direct`): what was read is a ClientHello, which a server answers.
     DirectTls,
     /// A session, in plain text.
     Startup {
@@ -90,7 +93,7 @@ pub fn read(bytes: &[u8]) -> Result<Progress, Malformed> {
     let [l0, l1, l2, l3, c0, c1, c2, c3] = *head;
     // A startup packet of more than 369 MB begins like this, and no such packet is legal.
     if l0 == TLS_HANDSHAKE && l1 == 3 {
-        return Ok(Progress::Packet(Packet::DirectTls));
+        return client_hello(bytes);
     }
     let length = u32::from_be_bytes([l0, l1, l2, l3]) as usize;
     if !(MIN_PACKET..=MAX_PACKET).contains(&length) {
@@ -102,6 +105,36 @@ pub fn read(bytes: &[u8]) -> Result<Progress, Malformed> {
         return Ok(Progress::Need(length - bytes.len()));
     }
     packet(code, &bytes[MIN_PACKET..length]).map(Progress::Packet)
+}
+
+/// The handshake message that TLS begins with, in one record or in several; no longer than other packets.
+fn client_hello(bytes: &[u8]) -> Result<Progress, Malformed> {
+    // Of the message, without what the records add.
+    let (mut have, mut whole) = (0, MESSAGE_HEAD);
+    let mut end = 0;
+    while have < whole {
+        let Some(([kind, major, _, l0, l1], body)) = bytes.get(end..).and_then(<[u8]>::split_first_chunk) else {
+            return need(end + RECORD_HEAD, bytes);
+        };
+        let length = usize::from(u16::from_be_bytes([*l0, *l1]));
+        if (*kind, *major) != (TLS_HANDSHAKE, 3) || length < MESSAGE_HEAD {
+            return Err(Malformed::Length);
+        }
+        if end == 0 {
+            match body {
+                [CLIENT_HELLO, m0, m1, m2, ..] => whole += u32::from_be_bytes([0, *m0, *m1, *m2]) as usize,
+                [CLIENT_HELLO, ..] | [] => return need(RECORD_HEAD + length, bytes),
+                _ => return Err(Malformed::Length),
+            }
+        }
+        have += length;
+        end += RECORD_HEAD + length;
+    }
+    if bytes.len() < end { need(end, bytes) } else { Ok(Progress::Packet(Packet::DirectTls)) }
+}
+
+fn need(whole: usize, bytes: &[u8]) -> Result<Progress, Malformed> {
+    if whole > MAX_PACKET { Err(Malformed::Length) } else { Ok(Progress::Need(whole - bytes.len())) }
 }
 
 /// How much of `bytes`, which begin with a packet, belongs to it: of a ClientHello all that is there.
@@ -234,7 +267,17 @@ mod tests {
             (request(268, CANCEL_REQUEST, &[7; 260]), Ok(Progress::Packet(Packet::Cancel))),
             (startup, Ok(Progress::Packet(Packet::Startup { minor: 0 }))),
             (request(9, 0x3_0002, b"\0"), Ok(Progress::Packet(Packet::Startup { minor: 2 }))),
-            (b"\x16\x03\x01\x02\x00\x01\x00\x01".to_vec(), Ok(Progress::Packet(Packet::DirectTls))),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01".to_vec(), Ok(Progress::Need(5 + 512 - 8))),
+            (b"\x16\x03\x01\0\x06\x01\0\0\x02ab".to_vec(), Ok(Progress::Packet(Packet::DirectTls))),
+            (b"\x16\x03\x01\0\x05\x01\0\0\x05a".to_vec(), Ok(Progress::Need(5))),
+            (b"\x16\x03\x01\0\x05\x01\0\0\x05a\x16\x03\x01\0\x04bcd".to_vec(), Ok(Progress::Need(1))),
+            (
+                b"\x16\x03\x01\0\x05\x01\0\0\x05a\x16\x03\x01\0\x04bcde".to_vec(),
+                Ok(Progress::Packet(Packet::DirectTls)),
+            ),
+            (b"\x16\x03\x01\0\x05\x01\0\0\x05a\x17\x03\x01\0\x04bcde".to_vec(), Err(Malformed::Length)),
+            (b"\x16\x03\x01\0\x05\x02\0\0\x01a".to_vec(), Err(Malformed::Length)),
+            (b"\x16\x03\x01\x40\0\x01\0\x3f".to_vec(), Err(Malformed::Length)),
             (request(12, SSL_REQUEST, b"more"), Err(Malformed::RequestLength)),
             (request(12, CANCEL_REQUEST, b"pidk"), Err(Malformed::RequestLength)),
             (request(269, CANCEL_REQUEST, &[7; 261]), Err(Malformed::RequestLength)),

@@ -533,3 +533,33 @@ async fn among_silent_servers_the_one_that_answers_is_found() {
     }
     drop((silent, mute));
 }
+
+#[tokio::test]
+async fn direct_tls_is_no_session_before_the_server_has_said_something() {
+    let mut world = World::new(limits());
+    let rw = world.open(impatient(Target::Leader)).await;
+    let (frozen, leader) = (Fake::start().await, Fake::start().await);
+    world.lead("a", frozen.at).await;
+    // It comes in pieces, as one with many keys does.
+    let (head, tail) = CLIENT_HELLO.split_at(7);
+    let mut client = connect(rw, head).await;
+    client.write_all(tail).await.unwrap();
+    let mut silent = frozen.connection().await;
+    world.held(1).await;
+    within(silent.read_exact(&mut [0; CLIENT_HELLO.len()])).await.unwrap();
+    world.lead("b", leader.at).await;
+    let mut server = leader.connection().await;
+    let mut hello = [0; CLIENT_HELLO.len()];
+    within(server.read_exact(&mut hello)).await.unwrap();
+    assert_eq!(hello, CLIENT_HELLO);
+    passes(&mut server, &mut client, b"\x16\x03\x03").await;
+    passes(&mut client, &mut server, b"\x17\x03\x03").await;
+    world.held(0).await;
+    // One that does not know it closes, and the client hears of that at once.
+    let mut client = connect(rw, CLIENT_HELLO).await;
+    let mut old = leader.connection().await;
+    within(old.read_exact(&mut hello)).await.unwrap();
+    drop(old);
+    assert_eq!(rest(&mut client).await, b"");
+    leader.stays_alone().await;
+}

@@ -49,23 +49,18 @@ async fn what_is_said_with_the_first_packet_and_with_its_answer_arrives_behind_i
     let rw = world.open(port(Target::Leader)).await;
     let fake = Fake::start().await;
     world.lead("a", fake.at).await;
-    // The head of a ClientHello, which is passed through, and a start-up packet.
-    for first in [b"\x16\x03\x01\x40\x00\x01\x00\x01".as_slice(), STARTUP] {
+    for first in [CLIENT_HELLO, STARTUP] {
         for size in [1, 490, 512, 1_023, 1_024, 5_000, 70_000] {
             let bytes = pattern(size);
             let mut client = connect(rw, &[first, &bytes].concat()).await;
             let mut server = fake.connection().await;
             let mut got = vec![0; first.len() + size];
-            if first == STARTUP {
-                within(server.read_exact(&mut got[..first.len()])).await.unwrap();
-                server.write_all(&[b"R", &*bytes].concat()).await.unwrap();
-                within(server.read_exact(&mut got[first.len()..])).await.unwrap();
-                let mut answer = vec![0; 1 + size];
-                within(client.read_exact(&mut answer)).await.unwrap();
-                assert!(answer[0] == b'R' && answer[1..] == bytes, "{size} bytes of an answer");
-            } else {
-                within(server.read_exact(&mut got)).await.unwrap();
-            }
+            within(server.read_exact(&mut got[..first.len()])).await.unwrap();
+            server.write_all(&[b"R", &*bytes].concat()).await.unwrap();
+            within(server.read_exact(&mut got[first.len()..])).await.unwrap();
+            let mut answer = vec![0; 1 + size];
+            within(client.read_exact(&mut answer)).await.unwrap();
+            assert!(answer[0] == b'R' && answer[1..] == bytes, "{size} bytes of an answer");
             assert!(got.starts_with(first) && got[first.len()..] == bytes, "{size} bytes behind {first:?}");
             passes(&mut client, &mut server, &bytes).await;
             passes(&mut server, &mut client, &bytes).await;

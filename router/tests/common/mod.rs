@@ -23,6 +23,8 @@ use trunkline_router::{Router, accept, follow, survey};
 pub const STARTUP: &[u8] = b"\0\0\0\x11\0\x03\0\0user\0me\0\0";
 /// An SSLRequest.
 pub const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+/// A ClientHello of nothing: PostgreSQL's direct TLS.
+pub const CLIENT_HELLO: &[u8] = b"\x16\x03\x01\0\x04\x01\0\0\0";
 /// A CancelRequest.
 pub const CANCEL: &[u8] = b"\0\0\0\x10\x04\xd2\x16\x2epidkkeyk";
 
