@@ -26,7 +26,8 @@ use crate::{rule, socket, startup};
 /// How many servers one request is tried on.
 const SERVERS: usize = 64;
 
-/// How long a server may take to act on a request, which it does before it closes.
+/// How long the server of a session may take to act on a request, which it does before it closes. Where all are asked that may have
+/// the session, each has `connect_timeout`: those that don't have it need no longer, and one of them may be frozen.
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Passes `packet` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
@@ -39,7 +40,7 @@ pub async fn forward(
     packet: &[u8],
 ) -> &'static str {
     if let Some(server) = startup::cancel_key(packet).and_then(|key| router.sessions.holder(key)) {
-        send(port, crypto, &server, greeting, packet).await;
+        send(port, crypto, &server, greeting, packet, ANSWER).await;
         return count(router, listening, "known");
     }
     let mut servers = rule::possible(&router.table(), port);
@@ -53,7 +54,8 @@ pub async fn forward(
         0 => "no_server",
         count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
         _ => {
-            join_all(servers.iter().map(|server| send(port, crypto, server, greeting, packet))).await;
+            let limit = port.connect_timeout.min(ANSWER);
+            join_all(servers.iter().map(|server| send(port, crypto, server, greeting, packet, limit))).await;
             "forwarded"
         }
     };
@@ -65,10 +67,10 @@ fn count(router: &Router, listening: &Listening, result: &'static str) -> &'stat
     result
 }
 
-async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u8], packet: &[u8]) {
+async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u8], packet: &[u8], limit: Duration) {
     let exchange = async {
-        let (limit, silence) = (port.connect_timeout, port.server_silence);
-        let stream = socket::dial(&server.host, server.port, limit, silence, FirstBytes::AtOnce).await?;
+        let (connect, silence) = (port.connect_timeout, port.server_silence);
+        let stream = socket::dial(&server.host, server.port, connect, silence, FirstBytes::AtOnce).await?;
         let stream = Arc::new(stream);
         socket::write_all(&stream, greeting).await?;
         let plain = || Leg::Plain(Wire::new(stream.clone(), Vec::new()));
@@ -78,7 +80,7 @@ async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u
         // Nothing is expected but the end; one byte is enough to see it.
         stream.read(&mut [0]).await
     };
-    match tokio::time::timeout(ANSWER, exchange).await {
+    match tokio::time::timeout(limit, exchange).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => debug!(member = %server.member, %error, "cancel request not delivered"),
         Err(_) => debug!(member = %server.member, "cancel request not answered"),

@@ -4,9 +4,12 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use trunkline_config::router::Target;
+use trunkline_common::{Clock, SystemClock};
+use trunkline_config::router::{Port, Target};
 
 #[tokio::test]
 async fn on_the_read_write_port_the_leader_gets_it() {
@@ -170,4 +173,22 @@ async fn one_that_reaches_another_router_than_its_session_finds_it_too() {
     assert_eq!(servers[0].request().await.1, CANCEL);
     assert_eq!(rest(&mut asked).await, b"");
     drop((writer, reader));
+}
+
+#[tokio::test]
+async fn one_that_nobody_knows_is_over_though_a_server_is_frozen() {
+    let mut world = World::new(limits());
+    let connect_timeout = Duration::from_millis(300);
+    let ro = world.open(Port { connect_timeout, ..port(Target::Replica) }).await;
+    let (b, frozen) = (Fake::start().await, Fake::start().await);
+    world.follow("b", b.at).await;
+    world.follow("c", frozen.at).await;
+    let began = SystemClock.now();
+    let mut client = connect(ro, CANCEL).await;
+    assert_eq!(b.request().await.1, CANCEL);
+    let (_silent, packet) = frozen.request().await;
+    assert_eq!(packet, CANCEL);
+    assert_eq!(rest(&mut client).await, b"");
+    let took = SystemClock.now().since(began);
+    assert!(took >= connect_timeout && took < Duration::from_secs(3), "{took:?}");
 }
