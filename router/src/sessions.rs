@@ -27,6 +27,9 @@ use crate::port::Peer;
 use crate::socket::{self, Connection};
 use crate::table::{Backend, Epoch};
 
+/// Sessions that are looked at under one lock.
+const LOOK: usize = 64;
+
 /// Why a session was ended from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -494,9 +497,8 @@ impl Sessions {
 
     /// Up to `limit` of the sessions that `wanted` says yes to, and how many more there are.
     pub fn list(&self, limit: usize, wanted: impl Fn(&Line) -> bool) -> (Vec<Line>, usize) {
-        let inner = self.inner.lock();
         let (mut lines, mut more) = (Vec::new(), 0);
-        for line in inner.all().map(Live::line).filter(wanted) {
+        for line in self.look(Live::line).filter(wanted) {
             if lines.len() < limit {
                 lines.push(line);
             } else {
@@ -504,6 +506,17 @@ impl Sessions {
             }
         }
         (lines, more)
+    }
+
+    /// What `see` sees of each session. Some at a time, so that nobody waits for the lock until all have been seen.
+    fn look<T>(&self, see: impl Fn(&Live) -> T) -> impl Iterator<Item = T> {
+        let ids: Vec<u64> = self.inner.lock().live.keys().copied().collect();
+        let chunks = (0..ids.len()).step_by(LOOK);
+        chunks.flat_map(move |from| {
+            let inner = self.inner.lock();
+            let some = ids[from..].iter().take(LOOK);
+            some.filter_map(|id| inner.live.get(id)).map(|live| see(live)).collect::<Vec<T>>()
+        })
     }
 
     /// How many sessions there are.
@@ -518,10 +531,9 @@ impl Sessions {
 
     /// How many sessions each port has on each member.
     pub fn by_port(&self) -> BTreeMap<(Arc<str>, MemberName), usize> {
-        let inner = self.inner.lock();
         let mut counts = BTreeMap::new();
-        for live in inner.live.values() {
-            *counts.entry((live.port.clone(), live.backend.member.clone())).or_default() += 1;
+        for key in self.look(|live| (live.port.clone(), live.backend.member.clone())) {
+            *counts.entry(key).or_default() += 1;
         }
         counts
     }
@@ -594,6 +606,23 @@ mod tests {
 
     fn at(seconds: u64) -> Instant {
         Instant::from_boot(Duration::from_secs(seconds))
+    }
+
+    #[tokio::test]
+    async fn whoever_looks_at_all_sessions_keeps_nobody_from_beginning_one() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Arc::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        let sessions = Arc::new(Sessions::default());
+        let backend = Arc::new(Backend::at("a".into(), "10.0.0.1".into(), 5432));
+        let begin = || sessions.begin(&"ro".into(), Peer::Unix, &backend, &server, at(10)).unwrap();
+        let _there: Vec<Session> = (0..3 * LOOK).map(|_| begin()).collect();
+        let (lines, more) = sessions.list(LOOK + 1, |_| {
+            assert!(sessions.inner.try_lock().is_some());
+            drop(begin());
+            true
+        });
+        assert_eq!((lines.len(), more), (LOOK + 1, 2 * LOOK - 1));
+        assert_eq!(sessions.by_port(), [(("ro".into(), "a".into()), 3 * LOOK)].into());
     }
 
     #[tokio::test]
