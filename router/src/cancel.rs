@@ -40,7 +40,7 @@ pub async fn forward(
     packet: &[u8],
 ) -> &'static str {
     if let Some(server) = startup::cancel_key(packet).and_then(|key| router.sessions.holder(key)) {
-        send(port, crypto, &server, greeting, packet, ANSWER).await;
+        send(router, port, crypto, &server, greeting, packet, ANSWER).await;
         return count(router, listening, "known");
     }
     let mut servers = rule::possible(&router.table(), port);
@@ -55,7 +55,7 @@ pub async fn forward(
         count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
         _ => {
             let limit = port.connect_timeout.min(ANSWER);
-            join_all(servers.iter().map(|server| send(port, crypto, server, greeting, packet, limit))).await;
+            join_all(servers.iter().map(|server| send(router, port, crypto, server, greeting, packet, limit))).await;
             "forwarded"
         }
     };
@@ -67,10 +67,19 @@ fn count(router: &Router, listening: &Listening, result: &'static str) -> &'stat
     result
 }
 
-async fn send(port: &Port, crypto: &Crypto, server: &Arc<Backend>, greeting: &[u8], packet: &[u8], limit: Duration) {
+async fn send(
+    router: &Router,
+    port: &Port,
+    crypto: &Crypto,
+    server: &Arc<Backend>,
+    greeting: &[u8],
+    packet: &[u8],
+    limit: Duration,
+) {
     let exchange = async {
         let (connect, silence) = (port.connect_timeout, port.server_silence);
-        let stream = socket::dial(&server.host, server.port, connect, silence, FirstBytes::AtOnce).await?;
+        let stream =
+            socket::dial(&router.names, &server.host, server.port, connect, silence, FirstBytes::AtOnce).await?;
         let stream = Arc::new(stream);
         socket::write_all(&stream, greeting).await?;
         let plain = || Leg::Plain(Wire::new(stream.clone(), Vec::new()));

@@ -11,6 +11,7 @@
 //! | where do bytes move? | [`relay`], with [`boundary`] (pure) |
 //! | which sessions are there, and who ends them? | [`sessions`], [`survey`] |
 //! | how many at once? | [`places`], [`port`], [`hold`], [`memory`] |
+//! | where is a server that is known by name? | [`names`] |
 //! | who listens, and what does a changed configuration change? | [`accept`], [`listeners`], [`reload`], [`socket`] |
 //! | how does the process stop or hand over? | [`server`], [`handover`] |
 //! | what does an operator see? | [`admin`], [`metrics`] |
@@ -36,6 +37,7 @@ pub mod lag;
 pub mod listeners;
 pub mod memory;
 pub mod metrics;
+pub mod names;
 pub mod places;
 pub mod port;
 pub mod probe;

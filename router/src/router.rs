@@ -15,6 +15,7 @@ use crate::crypto::Crypto;
 use crate::hold::Hold;
 use crate::lag::Measured;
 use crate::metrics::Metrics;
+use crate::names::Names;
 use crate::places::Places;
 use crate::port::Listening;
 use crate::registration::Registration;
@@ -46,6 +47,8 @@ pub struct Router {
     pub registration: Registration,
     /// How many cancel requests are passed on.
     pub cancels: CancelLimit,
+    /// Where servers are that are known by name.
+    pub names: Arc<Names>,
     /// The clock.
     pub clock: SystemClock,
     /// What members say of their positions, where a port has to know.
@@ -91,6 +94,7 @@ impl Router {
             lean: relay::Lean::default(),
             registration: Registration::default(),
             cancels: CancelLimit::default(),
+            names: Arc::default(),
             clock: SystemClock,
             measured: watch::Sender::default(),
             limits: RwLock::new(limits),

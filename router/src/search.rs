@@ -96,9 +96,11 @@ impl Ahead {
     fn dial(router: &Router, port: &Port, elected: &Backend) -> Option<Self> {
         let place = router.ahead.try_take()?;
         let (host, limit, silence) = (elected.host.clone(), port.connect_timeout, port.server_silence);
-        let server_port = elected.port;
+        let (names, server_port) = (router.names.clone(), elected.port);
         let dialling =
-            tokio::spawn(async move { socket::dial(&host, server_port, limit, silence, FirstBytes::Later).await });
+            tokio::spawn(
+                async move { socket::dial(&names, &host, server_port, limit, silence, FirstBytes::Later).await },
+            );
         Some(Self { host: elected.host.clone(), port: elected.port, dialling, _place: place })
     }
 
@@ -546,10 +548,10 @@ impl<'a> Search<'a> {
             }
         };
         let limit = in_time.since(began).min(self.port.connect_timeout);
-        let (host, silence) = (&backend.host, self.port.server_silence);
+        let (names, host, silence) = (&self.router.names, &backend.host, self.port.server_silence);
         let dialled = tokio::select! {
             biased;
-            dialled = socket::dial(host, backend.port, limit, silence, FirstBytes::AtOnce) => dialled,
+            dialled = socket::dial(names, host, backend.port, limit, silence, FirstBytes::AtOnce) => dialled,
             () = deposed => Err(io::Error::new(io::ErrorKind::Interrupted, "not a candidate any more")),
         };
         let result = match &dialled {

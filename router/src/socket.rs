@@ -15,6 +15,7 @@ use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use trunkline_config::router::Listen;
 
+use crate::names::Names;
 use crate::port::Peer;
 
 /// Connections the kernel completes before they are accepted; it cuts this to `net.core.somaxconn`.
@@ -255,6 +256,7 @@ pub enum FirstBytes {
 /// Opens a connection to a server, trying each address of a name in turn, all within `timeout`. For `silence` see
 /// [`notice_silence`].
 pub async fn dial(
+    names: &Arc<Names>,
     host: &str,
     port: u16,
     timeout: Duration,
@@ -263,7 +265,7 @@ pub async fn dial(
 ) -> io::Result<TcpStream> {
     let attempt = async {
         let mut last = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
-        for address in tokio::net::lookup_host((host, port)).await? {
+        for address in names.resolve(host, port).await? {
             match dial_address(address, silence, first).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => last = error,

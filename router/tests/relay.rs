@@ -235,3 +235,19 @@ async fn one_side_that_breaks_ends_the_session() {
     drop(client);
     eventually(|| world.router.connections() == 0).await;
 }
+
+#[tokio::test]
+async fn a_server_may_be_known_by_name() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let fake = Fake::start().await;
+    let by_name = format!("localhost:{}", fake.at.port());
+    world.lead("a", fake.at).await;
+    world
+        .change(|view| {
+            let record = view.members.get_mut(&"a".into()).unwrap();
+            record.conn_url = Some(format!("postgres://{by_name}/postgres"));
+        })
+        .await;
+    session(rw, &fake).await;
+}
