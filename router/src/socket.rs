@@ -498,4 +498,37 @@ mod tests {
         assert!(check_free(address).is_err());
         assert!(bind(address).and_then(begin_to_listen).is_ok(), "threads share it");
     }
+
+    #[tokio::test]
+    async fn the_kernel_is_told_to_notice_silence_on_both_legs() {
+        let silence = Some(Duration::from_secs(8));
+        let bound = Bound::new(&Address::Tcp("127.0.0.1:0".parse().unwrap()), 1).unwrap().remove(0);
+        bound.listen().unwrap();
+        let Address::Tcp(address) = bound.address().unwrap() else { panic!("{bound:?}") };
+        let again = bound.try_clone().unwrap();
+        let listener = bound.into_listener().unwrap();
+        let legs = async |silence| {
+            again.tune(silence).unwrap();
+            let (limit, first) = (Duration::from_secs(5), FirstBytes::AtOnce);
+            let server = dial(&Arc::default(), "127.0.0.1", address.port(), limit, silence, first).await.unwrap();
+            let (client, _) = listener.accept().await.unwrap();
+            assert!(client.nodelay().unwrap() && server.nodelay().unwrap());
+            [client, server]
+        };
+        for leg in legs(silence).await {
+            assert!(sockopt::socket_keepalive(&leg).unwrap());
+            let (idle, interval) = (sockopt::tcp_keepidle(&leg).unwrap(), sockopt::tcp_keepintvl(&leg).unwrap());
+            assert_eq!((idle.as_secs(), interval.as_secs()), (5, 1));
+            assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 8_000);
+            // A peer that is busy is not given up, an idle one is.
+            forget_user_timeout(&leg);
+            assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 0);
+            assert!(sockopt::socket_keepalive(&leg).unwrap() && sockopt::tcp_keepcnt(&leg).unwrap() == PROBES);
+        }
+        // The port has been told otherwise by a reload.
+        for leg in legs(None).await {
+            assert!(!sockopt::socket_keepalive(&leg).unwrap());
+            assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 0);
+        }
+    }
 }

@@ -362,6 +362,58 @@ async fn a_leader_by_failsafe_mode_that_alone_is_cut_off_from_etcd_goes_on_behin
     Ok(())
 }
 
+/// Who comes new can't know who leads by failsafe mode: the router that does goes on until the key is back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_that_is_upgraded_while_its_leader_has_no_key_keeps_the_sessions() -> Result<()> {
+    let (mut scene, gates) = gated_failsafe_scene("failsafe-upgrade").await?;
+    let (leader, ports) = (scene.cluster.settled(LIMIT).await?, scene.router.ports());
+    scene.router.process().kill();
+    let start = |name: &str, more: &[&str]| {
+        let cwd = scene.lab.make_dir("router")?;
+        let mut command = scene.lab.command(&Program::router()?, &cwd)?;
+        command.arg("--upgrade-sock").arg(cwd.join("upgrade")).args(more).arg(scene.lab.dir().join("etc/router.yml"));
+        scene.lab.spawn(name, command)
+    };
+    let mut running = start("before", &[])?;
+    let target = scene.read_write();
+    wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
+    let session = target.connect(LIMIT).await?;
+    session.batch_execute("CREATE TABLE kept (n int); BEGIN; INSERT INTO kept VALUES (1)").await?;
+
+    gates[leader].open(false);
+    wait::until("the router to go by the leader's word", LIMIT, async || {
+        let health = rest::get(ports.admin, "/health").await?.body;
+        ensure!(health["certainty"] == "unconfirmed, leader proven", "{health}");
+        Ok(())
+    })
+    .await?;
+    let mut next = start("next", &["--upgrade"])?;
+    wait::until("the next router to be there", LIMIT, async || {
+        ensure!(std::fs::read_to_string(next.log())?.contains("following the cluster"));
+        Ok(())
+    })
+    .await?;
+    let there = SystemClock.now();
+    while SystemClock.now().since(there) < Duration::from_secs(5) {
+        ensure!(target.query_one("SELECT pg_is_in_recovery()", LIMIT).await? == "f");
+        session.batch_execute("INSERT INTO kept VALUES (2)").await?;
+        ensure!(running.ended().is_none() && next.ended().is_none());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    gates[leader].open(true);
+    wait::until("the old router to end", LIMIT, async || {
+        ensure!(next.ended().is_none(), "the new router has ended");
+        running.ended().context("it is still there")
+    })
+    .await?;
+    session.batch_execute("INSERT INTO kept VALUES (3); COMMIT").await?;
+    ensure!(target.query_one("SELECT max(n) FROM kept", LIMIT).await? == "3");
+    ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+    scene.lab.success();
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_router_started_without_etcd_asks_the_members_that_it_knows() -> Result<()> {
     let mut scene = failsafe_scene("dcs-unread").await?;

@@ -1,5 +1,6 @@
 //! The router where its surroundings misbehave: no leader yet, no leader at all, nonsense from clients.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
@@ -188,6 +189,75 @@ async fn a_flood_of_silent_clients_harms_nobody_who_is_there_and_passes() -> Res
     ensure!(target.query_one("SELECT 'served'", LIMIT).await? == "served");
     ensure!(session.query_one("SELECT 1", &[]).await?.get::<_, i32>(0) == 1);
     drop(flood);
+    lab.success();
+    Ok(())
+}
+
+/// The file descriptors of a process.
+fn descriptors(pid: rustix::process::Pid) -> Result<BTreeSet<u64>> {
+    let open = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero()))?;
+    open.map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_comes_when_there_is_no_descriptor_for_a_server_is_held_and_then_served() -> Result<()> {
+    let lab = Lab::new("no-descriptor")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), Spec::new(1, &Program::agent()?)).await?;
+    cluster.settled(LIMIT).await?;
+    let ports = proxy::Ports::any(&lab)?;
+    let extra =
+        json!({ "limits": { "hold_timeout": 60, "startup_timeout": 60 }, "threads": 1, "log": { "level": "DEBUG" } });
+    let mut router =
+        Proxy::router(&lab, Program::router()?, ports, &cluster.spec().scope, &etcd.endpoints(), &extra).await?;
+    ensure!(router.read_write(&cluster.spec().password).query_one("SELECT 1", LIMIT).await? == "1");
+
+    // It is there, and has not said what it wants.
+    let pid = router.process().pid();
+    let connections = async |count: usize| {
+        wait::until("the router to have only so many connections", LIMIT, async || {
+            let routes = rest::get(ports.admin, "/routes").await?.body;
+            ensure!(routes["connections"] == count, "{routes}");
+            Ok(())
+        })
+        .await
+    };
+    connections(0).await?;
+    let mut client = TcpStream::connect(("127.0.0.1", ports.read_write))?;
+    connections(1).await?;
+    // Whoever has asked for that is gone.
+    let open = wait::until("nothing to be opened or closed", LIMIT, async || {
+        let open = descriptors(pid)?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        ensure!(descriptors(pid)? == open);
+        Ok(open)
+    })
+    .await?;
+    let free = (0..).find(|number| !open.contains(number)).context("none is free")?;
+    // As the router's user.
+    let limit = |descriptors: u64| {
+        let mut command = lab.command(&Program::new("/usr/bin/prlimit"), lab.dir())?;
+        command.arg(format!("--pid={}", pid.as_raw_nonzero())).arg(format!("--nofile={descriptors}:"));
+        ensure!(command.status()?.success());
+        Ok(())
+    };
+    limit(free)?;
+    client.write_all(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0")?;
+    let log = router.log().to_owned();
+    wait::until("a server not to be connected to", LIMIT, async || {
+        let log = std::fs::read_to_string(&log)?;
+        ensure!(log.lines().any(|line| line.contains("connect failed") && line.contains("Too many open files")));
+        Ok(())
+    })
+    .await?;
+    limit(free + 100)?;
+    client.set_read_timeout(Some(LIMIT))?;
+    let mut answer = [0];
+    client.read_exact(&mut answer)?;
+    ensure!(answer == *b"R", "{answer:?}");
+    let metrics = rest::get(ports.admin, "/metrics").await?.body;
+    let held = "trunkline_router_hold_seconds_count{outcome=\"served\"";
+    ensure!(metrics.as_str().is_some_and(|text| text.contains(held)), "{metrics}");
     lab.success();
     Ok(())
 }
