@@ -1,11 +1,13 @@
 //! Local SQL: one kept session for the status query, short-lived ones for everything else. Each call has a deadline.
 
+use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls, Row, Statement};
@@ -13,7 +15,7 @@ use trunkline_common::{Clock, Instant, Lsn, SystemClock, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
 use super::pidfile::PidFile;
-use super::walsender::{self, WireError};
+use super::walsender::{self, PARTING, WireError};
 use super::{PgError, PgRole, Running, WalSender, conninfo};
 
 /// A session is opened anew after this long: an old one goes on answering while the postmaster takes no connections, so
@@ -57,17 +59,15 @@ SELECT r.recovery,
        current_setting('primary_slot_name')
   FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
 
-/// A connection and the task that drives it; both end together.
+/// A connection. Dropped, it ends in order, with a `Terminate`: a session that sees the end of its socket instead says so in the
+/// server's log at level `debug1`, and PostgreSQL handles a SIGTERM that comes in the middle of that in the signal handler, where it
+/// may wait for itself for ever (seen with 15: `exit` in the handler, for a lock of the C library that its message holds). A fast
+/// shutdown then waits for it.
 pub struct Connection {
     /// For queries.
     pub client: Client,
-    driver: JoinHandle<()>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.driver.abort();
-    }
+    /// Goes after the client: there won't be another query.
+    _needed: oneshot::Sender<Infallible>,
 }
 
 /// Why there is no session.
@@ -215,12 +215,19 @@ pub async fn connect_to(
     let host = local_host(config, config.use_unix_socket, pid_file);
     let io = walsender::dial(&host, config.port, &config.superuser).await?;
     let (client, connection) = settings.connect_raw(io, NoTls).await?;
-    let driver = tokio::spawn(async move {
-        if let Err(error) = connection.await {
+    let (needed, not_needed) = oneshot::channel();
+    tokio::spawn(async move {
+        let mut connection = pin!(connection);
+        let ended = tokio::select! {
+            ended = &mut connection => Some(ended),
+            // What the server has not answered by then is cut off.
+            _ = not_needed => tokio::time::timeout(PARTING, connection).await.ok(),
+        };
+        if let Some(Err(error)) = ended {
             tracing::debug!("local session ended: {}", words(&error));
         }
     });
-    Ok(Connection { client, driver })
+    Ok(Connection { client, _needed: needed })
 }
 
 /// Where local connections go: a socket directory (with a leading slash), if `unix` says so, or an address (config

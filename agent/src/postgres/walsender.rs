@@ -13,6 +13,7 @@ use postgres_protocol::message::backend::{ErrorFields, Message};
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::runtime::Handle;
 use trunkline_common::{History, Lsn, SystemId, TimelineId};
 use trunkline_config::postgres::Credentials;
 
@@ -23,6 +24,9 @@ const LONGEST_MESSAGE: usize = 1 << 20;
 
 /// Rows of one answer that are kept.
 const MOST_ROWS: usize = 1000;
+
+/// How long a connection that nobody needs any more has to end in order.
+pub const PARTING: Duration = Duration::from_secs(1);
 
 /// A column's text; `None` is NULL.
 pub type Column = Option<String>;
@@ -62,11 +66,26 @@ pub enum Purpose<'a> {
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
-/// A connection to another member.
+/// A connection to another member. Dropped, it ends with a `Terminate`, as [`super::query::Connection`] does, and for its reason.
 pub struct Wire {
     io: Box<dyn Io>,
     input: BytesMut,
     parameters: BTreeMap<String, String>,
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        let mut io = std::mem::replace(&mut self.io, Box::new(tokio::io::empty()));
+        // Where nothing runs any more there is nobody to say it.
+        let Ok(runtime) = Handle::try_current() else { return };
+        runtime.spawn(tokio::time::timeout(PARTING, async move {
+            let mut output = BytesMut::new();
+            frontend::terminate(&mut output);
+            // Whoever is gone need not hear it.
+            let _ = io.write_all(&output).await;
+            let _ = io.shutdown().await;
+        }));
+    }
 }
 
 impl Wire {

@@ -152,3 +152,24 @@ async fn a_server_of_its_own_becomes_a_cluster_without_a_failed_write() -> Resul
     lab.success();
     Ok(())
 }
+
+/// A session that is not ended in order says so in the log, in the middle of which PostgreSQL must not be stopped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_of_the_agent_end_in_order() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs["postgresql"]["parameters"] = json!({ "log_min_messages": "debug1" });
+    let mut scene = Scene::with("parting", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    // The kept session is opened anew, members ask each other, and servers are stopped and started.
+    scene.cluster.switchover(leader, Some(1 - leader)).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? == 1 - leader, "{leader} still leads");
+    let restarted = rest::post(scene.cluster.nodes[leader].rest_port(), "/restart", &json!({}), LIMIT).await?;
+    ensure!(restarted.status == 200, "{restarted:?}");
+    for node in &scene.cluster.nodes {
+        let log = node.says("DEBUG:", LIMIT).await?;
+        let cut_off = log.lines().find(|line| line.contains("unexpected EOF on client connection"));
+        ensure!(cut_off.is_none(), "{cut_off:?}");
+    }
+    scene.lab.success();
+    Ok(())
+}
