@@ -10,12 +10,14 @@ use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::{Clock, MemberName};
 use trunkline_router::follow::{Grade, Question};
 use trunkline_router::heard::Heard;
+use trunkline_router::registration::{Registrar, Registration};
 use trunkline_router::table::RouteTable;
 
 use crate::executor::{ProcessId, SimClock};
 use crate::peers::ModelProber;
 use crate::scenario::End;
 use crate::server::{self, Written};
+use crate::sessions::Open;
 use crate::stage::{Stage, host_of, paths};
 
 /// As long without a word of the DCS, and only proven leaders get new sessions.
@@ -62,18 +64,21 @@ impl Router {
         link: trunkline_common::dcs::memory::MemoryDcs<SimClock>,
     ) -> Self {
         let store = ClusterStore::new(link, paths());
+        let registration = Registration::default();
+        let registrar = Registrar::new(store.clone(), clock.clone(), format!("router{router}"), &registration);
+        clock.spawn(registrar.run());
         let knowledge = Follower::spawn(store, clock.clone());
         let (publish, tables) = watch::channel(Arc::new(RouteTable::unknown()));
         let (routing, prober) = (stage.clone(), ModelProber::new(stage, router, clock.clone()));
         clock.clone().spawn(async move {
-            route(routing, clock, prober, knowledge, publish).await;
+            route(routing, process, clock, prober, knowledge, registration, publish).await;
         });
         Self { process, tables }
     }
 
     /// A client that writes through this router, again and again.
     pub fn client(&self, stage: &Stage, router: usize, seen: Arc<Mutex<Seen>>) {
-        let (stage, mut tables) = (stage.clone(), self.tables.clone());
+        let (stage, process, mut tables) = (stage.clone(), self.process, self.tables.clone());
         stage.executor().clone().spawn(self.process, async move {
             loop {
                 // Held until there is a leader.
@@ -85,6 +90,7 @@ impl Router {
                     let reign = table.reign.clone();
                     // One session: it ends with the leadership under which it was opened.
                     let mut ends = tables.clone();
+                    let _open = Open::new(&stage, process, host);
                     tokio::select! {
                         biased;
                         _ = ends.wait_for(|table| table.reign != reign) => {}
@@ -100,21 +106,35 @@ impl Router {
 /// The router's own task: a table for every change of what it knows and hears, made as it is in the router that ships.
 async fn route(
     stage: Stage,
+    process: ProcessId,
     clock: SimClock,
     prober: ModelProber,
     mut knowledge: watch::Receiver<Knowledge>,
+    registration: Registration,
     publish: watch::Sender<Arc<RouteTable>>,
 ) {
     let started = clock.now();
     let (mut heard, mut proved_last, mut asked_at) = (Heard::default(), None::<MemberName>, started);
+    let mut registrations = registration.registered.subscribe();
     loop {
         let known = knowledge.borrow_and_update().clone();
         let now = clock.now();
         let grade = Grade::of(&known, started, STALE_AFTER, now);
+        let lease = known.view.as_ref().map_or(Duration::ZERO, |view| view.settings.router_lease);
+        let registered = *registrations.borrow_and_update();
+        let lapses = registered.0.filter(|until| now < *until);
+        let asks = lapses.map(|until| until - lease / 2).filter(|at| now < *at);
+        let at_risk = !lease.is_zero() && !registered.holds(now + lease / 2);
         let mut question = None;
         if let Some(view) = &known.view {
             heard.restored(known.restores);
-            let reading = heard.read(view, now, grade.confirmed, grade.well);
+            let mut reading = heard.read(view, now, grade.confirmed, grade.well);
+            let proven = reading.table.reign.as_ref().is_some_and(|reign| heard.proven() == Some(&reign.member));
+            if !lease.is_zero() {
+                reading.table = registered.restrict(reading.table, proven, now);
+            }
+            let promised = !lease.is_zero() && registered.0.is_some() && !proven;
+            stage.sessions(|sessions| sessions.register(process, promised));
             let table = &reading.table;
             let holder = view.leader.as_ref().map(|key| &key.name);
             if heard.proven().is_some() {
@@ -150,19 +170,29 @@ async fn route(
                 }
                 changed
             });
-            question = Question::of(&heard, reading, now, grade.well, false);
+            question = Question::of(&heard, reading, now, grade.well, at_risk);
         }
+        // Its sessions end before that is written.
+        let epoch = known.view.as_ref().and_then(|view| view.leader.as_ref()).map(|key| key.created);
+        registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
         let events =
             ask_at.into_iter().chain(Some(grade.stale_at).filter(|_| grade.fresh)).chain(heard.waits_until(now));
+        let events = events.chain(lapses).chain(asks);
         let wake = events.min().unwrap_or(now + Duration::from_secs(1));
         tokio::select! {
             biased;
             changed = knowledge.changed() => if changed.is_err() { return },
+            changed = registrations.changed() => if changed.is_err() { return },
             () = clock.sleep_until(wake) => {
                 let asked = clock.now();
                 if let Some(question) = question.filter(|_| ask_at.is_some_and(|at| at <= asked)) {
-                    if let Some(answers) = question.ask(&prober, knowledge.clone()).await {
+                    let answers = tokio::select! {
+                        biased;
+                        () = clock.sleep_until(lapses.unwrap_or_default()), if lapses.is_some() => None,
+                        answers = question.ask(&prober, knowledge.clone()) => answers,
+                    };
+                    if let Some(answers) = answers {
                         heard.hear(&question.reading.view, &answers, asked);
                     }
                     asked_at = clock.now();

@@ -54,6 +54,8 @@ struct Process {
     name: String,
     alive: bool,
     frozen: bool,
+    /// When it was thawed last.
+    thawed: Duration,
     /// Tasks that became ready while it was frozen.
     held: Vec<TaskId>,
     tasks: Vec<TaskId>,
@@ -123,7 +125,8 @@ impl Executor {
     /// A new process.
     pub fn process(&self, name: impl Into<String>) -> ProcessId {
         let mut state = self.0.state.lock();
-        let process = Process { name: name.into(), alive: true, frozen: false, held: Vec::new(), tasks: Vec::new() };
+        let (held, tasks) = (Vec::new(), Vec::new());
+        let process = Process { name: name.into(), alive: true, frozen: false, thawed: Duration::ZERO, held, tasks };
         state.processes.push(process);
         ProcessId(state.processes.len() - 1)
     }
@@ -165,9 +168,11 @@ impl Executor {
     /// Stops a process where it is, or lets it go on.
     pub fn freeze(&self, process: ProcessId, frozen: bool) {
         let mut state = self.0.state.lock();
+        let now = state.now;
         let process = &mut state.processes[process.0];
         process.frozen = frozen;
         if !frozen {
+            process.thawed = now;
             self.0.ready.lock().append(&mut process.held);
         }
     }
@@ -180,6 +185,15 @@ impl Executor {
     /// Whether it is frozen.
     pub fn is_frozen(&self, process: ProcessId) -> bool {
         self.0.state.lock().processes[process.0].frozen
+    }
+
+    /// Whether it runs, and has done so for a while: it has come to do what it had to.
+    pub fn is_awake(&self, process: ProcessId) -> bool {
+        /// Many turns.
+        const WHILE: Duration = Duration::from_millis(10);
+        let state = self.0.state.lock();
+        let Process { alive, frozen, thawed, .. } = state.processes[process.0];
+        alive && !frozen && thawed + WHILE < state.now
     }
 
     /// A random number of this world.

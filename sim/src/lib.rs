@@ -10,7 +10,7 @@
 //! | PostgreSQL | [`wal`], [`server`], [`streaming`], [`postgres`] | PostgreSQL |
 //! | the guard | [`guard`] | a process of its own and its egress fence |
 //! | the other members' REST APIs | [`peers`] | HTTP |
-//! | routers and clients | [`clients`], with the real route table | sockets |
+//! | routers and clients | [`clients`], with the real route table and registration | sockets |
 //!
 //! [`scenario`] says what goes wrong (and is drawn from a seed), [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
 
@@ -24,6 +24,7 @@ pub mod peers;
 pub mod postgres;
 pub mod scenario;
 pub mod server;
+pub mod sessions;
 pub mod shrink;
 pub mod stage;
 pub mod streaming;

@@ -122,6 +122,8 @@ pub enum Fault {
     SlowDcs { node: usize, request: u64, answer: u64, ms: u64 },
     /// Watch events come late.
     SlowWatch { node: usize, delay: u64, ms: u64 },
+    /// The same of a router.
+    SlowRouter { router: usize, delay: u64, ms: u64 },
     /// The next events never come.
     LoseEvents { node: usize, count: u32 },
     /// Watches break.
@@ -231,6 +233,7 @@ impl Fault {
             | Self::Pause { .. } => vec![None],
             Self::KillPostgres { .. }
             | Self::FreezeRouter { .. }
+            | Self::SlowRouter { .. }
             | Self::RefusePromotion { .. }
             | Self::SlowReplay { .. }
             | Self::BreakWatchdog { .. }
@@ -262,6 +265,7 @@ impl Event {
                 | Fault::DcsLeaderChange { ms }
                 | Fault::SlowDcs { ms, .. }
                 | Fault::SlowWatch { ms, .. }
+                | Fault::SlowRouter { ms, .. }
                 | Fault::DiskFull { ms, .. }
                 | Fault::SlowDisk { ms, .. }
                 | Fault::RefusePromotion { ms, .. }

@@ -13,6 +13,7 @@ use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
 use crate::judge::Reign;
+use crate::sessions;
 use crate::stage::{Stage, name};
 use crate::streaming::{REPLICATION_TIMEOUT, receive};
 use crate::wal::{Kind, Record, Wal};
@@ -445,6 +446,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
                 [.., before, last] if last.kind == Kind::Promotion => before.timeline,
                 _ => wal.timeline(),
             };
+            sessions::check_let_go(stage, host);
             stage.judge(|judge, now| {
                 judge.elected(now, &name, wal.end(), Lsn(known));
                 judge.promoted(now, &name, from.0, wal.timeline().0);

@@ -18,6 +18,7 @@ use crate::outside::Outside;
 use crate::peers::Api;
 use crate::scenario::End;
 use crate::server::Server;
+use crate::sessions::Sessions;
 use crate::trouble::Trouble;
 
 /// The stage of one world. Clones are the same one.
@@ -34,6 +35,7 @@ struct Inner {
     guards: Mutex<BTreeMap<usize, ModelGuard>>,
     trouble: Mutex<Trouble>,
     outside: Mutex<Option<Outside>>,
+    sessions: Mutex<Sessions>,
     next: Mutex<u64>,
 }
 
@@ -69,6 +71,7 @@ impl Stage {
             guards: Mutex::default(),
             trouble: Mutex::default(),
             outside: Mutex::default(),
+            sessions: Mutex::default(),
             next: Mutex::new(0),
         }))
     }
@@ -87,6 +90,11 @@ impl Stage {
     pub fn judge<T>(&self, look: impl FnOnce(&mut Judge, Duration) -> T) -> T {
         let now = self.0.executor.now();
         look(&mut self.0.judge.lock(), now)
+    }
+
+    /// What routers have open to servers.
+    pub fn sessions<T>(&self, look: impl FnOnce(&mut Sessions) -> T) -> T {
+        look(&mut self.0.sessions.lock())
     }
 
     /// The network.

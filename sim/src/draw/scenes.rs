@@ -15,7 +15,7 @@ use crate::server::FOREIGN_SLOT;
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 11] = [
+const SCENES: [Scene; 13] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -27,12 +27,54 @@ const SCENES: [Scene; 11] = [
     (0x07, late_word),
     (0x08, restored),
     (0x09, copies),
+    (0x0C, registrations),
+    (0x0D, deaf_routers),
 ];
 
 /// Adds to a world what its seed has for it.
 pub(super) fn add(seed: u64, scenario: &mut Scenario) {
     for (own, scene) in SCENES {
         scene(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000 ^ own), scenario);
+    }
+}
+
+/// A new leader waits for routers, one of which may hear nothing while the leader changes.
+fn registrations(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 8) {
+        return;
+    }
+    let (lease, ttl): (u64, u64) = (rng.random_range(1..=5), scenario.settings["ttl"].as_u64().unwrap_or(5));
+    scenario.settings["router_lease"] = json!(lease);
+    for _ in 0..rng.random_range(0..3) {
+        let (at, number) = (BOOTSTRAP + rng.random_range(1_000..20_000), rng.random_range(0..scenario.routers));
+        let (router, ms) = (End::Router(number), (ttl + lease * 3) * 1_000);
+        let (from, to) = if rng.random() { (router, End::Dcs) } else { (End::Dcs, router) };
+        let deaf = match rng.random() {
+            true => Fault::Cut { from, to, both: rng.random(), ms },
+            false => Fault::SlowRouter { router: number, delay: rng.random_range(500..lease * 3_000), ms },
+        };
+        scenario.add(at, None, deaf);
+        let gone = match rng.random_range(0..3) {
+            0 => Fault::KillPostgres { node: 0 },
+            1 => Fault::Switchover { candidate: None },
+            // Its sessions do not end by that.
+            _ => Fault::FreezeHost { node: 0, ms },
+        };
+        scenario.add(at + rng.random_range(0..500), Some(Aim::Leader), gone);
+    }
+}
+
+/// Routers that members can't answer, or that can't ask.
+fn deaf_routers(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 12) {
+        return;
+    }
+    for _ in 0..rng.random_range(1..4) {
+        let router = End::Router(rng.random_range(0..scenario.routers));
+        let agent = End::Agent(rng.random_range(0..scenario.nodes.len()));
+        let (from, to) = if rng.random() { (router, agent) } else { (agent, router) };
+        let (both, ms) = (rng.random(), rng.random_range(500..15_000));
+        scenario.add(rng.random_range(BOOTSTRAP..25_000), None, Fault::Cut { from, to, both, ms });
     }
 }
 

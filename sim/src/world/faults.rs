@@ -244,6 +244,16 @@ impl World {
                 self.hosts.lock()[node].slow_watch = Duration::ZERO;
                 self.refresh_link(node);
             }
+            Fault::SlowRouter { router, delay, ms } => {
+                let delayed = |by| {
+                    if let Some((_, link)) = self.routers.lock().get(router) {
+                        link.set_faults(|faults| faults.watch_delay = by);
+                    }
+                };
+                delayed(Duration::from_millis(delay));
+                self.wait(ms).await;
+                delayed(Duration::ZERO);
+            }
             Fault::LoseEvents { node, count } => {
                 if let Some(link) = &self.hosts.lock()[node].link {
                     link.set_faults(|faults| faults.lost_events = count);
