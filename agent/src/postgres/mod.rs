@@ -316,7 +316,7 @@ pub struct SlotPlan {
 /// What is left to do about slots.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SlotsDone {
-    /// Something goes on beside, or was in the way: look again in the next turn.
+    /// Something goes on beside, was in the way, or is there and not yet where it is wanted: look again in the next turn.
     pub again: bool,
     /// Logical slots that this standby lacks and can only get from the primary.
     pub missing: BTreeSet<String>,

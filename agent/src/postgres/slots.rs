@@ -219,6 +219,10 @@ impl Instance {
                     }
                     step => carry_out(client, step).await,
                 };
+                // Made where the last checkpoint began, which may be behind where it is wanted.
+                if let Step::Create(name) = &step {
+                    done.again |= plan.wanted.get(name).is_some_and(|slot| slot.position.is_some());
+                }
                 match carried_out {
                     // As often as once a turn.
                     Ok(()) if matches!(step, Step::Advance(..)) => tracing::debug!("{step}"),
