@@ -439,7 +439,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
         let session = self.handle.session();
         // The right to bootstrap hangs on one lease, and can't be moved to another.
         let renewed = match session.lease.filter(|_| *asked == timing.ttl || session.bootstrapping) {
-            Some(lease) => self.store.dcs().renew(lease.id).await,
+            Some(lease) => self.store.renew(lease.id).await,
             None => self.store.grant(timing.ttl).await,
         };
         let lease = match renewed {

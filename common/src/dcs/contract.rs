@@ -178,7 +178,7 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
         let written = self.put(&key, "x", lease.id).await.revision;
         let mut watch = self.other.watch(&self.key("honest/"), Revision(written.0 + 1)).await.expect("a watch");
         self.clock.sleep(lease.ttl / 2).await;
-        let renewed = self.dcs.renew(lease.id).await.expect("renewed");
+        let renewed = self.dcs.renew(lease.id, &key).await.expect("renewed");
         assert_eq!((renewed.id, renewed.ttl), (lease.id, lease.ttl));
         assert!(renewed.until > lease.until);
         let (_, changes) = self.changes_within(&mut watch, lease.ttl + SOON).await;
@@ -190,11 +190,12 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
 
     /// After its end a lease is lost: it cannot be renewed and nothing can be attached to it.
     pub async fn lease_expires_and_is_lost(&self) {
+        let key = self.key("late");
         let lease = self.dcs.grant(Duration::from_secs(2)).await.expect("a lease");
         self.clock.sleep_until(lease.until + Duration::from_millis(2500)).await;
-        assert_eq!(self.dcs.renew(lease.id).await, Err(DcsError::LeaseLost));
-        assert_eq!(self.other.renew(lease.id).await, Err(DcsError::LeaseLost));
-        let put = Txn { then: vec![Op::Put(self.key("late"), b"x".to_vec(), lease.id)], ..Txn::default() };
+        assert_eq!(self.dcs.renew(lease.id, &key).await, Err(DcsError::LeaseLost));
+        assert_eq!(self.other.renew(lease.id, &key).await, Err(DcsError::LeaseLost));
+        let put = Txn { then: vec![Op::Put(key.clone(), b"x".to_vec(), lease.id)], ..Txn::default() };
         assert_eq!(self.dcs.txn(put).await, Err(DcsError::LeaseLost));
         // Whoever ends a lease that is over has what he wants.
         assert_eq!(self.dcs.revoke(lease.id).await, Ok(()));
@@ -210,7 +211,7 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
         let (_, changes) = self.changes(&mut watch).await;
         let gone: BTreeSet<String> = describe(&changes).into_iter().map(|(key, _)| key).collect();
         assert_eq!(gone, BTreeSet::from([self.key("revoke/leader"), self.key("revoke/members/me")]));
-        assert_eq!(self.dcs.renew(lease.id).await, Err(DcsError::LeaseLost));
+        assert_eq!(self.dcs.renew(lease.id, &self.key("revoke/leader")).await, Err(DcsError::LeaseLost));
     }
 
     /// A watch from a revision that is compacted away fails instead of falling silent.
@@ -363,8 +364,8 @@ impl<D: Dcs> Dcs for Late<D> {
         self.dcs.grant(ttl).await
     }
 
-    async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
-        self.dcs.renew(lease).await
+    async fn renew(&self, lease: LeaseId, key: &str) -> Result<Lease, DcsError> {
+        self.dcs.renew(lease, key).await
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {

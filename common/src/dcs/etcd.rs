@@ -6,8 +6,11 @@
 //!   endpoint, every call has a deadline per endpoint, and rotation is ours ([`endpoints`]).
 //! * A lease lasts at least its granted TTL from when the request for it was sent, at most half a second longer. The
 //!   granted TTL may be more than was asked for (at least 2 s with default timers). When etcd's leader changes, every
-//!   lease starts again with its full TTL plus one election timeout; that covers the moment in which a deposed leader
-//!   of etcd still answers keep-alives, so `until` stays honest.
+//!   lease starts again with its full TTL plus one election timeout.
+//! * A keep-alive is answered by etcd's leader alone, out of its memory. Before etcd 3.4.31 and 3.5.13 one that was frozen,
+//!   thaws and has not heard of its successor yet answers for a lease that is not its to keep any more. So a renewal counts
+//!   only between two linearizable reads through the same endpoint that show the same term: an endpoint never goes back to
+//!   an earlier term, and a quorum was in this one after the keep-alive.
 //! * A keep-alive proves the lease, not the keys attached to it: somebody may have deleted those.
 //! * Transactions run through consensus. One that got no answer may yet be carried out, at any later time: a member that
 //!   was frozen with the request in its socket does it when it thaws. Hence every write that could do harm late has a
@@ -168,14 +171,21 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
         Ok(Lease::counted(id, ttl, sent))
     }
 
-    async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+    async fn renew(&self, lease: LeaseId, key: &str) -> Result<Lease, DcsError> {
         let ttl = self.ttl(lease).await?;
         let clock = &self.shared.clock;
         // A stream of its own for every renewal: one that is kept open can be silent for seconds on a member that
-        // hangs, and never reconnects.
+        // hangs, and never reconnects. Again while the terms go on changing, which the endpoint's deadline ends.
         let renew = |mut client: etcd_client::Client| async move {
-            let sent: Instant = clock.now();
-            client.lease_keep_alive(lease.0).await.map(|_| sent)
+            let mut term = term(&mut client, key).await?;
+            loop {
+                let sent: Instant = clock.now();
+                client.lease_keep_alive(lease.0).await?;
+                let before = std::mem::replace(&mut term, self::term(&mut client, key).await?);
+                if term == before {
+                    return Ok(sent);
+                }
+            }
         };
         let sent = self.shared.endpoints.call(Resend::Always, renew).await;
         let sent = self.forget_if_lost(lease, sent)?;
@@ -191,4 +201,10 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The term of etcd's Raft that the member behind the client is in, and a quorum with it.
+async fn term(client: &mut etcd_client::Client, key: &str) -> Result<u64, etcd_client::Error> {
+    let answer = client.get(key, Some(GetOptions::new().with_count_only())).await?;
+    Ok(answer.header().map_or(0, etcd_client::ResponseHeader::raft_term))
 }

@@ -284,7 +284,7 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
         Ok(Lease::counted(id, ttl, sent))
     }
 
-    async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+    async fn renew(&self, lease: LeaseId, _key: &str) -> Result<Lease, DcsError> {
         let sent = self.clock.now();
         let ttl = self.call(move |data, now| data.renew(lease, now)).await?;
         Ok(Lease::counted(lease, ttl, sent))

@@ -186,7 +186,8 @@ pub trait Dcs: Clone + Send + Sync + 'static {
     fn grant(&self, ttl: Duration) -> impl Future<Output = Result<Lease, DcsError>> + Send;
 
     /// Prolongs a lease; [`DcsError::LeaseLost`] if it is over. One answer is one proof: `until` counts from sending.
-    fn renew(&self, lease: LeaseId) -> impl Future<Output = Result<Lease, DcsError>> + Send;
+    /// `key` is one that the caller may read, there or not: what a store asks for to know that who answers still is in charge.
+    fn renew(&self, lease: LeaseId, key: &str) -> impl Future<Output = Result<Lease, DcsError>> + Send;
 
     /// Ends a lease now, with every key attached to it.
     fn revoke(&self, lease: LeaseId) -> impl Future<Output = Result<(), DcsError>> + Send;

@@ -183,9 +183,8 @@ impl<D: Dcs> ClusterStore<D> {
     }
 
     /// Proves that the leader key is ours and attached to `lease` (a renewed lease alone does not: the key may have been
-    /// deleted by hand, and a deposed leader of etcd still answers keep-alives for a moment); moves it there if it is ours by name with another
-    /// lease (after a restart of the agent, or where a lease of another length is wanted). Conflict: it belongs to somebody
-    /// else, or is gone.
+    /// deleted by hand); moves it there if it is ours by name with another lease (after a restart of the agent, or where a
+    /// lease of another length is wanted). Conflict: it belongs to somebody else, or is gone.
     ///
     /// A move names the revision that it was decided on. One that gets no answer may be carried out much later, and would
     /// take the key off the lease that is renewed by then, to end with one that nobody renews.
@@ -393,6 +392,11 @@ impl<D: Dcs> ClusterStore<D> {
     /// Obtains a lease for this process.
     pub async fn grant(&self, ttl: Duration) -> Result<Lease, DcsError> {
         self.dcs.grant(ttl).await
+    }
+
+    /// Prolongs this process's lease. Says nothing about the keys attached to it: see [`Self::confirm_leader`].
+    pub async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+        self.dcs.renew(lease, &self.paths.key("leader")).await
     }
 
     async fn put_json(&self, key: &str, value: &Value, seen: Option<Revision>) -> Result<Outcome, DcsError> {

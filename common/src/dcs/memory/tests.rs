@@ -75,5 +75,5 @@ async fn a_new_leader_of_the_store_restarts_leases() {
     clock.sleep(Duration::from_millis(1500)).await;
     dcs.restart_leases();
     clock.sleep(Duration::from_millis(1900)).await;
-    assert!(dcs.renew(lease.id).await.is_ok());
+    assert!(dcs.renew(lease.id, "/x").await.is_ok());
 }
