@@ -9,8 +9,8 @@
 //!   lease starts again with its full TTL plus one election timeout.
 //! * A keep-alive is answered by etcd's leader alone, out of its memory. Before etcd 3.4.31 and 3.5.13 one that was frozen,
 //!   thaws and has not heard of its successor yet answers for a lease that is not its to keep any more. So a renewal counts
-//!   only between two linearizable reads through the same endpoint that show the same term: an endpoint never goes back to
-//!   an earlier term, and a quorum was in this one after the keep-alive.
+//!   only between two linearizable reads through the same member that show the same term: a member never goes back to
+//!   an earlier one, and a quorum was in this one after the keep-alive.
 //! * A keep-alive proves the lease, not the keys attached to it: somebody may have deleted those.
 //! * Transactions run through consensus. One that got no answer may yet be carried out, at any later time: a member that
 //!   was frozen with the request in its socket does it when it thaws. Hence every write that could do harm late has a
@@ -48,6 +48,8 @@ struct Shared<C> {
     clock: C,
     /// Granted TTLs: the answer to a keep-alive does not reach us with its TTL.
     ttls: Mutex<BTreeMap<LeaseId, Duration>>,
+    /// The term of etcd's Raft that each member, by its number, was last seen in, with a quorum.
+    terms: Mutex<BTreeMap<u64, u64>>,
     latency: Mutex<Latency>,
 }
 
@@ -60,7 +62,15 @@ impl<C: Clock> EtcdDcs<C> {
     /// [`DcsError::Refused`] where the configuration cannot work: no endpoint, unreadable certificate files.
     pub async fn connect(config: &Etcd, clock: C, retry_timeout: Duration) -> Result<Self, DcsError> {
         let endpoints = Endpoints::new(config, clock.clone(), retry_timeout)?;
-        Ok(Self { shared: Arc::new(Shared { endpoints, clock, ttls: Mutex::default(), latency: Mutex::default() }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                endpoints,
+                clock,
+                ttls: Mutex::default(),
+                terms: Mutex::default(),
+                latency: Mutex::default(),
+            }),
+        })
     }
 
     /// Changes the bound of calls, which is a dynamic setting. Applies to calls that begin after this.
@@ -174,15 +184,18 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
     async fn renew(&self, lease: LeaseId, key: &str) -> Result<Lease, DcsError> {
         let ttl = self.ttl(lease).await?;
         let clock = &self.shared.clock;
+        let terms = &self.shared.terms;
         // A stream of its own for every renewal: one that is kept open can be silent for seconds on a member that
-        // hangs, and never reconnects. Again while the terms go on changing, which the endpoint's deadline ends.
+        // hangs, and never reconnects. Again where the member is new to us or has come to another term; the endpoint's
+        // deadline ends it.
         let renew = |mut client: etcd_client::Client| async move {
-            let mut term = term(&mut client, key).await?;
             loop {
+                let before = terms.lock().clone();
                 let sent: Instant = clock.now();
                 client.lease_keep_alive(lease.0).await?;
-                let before = std::mem::replace(&mut term, self::term(&mut client, key).await?);
-                if term == before {
+                let (member, term) = term(&mut client, key).await?;
+                terms.lock().insert(member, term);
+                if before.get(&member) == Some(&term) {
                     return Ok(sent);
                 }
             }
@@ -203,8 +216,8 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
     }
 }
 
-/// The term of etcd's Raft that the member behind the client is in, and a quorum with it.
-async fn term(client: &mut etcd_client::Client, key: &str) -> Result<u64, etcd_client::Error> {
+/// The member behind the client, and the term of etcd's Raft that it is in, and a quorum with it.
+async fn term(client: &mut etcd_client::Client, key: &str) -> Result<(u64, u64), etcd_client::Error> {
     let answer = client.get(key, Some(GetOptions::new().with_count_only())).await?;
-    Ok(answer.header().map_or(0, etcd_client::ResponseHeader::raft_term))
+    Ok(answer.header().map_or((0, 0), |header| (header.member_id(), header.raft_term())))
 }
