@@ -47,7 +47,7 @@ pub(super) fn confirm(question: &str) -> Result<bool> {
     confirm_on(&mut io::stdin().lock(), &mut io::stdout().lock(), question)
 }
 
-/// Asks for a text that is not shown while it is typed.
+/// Asks for a text that is not shown while it is typed; on standard error, so that standard output has the result alone.
 pub(super) fn ask_hidden(question: &str) -> Result<String> {
     use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
     let stdin = io::stdin();
@@ -57,11 +57,12 @@ pub(super) fn ask_hidden(question: &str) -> Result<String> {
         // Should it fail, the question is still worth asking: the operator sees what happens.
         let _ = tcsetattr(&stdin, OptionalActions::Flush, &quiet);
     }
-    let answer = ask(question, None);
+    let answer = ask_on(&mut stdin.lock(), &mut io::stderr().lock(), question, None);
     if let Some(before) = before {
         let _ = tcsetattr(&stdin, OptionalActions::Flush, &before);
-        echo("")?;
     }
+    // The return key was not shown.
+    complain("");
     answer
 }
 

@@ -3,6 +3,7 @@
 mod agent;
 mod backup;
 mod bootstrap;
+mod cli;
 mod configuration;
 mod dcs;
 mod demo;
