@@ -214,7 +214,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let Some(lease) = self.lease.session().lease else { return Next::Wait };
         let led = self.lease.session().leading;
         let in_view = self.view.as_ref().is_some_and(|view| view.is_leader(&self.me.name));
-        match self.parts.store.confirm_leader(&self.me.name, lease.id).await {
+        let confirmed = match led {
+            // Which lease it is attached to is the keeper's to see to: it may be moving the key to another one than we know of.
+            true => self.parts.store.names_leader(&self.me.name).await,
+            false => self.parts.store.confirm_leader(&self.me.name, lease.id).await,
+        };
+        match confirmed {
             // Where the view does not show it yet, the next one will.
             Ok(Outcome::Done(revision)) if self.lease.lead(lease) => {
                 self.memory.leading_since = revision;

@@ -204,6 +204,13 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(self.outcome(&result))
     }
 
+    /// Proves that the leader key bears `name`, whatever lease it is attached to. Conflict: it belongs to somebody else, or is gone.
+    pub async fn names_leader(&self, name: &MemberName) -> Result<Outcome, DcsError> {
+        let leader = self.paths.key("leader");
+        let when = vec![Compare::Value(leader.clone(), name.as_str().into())];
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![], otherwise: vec![Op::Get(leader)] }).await?))
+    }
+
     /// Takes the leader key whoever has it. Nobody who has a rival may do this; see [`Self::finish_bootstrap`].
     pub async fn take_leader(&self, name: &MemberName, lease: LeaseId) -> Result<(), DcsError> {
         self.put(Op::Put(self.paths.key("leader"), name.as_str().into(), lease)).await

@@ -87,8 +87,12 @@ async fn the_leader_key_follows_its_name_to_a_new_lease() {
     assert_eq!(leader(&store).await, Some(("a".to_owned(), new)));
     assert_eq!(store.read().await.unwrap().leader.unwrap().created, created);
     assert_eq!(store.confirm_leader(&name("b"), old).await, Ok(Outcome::Conflict));
+    assert!(store.names_leader(&name("a")).await.unwrap().is_done());
+    assert_eq!(leader(&store).await, Some(("a".to_owned(), new)), "it stays where it is");
+    assert_eq!(store.names_leader(&name("b")).await, Ok(Outcome::Conflict));
     store.dcs().revoke(new).await.unwrap();
     assert_eq!(store.confirm_leader(&name("a"), old).await, Ok(Outcome::Conflict), "gone is gone");
+    assert_eq!(store.names_leader(&name("a")).await, Ok(Outcome::Conflict));
 }
 
 #[tokio::test(start_paused = true)]
