@@ -250,6 +250,26 @@ fn slots_become_what_is_wanted() {
     });
 }
 
+/// A slot is made where the last checkpoint began. On a standby that may be behind where its member is, with no more WAL to come.
+#[test]
+fn a_slot_that_is_made_anew_is_moved_in_the_next_turn() {
+    as_postgres("a_slot_that_is_made_anew_is_moved_in_the_next_turn", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.standby("b", &a).await;
+        a.sql("CREATE TABLE t AS SELECT generate_series(1, 1000)").await.expect("write");
+        let lsn = a.running().await.lsn;
+        b.until("replayed", |running| running.replay_lsn >= Some(lsn)).await;
+
+        let slot = WantedSlot { kind: SlotKind::Physical, position: Some(lsn), in_use: None };
+        let plan = SlotPlan { wanted: [("c".to_owned(), slot)].into(), may_drop: true, ..SlotPlan::default() };
+        assert!(b.pg.set_slots(plan.clone()).await.expect("made").again, "nobody would look again");
+        assert!(b.running().await.slots["c"] < lsn, "it is there at once: nothing was tested");
+        assert!(!b.pg.set_slots(plan).await.expect("moved").again, "it is looked at again and again");
+        assert_eq!(b.running().await.slots["c"], lsn);
+    });
+}
+
 #[test]
 fn a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there() {
     as_postgres("a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there", || async {
@@ -428,6 +448,83 @@ fn settings_that_postgresql_rejects_are_left_out() {
         fs::write(node.dir.join("postgresql.base.conf"), "nonsense = 1\n").expect("base");
         let error = node.pg.start(StartAs::Primary, LIMIT).await;
         assert!(matches!(&error, Err(PgError::Failed(why)) if why.contains("nonsense")), "{error:?}");
+    });
+}
+
+/// PostgreSQL's files stand outside of the data directory, and the agent gets in by the socket alone.
+#[test]
+fn a_cluster_with_configuration_directories_and_sockets_is_begun_copied_and_rewound() {
+    as_postgres("a_cluster_with_configuration_directories_and_sockets_is_begun_copied_and_rewound", || async {
+        const LOCAL: [&str; 2] = ["local all all scram-sha-256", "local replication all scram-sha-256"];
+        const REMOTE: [&str; 2] =
+            ["host all rewinder 127.0.0.1/32 scram-sha-256", "host replication replicator 127.0.0.1/32 scram-sha-256"];
+        let place = Place::new();
+        let (custom, socket) = (place.0.path().join("custom.conf"), place.0.path().to_string_lossy().into_owned());
+        fs::write(&custom, "work_mem = '7MB'\n").expect("custom.conf");
+        let configured = async |name, custom_conf: Option<std::path::PathBuf>| {
+            let node = place.node(name);
+            let mut config = node.pg.config();
+            config.config_dir = place.0.path().join(format!("{name}-conf"));
+            fs::create_dir(&config.config_dir).expect("directory");
+            config.parameters.insert("unix_socket_directories".into(), socket.clone());
+            (config.use_unix_socket, config.use_unix_socket_repl) = (true, true);
+            config.custom_conf = custom_conf;
+            node.pg.configure(config).await.expect("configure");
+            node
+        };
+        let a = configured("a", Some(custom)).await;
+        let hba = LOCAL.iter().chain(&REMOTE).map(|line| (*line).to_owned()).collect();
+        a.pg.initdb(vec!["--no-sync".into(), "--auth=reject".into()], hba).await.expect("initdb");
+        // initdb's own lines come first.
+        let generated = fs::read_to_string(a.dir.join("pg_hba.conf")).expect("hba");
+        let lines: Vec<_> = generated.lines().filter(|line| !line.ends_with("reject")).collect();
+        fs::write(a.dir.join("pg_hba.conf"), lines.join("\n") + "\n").expect("hba");
+        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        a.pg.create_users(None).await.expect("users");
+        let in_force = async |node: &Node, work_mem: &str| {
+            let conf = place.0.path().join(format!("{}-conf", node.name));
+            let setting = |name: &str, value: &str| format!("ASSERT current_setting('{name}') = '{value}';");
+            let files =
+                [("config_file", "postgresql.conf"), ("hba_file", "pg_hba.conf"), ("ident_file", "pg_ident.conf")];
+            let files = files.map(|(name, file)| setting(name, &conf.join(file).to_string_lossy())).concat();
+            let check = format!("DO $$ BEGIN {files} {} END $$", setting("work_mem", work_mem));
+            node.sql_by(&socket, &check).await.expect("its own files and values");
+            assert!(node.sql("SELECT 1").await.is_err_and(|error| error.contains("no pg_hba.conf entry")));
+        };
+        in_force(&a, "7MB").await;
+        a.sql_by(&socket, "CREATE TABLE t (i int)").await.expect("table");
+
+        let (b, c) = (configured("b", None).await, configured("c", None).await);
+        for (node, source) in [(&b, &a), (&c, &b)] {
+            node.pg.clone_from(source.upstream()).await.expect("clone");
+            node.pg.start(StartAs::Standby(Some(source.upstream())), LIMIT).await.expect("start");
+            source.until("streams", |r| r.replication.iter().any(|s| s.application_name == node.name)).await;
+            in_force(node, "4MB").await;
+        }
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+        a.sql_by(&socket, "INSERT INTO t VALUES (1)").await.expect("a write that nobody will see");
+
+        // The new primary is asked for a checkpoint, which takes a superuser.
+        let superuser = "host all postgres 127.0.0.1/32 scram-sha-256";
+        let pg_hba = Some(LOCAL.iter().chain(&REMOTE).chain([&superuser]).map(|line| (*line).to_owned()).collect());
+        b.pg.configure(PostgresConfig { pg_hba, ..b.pg.config() }).await.expect("configure");
+        // Crashed, so its recovery and pg_rewind need the configuration.
+        a.pg.fence(Duration::from_secs(5)).await.expect("fence");
+        assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
+        a.pg.rewind(b.upstream()).await.expect("rewind");
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+        b.until("a streams", |running| running.replication.iter().any(|s| s.application_name == "a")).await;
+        in_force(&a, "7MB").await;
+
+        // Killed before pg_control knows of the new timeline, so that the server itself is asked, by replication.
+        b.sql_by(&socket, "INSERT INTO t VALUES (2)").await.expect("write");
+        let lsn = b.running().await.lsn;
+        c.until("follows", |r| r.replay_lsn >= Some(lsn) && r.timeline == Some(TimelineId(2))).await;
+        c.pg.stop(StopMode::Immediate, LIMIT, None).await.expect("stop");
+        let pg_hba = Some(LOCAL.map(str::to_owned).into());
+        c.pg.configure(PostgresConfig { pg_hba, ..c.pg.config() }).await.expect("configure");
+        c.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        c.until("its timeline", |r| r.replay_lsn >= Some(lsn) && r.timeline == Some(TimelineId(2))).await;
     });
 }
 

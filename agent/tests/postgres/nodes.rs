@@ -118,8 +118,12 @@ impl Node {
     }
 
     pub async fn sql(&self, text: &str) -> Result<(), String> {
-        let conninfo =
-            format!("host=127.0.0.1 port={} user=postgres password=postgres-pass dbname=postgres", self.port);
+        self.sql_by("127.0.0.1", text).await
+    }
+
+    /// By an address or the directory of its socket.
+    pub async fn sql_by(&self, host: &str, text: &str) -> Result<(), String> {
+        let conninfo = format!("host={host} port={} user=postgres password=postgres-pass dbname=postgres", self.port);
         let (client, connection) =
             tokio_postgres::connect(&conninfo, tokio_postgres::NoTls).await.map_err(|error| format!("{error:?}"))?;
         let driver = tokio::spawn(connection);
