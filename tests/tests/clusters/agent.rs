@@ -1,13 +1,14 @@
 //! The agent dies or is replaced while PostgreSQL goes on.
 
 use std::io::Write as _;
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use trunkline_tests::workload::{self, Writers};
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, rest, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, certificate, namespace, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_agent_takes_over_a_running_postgresql() -> Result<()> {
@@ -171,5 +172,58 @@ async fn sessions_of_the_agent_end_in_order() -> Result<()> {
         ensure!(cut_off.is_none(), "{cut_off:?}");
     }
     scene.lab.success();
+    Ok(())
+}
+
+/// `sslrootcert: system`, where the machine's list of authorities is the cluster's own certificate, and where it is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_is_trusted_where_the_system_trusts_it() -> Result<()> {
+    /// Where Debian has that list.
+    const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+    if !rustix::process::geteuid().is_root() || !Path::new(AUTHORITIES).exists() {
+        eprintln!("not root, or no {AUTHORITIES}: nothing tested");
+        return Ok(());
+    }
+    if !namespace::inside("--mount", "agent::a_server_is_trusted_where_the_system_trusts_it")? {
+        return Ok(());
+    }
+    let lab = Lab::new("system-trust")?;
+    let (certificate, key) = certificate::own(&lab)?;
+    let list = |command: &mut Command| -> Result<()> {
+        ensure!(command.arg(AUTHORITIES).status()?.success(), "{command:?}");
+        Ok(())
+    };
+    list(Command::new("mount").arg("--bind").arg(&certificate))?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(1, &Program::agent()?);
+    spec.dcs = json!({});
+    spec.local["postgresql"] = json!({
+        "authentication": { "superuser": { "sslrootcert": "system" } },
+        "parameters": { "ssl": "on", "ssl_cert_file": certificate, "ssl_key_file": key },
+        "pg_hba": ["hostssl all all 127.0.0.1/32 scram-sha-256"],
+    });
+    // The agent gets in.
+    let cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
+
+    let asked = || -> Result<String> {
+        let mut command = Command::new(Program::agent()?.path.with_file_name("trunklinectl"));
+        command.arg("-c").arg(cluster.nodes[0].config());
+        command.args([
+            "query",
+            "-U",
+            "postgres",
+            "-d",
+            "postgres",
+            "-c",
+            "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()",
+        ]);
+        command.env("PGSSLROOTCERT", "system").env("PGPASSWORD", &cluster.spec().password);
+        Ok(String::from_utf8(command.output()?.stdout)?)
+    };
+    ensure!(asked()? == "ssl\nTrue\n", "{}", asked()?);
+    list(&mut Command::new("umount"))?;
+    let refused = asked()?;
+    ensure!(refused.contains("invalid peer certificate"), "{refused}");
+    lab.success();
     Ok(())
 }

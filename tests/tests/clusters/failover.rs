@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, rest, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, Timing, namespace, rest, wait};
 
 /// With the agent alive nothing has to expire: less than what is left of a lease, on a machine that runs other tests as well.
 const AT_ONCE: Duration = Duration::from_millis(3500);
@@ -177,12 +177,7 @@ async fn a_leader_whose_disk_takes_no_wal_is_replaced_and_rejoins() -> Result<()
         eprintln!("not root, or no loop devices: nothing tested");
         return Ok(());
     }
-    if std::env::var_os("TRUNKLINE_TEST_INSIDE").is_none() {
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "--"]).arg(std::env::current_exe()?);
-        command.args(["failover::a_leader_whose_disk_takes_no_wal_is_replaced_and_rejoins", "--exact", "--nocapture"]);
-        let status = command.env("TRUNKLINE_TEST_INSIDE", "1").status().context("unshare of util-linux")?;
-        ensure!(status.success(), "see above");
+    if !namespace::inside("--mount", "failover::a_leader_whose_disk_takes_no_wal_is_replaced_and_rejoins")? {
         return Ok(());
     }
     let lab = Lab::new("stalled")?;

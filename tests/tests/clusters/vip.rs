@@ -9,22 +9,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, namespace, wait};
 
 const ADDRESS: &str = "10.77.0.9";
-
-/// Whether this is the process inside of the namespace; else runs this very test there.
-fn inside(test: &str) -> Result<bool> {
-    if std::env::var_os("TRUNKLINE_TEST_INSIDE").is_some() {
-        ip("link set lo up")?;
-        return Ok(true);
-    }
-    let mut command = Command::new("unshare");
-    command.args(["--net", "--"]).arg(std::env::current_exe()?).args([test, "--exact", "--nocapture"]);
-    let status = command.env("TRUNKLINE_TEST_INSIDE", "1").status().context("unshare of util-linux")?;
-    ensure!(status.success(), "see above");
-    Ok(false)
-}
 
 fn ip(arguments: &str) -> Result<String> {
     let output = Command::new("ip").args(arguments.split(' ')).output().context("iproute2")?;
@@ -55,9 +42,10 @@ async fn the_address_is_where_the_leader_is_and_nowhere_else() -> Result<()> {
         eprintln!("not root: nothing tested");
         return Ok(());
     }
-    if !inside("vip::the_address_is_where_the_leader_is_and_nowhere_else")? {
+    if !namespace::inside("--net", "vip::the_address_is_where_the_leader_is_and_nowhere_else")? {
         return Ok(());
     }
+    ip("link set lo up")?;
     let mut spec = Spec::new(3, &Program::agent()?);
     spec.cgroups = true;
     for node in 0..3 {
