@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::Value;
-use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName};
+use trunkline_common::{ClusterView, Instant, Lsn, Member, MemberName, TimelineId};
 use trunkline_config::{dynamic, tags};
 
 use super::situation::{Me, replicates_from};
@@ -25,15 +25,20 @@ pub enum Part {
 /// When each slot's member was last there: the slot outlives it by `member_slots_ttl`.
 pub type Seen = BTreeMap<String, Instant>;
 
-/// The slots that there shall be. `heard` has positions that members told this node directly, newer than their keys.
+/// The slots that there shall be on a server that is on `timeline`. `heard` has positions that members told this node directly,
+/// newer than their keys.
 pub fn wanted(
     view: &ClusterView,
     me: &Me,
     part: Part,
+    timeline: Option<TimelineId>,
     seen: &Seen,
     heard: &BTreeMap<MemberName, Lsn>,
 ) -> BTreeMap<String, WantedSlot> {
     let own = me.name.slot_name();
+    // The status goes with the history: until a new leader has written them, the position of a reader is that of another
+    // timeline, and what is there on this one the reader may never have got.
+    let comparable = timeline == Some(view.timeline().unwrap_or(TimelineId(1)));
     let known = |slot: &str| known(view, slot);
     let mut wanted = of_members(view, me, part, heard);
     if !view.settings.member_slots_ttl.is_zero() {
@@ -57,7 +62,7 @@ pub fn wanted(
         let cascading = member.filter(|(name, member)| replicates_from(view, name, &member.tags).is_some());
         let told = cascading.and_then(|(name, member)| heard.get(name).copied().max(member.xlog_location));
         let new = WantedSlot {
-            position: if physical { known(slot).max(told) } else { known(slot) },
+            position: if physical { known(slot).max(told) } else { known(slot).filter(|_| comparable) },
             in_use: physical.then_some(part == Part::Leader && cascading.is_none()),
             kind,
         };
@@ -210,7 +215,7 @@ fn streams_from_leader(view: &ClusterView, name: &MemberName, node: Option<&Me>)
 #[cfg(test)]
 mod tests {
     use serde_json::{Map, json};
-    use trunkline_common::cluster::{LeaderKey, Status};
+    use trunkline_common::cluster::{HistoryLine, LeaderKey, Status};
     use trunkline_common::{LeaseId, Revision};
     use trunkline_config::Settings;
 
@@ -278,7 +283,11 @@ mod tests {
             };
             format!("{name}{position}{used}")
         };
-        wanted(view, &me, part, &seen, &BTreeMap::new()).into_iter().map(slot).collect::<Vec<_>>().join(" ")
+        wanted(view, &me, part, Some(TimelineId(1)), &seen, &BTreeMap::new())
+            .into_iter()
+            .map(slot)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
@@ -323,11 +332,30 @@ mod tests {
     }
 
     #[test]
+    fn a_position_of_another_timeline_moves_no_logical_slot() {
+        let mut view = view(&json!({ "slots": { "log": { "database": "x", "plugin": "y" } } }));
+        let position = |view: &ClusterView, timeline: Option<u32>| {
+            let timeline = timeline.map(TimelineId);
+            wanted(view, &me("b", &json!({})), Part::Replica, timeline, &Seen::new(), &BTreeMap::new())["log"].position
+        };
+        let positions = [Some(1), Some(2), None].map(|timeline| position(&view, timeline));
+        assert_eq!(positions, [Some(Lsn(7)), None, None], "a status of the first timeline");
+        view.history = vec![HistoryLine {
+            timeline: TimelineId(1),
+            switchpoint: Lsn(90),
+            reason: String::new(),
+            promoted_at: None,
+            new_leader: None,
+        }];
+        assert_eq!([1, 2].map(|timeline| position(&view, Some(timeline))), [None, Some(Lsn(7))], "of the second");
+    }
+
+    #[test]
     fn a_logical_slot_called_like_a_member_is_told() {
         let logical = json!({ "database": "x", "plugin": "y" });
         let view = view(&json!({ "slots": { "b": logical.clone(), "log": logical, "d": 0 } }));
         let me = me("a", &json!({}));
-        let wanted = wanted(&view, &me, Part::Leader, &Seen::new(), &BTreeMap::new());
+        let wanted = wanted(&view, &me, Part::Leader, None, &Seen::new(), &BTreeMap::new());
         assert_eq!(wanted["b"].kind, SlotKind::Physical);
         assert_eq!(clashes(&view, &wanted), ["b".to_owned()].into());
     }
@@ -367,18 +395,18 @@ mod tests {
         view.members.remove(&MemberName::from("d"));
         view.members.remove(&MemberName::from("b"));
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(60));
-        let slots = wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new());
+        let slots = wanted(&view, &me, Part::Replica, None, &seen, &BTreeMap::new());
         let gone = "whoever was away when this agent began may have streamed from here";
         assert_eq!(slots.keys().collect::<Vec<_>>(), ["d", "gone"], "not of others; {gone}");
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(1801));
-        assert!(wanted(&view, &me, Part::Replica, &seen, &BTreeMap::new()).is_empty());
+        assert!(wanted(&view, &me, Part::Replica, None, &seen, &BTreeMap::new()).is_empty());
     }
 
     #[test]
     fn what_a_member_told_directly_is_newer_than_its_key() {
         let view = view(&json!({}));
         let heard = [(MemberName::from("d"), Lsn(90))].into();
-        let slots = wanted(&view, &me("a", &json!({})), Part::Leader, &Seen::new(), &heard);
+        let slots = wanted(&view, &me("a", &json!({})), Part::Leader, None, &Seen::new(), &heard);
         assert_eq!((slots["d"].position, slots["f"].position), (Some(Lsn(90)), Some(Lsn(50))));
     }
 }

@@ -544,7 +544,8 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// beside.
     fn set_slots(&self, plan: SlotPlan) -> impl Future<Output = Result<SlotsDone, PgError>> + Send;
 
-    /// Copies logical slots of `source`, which leads, into this standby: reads them, stops the server, writes their files.
+    /// Copies logical slots of `source`, which leads, into this standby: reads them, stops the server, writes their files. Only those
+    /// whose readers have confirmed no more than what has been replayed here.
     /// The names of those copied; none: nothing was done, the server runs on.
     fn copy_slots(
         &self,

@@ -83,14 +83,23 @@ impl std::fmt::Display for Step {
 /// What takes long, in a database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
-    slot: String,
-    database: String,
-    work: Work,
+    /// The slot's name.
+    pub slot: String,
+    /// Where it is.
+    pub database: String,
+    /// What is done with it.
+    pub work: Work,
 }
 
+/// What is done with a logical slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Work {
-    Create { plugin: String },
+pub enum Work {
+    /// It is made, on a primary.
+    Create {
+        /// Its output plugin.
+        plugin: String,
+    },
+    /// It is moved up to there, on a standby.
     Advance(Lsn),
 }
 
@@ -163,6 +172,12 @@ pub fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<
         }
     }
     steps
+}
+
+/// Whether a standby that has replayed so much may have a copy of a slot whose reader has `confirmed` so much. Should it be
+/// promoted with less, what is written there then is not what the reader has got, and the slot would be past it.
+pub fn may_be_copied(confirmed: Lsn, replayed: Lsn) -> bool {
+    confirmed <= replayed
 }
 
 /// Whether a matcher of `ignore_slots` is about this slot: of its four fields those that say something must fit. One that is
@@ -305,12 +320,26 @@ impl Instance {
         let config = self.config_now();
         let ask = async {
             let mut wire = Wire::connect(&source, &config.rewind, Purpose::Sql(&config.database)).await?;
-            wire.query(&states(wanted.keys(), self.version())).await
+            let rows = wire.query(&states(wanted.keys(), self.version())).await?;
+            // After the files, which say nothing of what is confirmed from here on.
+            Ok((rows, wire.query(&confirmed(wanted.keys())).await?))
         };
         let failed = |error: WireError| PgError::Failed(format!("reading the slots of {}: {error}", source.name));
         let timeout = PgError::Timeout { what: format!("reading the slots of {}", source.name), limit: ASK_LIMIT };
-        let rows = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| timeout)?.map_err(failed)?;
-        let copies: Vec<(String, Vec<u8>)> = rows.iter().filter_map(|row| state(row, &wanted)).collect();
+        let (rows, confirmed) = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| timeout)?.map_err(failed)?;
+        let Some(replayed) = replayed(self.session(LIMIT).await?.client()).await? else { return Ok(Vec::new()) };
+        let mut copies: Vec<(String, Vec<u8>)> = rows.iter().filter_map(|row| state(row, &wanted)).collect();
+        copies.retain(|(name, _)| {
+            let row = confirmed.iter().find(|row| row.first() == Some(&Some(name.clone())));
+            let confirmed = row.and_then(|row| row.get(1)?.as_ref()?.parse().ok()).unwrap_or(Lsn(u64::MAX));
+            let may = may_be_copied(confirmed, replayed);
+            if !may {
+                tracing::info!(
+                    "slot {name} is not copied yet: read up to {confirmed}, and here replayed up to {replayed}"
+                );
+            }
+            may
+        });
         if copies.is_empty() {
             return Ok(Vec::new());
         }
@@ -356,6 +385,15 @@ fn states<'n>(names: impl Iterator<Item = &'n String>, version: u32) -> String {
         "SELECT slot_name, datname, plugin, pg_catalog.pg_read_binary_file('pg_replslot/' || slot_name || '/state')
            FROM pg_catalog.pg_get_replication_slots() JOIN pg_catalog.pg_database ON datoid = oid
           WHERE {own} NOT pg_catalog.pg_is_in_recovery() AND slot_type = 'logical' AND slot_name IN ({names})"
+    )
+}
+
+/// Asks a primary what the readers of its logical slots have confirmed.
+fn confirmed<'n>(names: impl Iterator<Item = &'n String>) -> String {
+    let names = names.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
+    format!(
+        "SELECT slot_name, confirmed_flush_lsn FROM pg_catalog.pg_get_replication_slots()
+          WHERE slot_type = 'logical' AND slot_name IN ({names})"
     )
 }
 

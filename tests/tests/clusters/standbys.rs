@@ -95,6 +95,37 @@ async fn a_standby_may_follow_another_one_be_late_or_live_on_the_archive() -> Re
     Ok(())
 }
 
+/// Whoever is promoted with a slot that is past its own WAL would leave out what it writes there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_standby_gets_a_logical_slot_once_it_has_what_the_reader_has() -> Result<()> {
+    let lab = Lab::new("late-slot")?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "postgresql": { "parameters": { "wal_level": "logical" } } });
+    let mut cluster = Cluster::start(&lab, &etcd.endpoints(), spec).await?;
+    let leader = cluster.settled(LIMIT).await?;
+    let targets = cluster.targets();
+    let (primary, late) = (&targets[leader], &targets[1 - leader]);
+
+    delay(&mut cluster.nodes[1 - leader], json!("1h")).await?;
+    has(late, "SHOW recovery_min_apply_delay", "1h").await?;
+    primary.execute("CREATE TABLE t AS SELECT 1 AS n", LIMIT).await?;
+    let changes = json!({ "type": "logical", "database": "postgres", "plugin": "test_decoding" });
+    cluster.patch_config(&json!({ "slots": { "changes": changes } })).await?;
+    let there = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = 'changes'";
+    has(primary, there, "1").await?;
+    wait::until("the standby to say why it has no such slot", LIMIT, async || {
+        ensure!(cluster.nodes[1 - leader].log()?.contains("slot changes is not copied yet"));
+        Ok(())
+    })
+    .await?;
+    has(late, there, "0").await?;
+    delay(&mut cluster.nodes[1 - leader], json!(0)).await?;
+    has(late, there, "1").await?;
+    lab.success();
+    Ok(())
+}
+
 /// PostgreSQL pauses replay where a setting is too small for what the primary says.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replay_that_is_paused_goes_on_and_a_standby_gets_the_primarys_settings() -> Result<()> {
