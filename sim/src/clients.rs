@@ -30,7 +30,8 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Router {
     /// Its process.
     pub process: ProcessId,
-    tables: watch::Receiver<Arc<RouteTable>>,
+    /// Where it sends new sessions.
+    pub tables: watch::Receiver<Arc<RouteTable>>,
 }
 
 /// What the clients of a world have seen.

@@ -49,6 +49,8 @@ pub struct Judge {
     pub pauses: bool,
     /// Commits wait for a standby from the first one on to the last, or stand still: strict synchronous mode.
     pub strict: bool,
+    /// Whoever has a permanent logical slot goes on to have it: nobody is tagged `nostream`.
+    pub keeps_slots: bool,
     /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
     pub lag_allowed: u64,
     /// The largest timeline that the store has shown.

@@ -7,10 +7,10 @@
 //! | --- | --- | --- |
 //! | time and tasks | [`executor`] | tokio and the host's clocks |
 //! | the DCS | `trunkline_common::dcs::memory` | etcd |
-//! | PostgreSQL | [`wal`], [`server`], [`streaming`], [`postgres`] | PostgreSQL |
+//! | PostgreSQL | [`wal`], [`server`], [`streaming`], [`slots`], [`postgres`] | PostgreSQL |
 //! | the guard | [`guard`] | a process of its own and its egress fence |
 //! | the other members' REST APIs | [`peers`] | HTTP |
-//! | routers and clients | [`clients`], with the real route table and registration | sockets |
+//! | routers and clients | [`clients`], [`reader`], with the real route table and registration | sockets |
 //!
 //! [`scenario`] says what goes wrong (and is drawn from a seed), [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
 
@@ -22,10 +22,12 @@ pub mod judge;
 pub mod outside;
 pub mod peers;
 pub mod postgres;
+pub mod reader;
 pub mod scenario;
 pub mod server;
 pub mod sessions;
 pub mod shrink;
+pub mod slots;
 pub mod stage;
 pub mod streaming;
 pub mod trace;

@@ -11,10 +11,9 @@ use parking_lot::Mutex;
 use rand::Rng;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
-use trunkline_agent::postgres::slots::{Slot, Step, steps};
 use trunkline_agent::postgres::{
-    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotKind, SlotPlan, SlotsDone,
-    StartAs, StopMode, Upstream, WalSender,
+    ControlData, ControlState, Divergence, PgError, PgRole, PgStatus, Postgres, Running, SlotPlan, SlotsDone, StartAs,
+    StopMode, Upstream, WalSender, WantedSlot,
 };
 use trunkline_common::{Clock, History, Instant, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
@@ -22,26 +21,29 @@ use trunkline_config::PostgresConfig;
 use crate::executor::{ProcessId, SimClock};
 use crate::outside;
 use crate::scenario::End;
-use crate::server::{self, Data, FOREIGN_SLOT, Names, Phase, Server};
+use crate::server::{self, Data, Names, Phase, Server};
+use crate::slots::{Decoding, outrun};
 use crate::stage::{Stage, host_of};
-use crate::wal::{Kind, Record, Wal, index, position};
+use crate::wal::{Kind, Record, Wal, position};
 use crate::world::promises;
 
 /// The server of one host as its agent sees it.
 #[derive(Clone)]
 pub struct ModelPostgres {
-    stage: Stage,
-    host: usize,
+    pub(crate) stage: Stage,
+    pub(crate) host: usize,
     clock: SimClock,
     config: PostgresConfig,
     /// What its agent has seen last.
     seen: Arc<Mutex<Option<Running>>>,
+    /// What its agent has begun on logical slots.
+    pub(crate) decoding: Arc<Mutex<Decoding>>,
 }
 
 impl ModelPostgres {
     /// The server of `host`, asked by an agent that lives by `clock`.
     pub fn new(stage: &Stage, host: usize, clock: SimClock, config: PostgresConfig) -> Self {
-        Self { stage: stage.clone(), host, clock, config, seen: Arc::default() }
+        Self { stage: stage.clone(), host, clock, config, seen: Arc::default(), decoding: Arc::default() }
     }
 
     /// The same, asked on behalf of others: what they are told its agent has not seen.
@@ -54,7 +56,7 @@ impl ModelPostgres {
         self.server(|server| server.must_not_lead().is_some())
     }
 
-    fn server<T>(&self, look: impl FnOnce(&mut Server) -> T) -> T {
+    pub(crate) fn server<T>(&self, look: impl FnOnce(&mut Server) -> T) -> T {
         self.stage.server(self.host, look)
     }
 
@@ -90,7 +92,7 @@ impl ModelPostgres {
         self.clock.within(limit, waiting).await.ok_or(timeout)
     }
 
-    fn check_disk(&self) -> Result<(), PgError> {
+    pub(crate) fn check_disk(&self) -> Result<(), PgError> {
         match self.server(|server| server.disk_full) {
             true => Err(PgError::Failed("no space left on device".to_owned())),
             false => Ok(()),
@@ -98,7 +100,7 @@ impl ModelPostgres {
     }
 
     /// A time that something takes which writes much.
-    async fn work(&self, usual: std::ops::Range<u64>) {
+    pub(crate) async fn work(&self, usual: std::ops::Range<u64>) {
         let slow = self.server(|server| server.disk_slow);
         let factor = if slow { 10 } else { 1 };
         let millis = self.stage.executor().random(|rng| rng.random_range(usual)) * factor;
@@ -158,18 +160,6 @@ impl ModelPostgres {
         if without_leave {
             let host = self.host;
             self.stage.judge(|judge, now| judge.violation(now, format!("n{host} removes its data without leave")));
-        }
-    }
-}
-
-/// A copy of a standby may be behind what an earlier copy here has had: the slots that know that don't keep what it needs.
-fn outrun(servers: &mut [Server], host: usize) {
-    let slot = servers[host].name.slot_name();
-    let length = servers[host].data.as_ref().map_or(0, |data| data.wal.len());
-    for data in servers.iter_mut().filter_map(|server| server.data.as_mut()) {
-        if let Some(kept) = data.slots.get(&slot).copied().filter(|kept| *kept > length) {
-            let since = data.slots_since.entry(slot.clone()).or_default();
-            *since = kept.max(*since);
         }
     }
 }
@@ -236,6 +226,7 @@ impl Postgres for ModelPostgres {
                 copied_at: 0,
                 slots: BTreeMap::new(),
                 slots_since: BTreeMap::new(),
+                logical: BTreeMap::new(),
             });
             server.touch();
         });
@@ -269,6 +260,7 @@ impl Postgres for ModelPostgres {
             copied_at: begun.wal.len(),
             slots: BTreeMap::new(),
             slots_since: BTreeMap::new(),
+            logical: BTreeMap::new(),
             checkpoint: begun.wal.end(),
             checkpoint_timeline: begun.wal.timeline(),
             state: ControlState::InArchiveRecovery,
@@ -438,8 +430,7 @@ impl Postgres for ModelPostgres {
                 // The source's WAL takes the place of what was here, and pg_rewind leaves no slot.
                 data.oldest = done.oldest;
                 data.copied_at = data.copied_at.max(done.oldest);
-                data.slots.clear();
-                data.slots_since.clear();
+                data.forget_slots();
                 data.wal = done.wal;
                 data.state = ControlState::InArchiveRecovery;
                 data.standby = true;
@@ -545,45 +536,11 @@ impl Postgres for ModelPostgres {
         }
         self.stage.micros(200..3_000).await;
         self.check_disk()?;
-        let ignored = self.stage.key("config").is_some_and(|config| config.get("ignore_slots").is_some());
-        self.server(|server| {
-            let gone = || PgError::Failed("the server is not running".to_owned());
-            let postmaster = server.running().ok_or_else(gone)?;
-            let standby = postmaster.role == PgRole::Standby;
-            let used: Vec<String> = postmaster.senders.values().filter_map(|sender| sender.slot.clone()).collect();
-            let data = server.data.as_mut().ok_or_else(gone)?;
-            let slot = |(name, from): (&String, &usize)| {
-                let slot = Slot {
-                    kind: SlotKind::Physical,
-                    active: used.contains(name),
-                    restart: Some(position(*from)),
-                    confirmed: None,
-                    has_xmin: false,
-                    lost: *from < data.oldest,
-                    failover: false,
-                };
-                (name.clone(), slot)
-            };
-            let present = data.slots.iter().map(slot).collect();
-            let mut done = SlotsDone::default();
-            for step in steps(&present, &plan, standby.then(|| data.wal.end())) {
-                tracing::debug!("{step}");
-                match step {
-                    Step::Create(name) => data.create_slot(name),
-                    Step::Drop(name) => {
-                        if name == FOREIGN_SLOT && ignored {
-                            let what = format!("{} drops the slot {name}, which ignore_slots names", server.name);
-                            self.stage.judge(|judge, now| judge.violation(now, what));
-                        }
-                        data.slots.remove(&name);
-                    }
-                    Step::Advance(name, to) => drop(data.slots.insert(name, index(to).min(data.wal.len()))),
-                    Step::InUse(_) => done.again = true,
-                    Step::Decode(_) | Step::Missing(_) => {}
-                }
-            }
-            Ok(done)
-        })
+        self.apply_slots(plan).await
+    }
+
+    async fn copy_slots(&self, wanted: BTreeMap<String, WantedSlot>, source: Upstream) -> Result<Vec<String>, PgError> {
+        self.run_copy_slots(wanted, source).await
     }
 
     async fn history(&self, timeline: TimelineId) -> Option<(History, String)> {
@@ -674,6 +631,6 @@ fn status(server: &Server) -> PgStatus {
         synchronous_commit: "on".to_owned(),
         waits_for_disk: false,
         pending_restart: BTreeMap::new(),
-        slots: data.slots.iter().map(|(name, from)| (name.clone(), position(*from))).collect(),
+        slots: data.slot_positions(),
     })
 }

@@ -327,6 +327,12 @@ impl Scenario {
         changed.chain(lag(&self.settings)).max().unwrap_or(u64::MAX)
     }
 
+    /// The name of the permanent logical slot, if there is one.
+    pub fn logical_slot(&self) -> Option<String> {
+        let slots = self.settings["slots"].as_object()?;
+        slots.iter().find(|(_, slot)| slot["type"] == json!("logical")).map(|(name, _)| name.clone())
+    }
+
     /// The same without some of its events.
     pub fn with(&self, keep: impl Fn(usize) -> bool) -> Self {
         let events: Vec<Event> =

@@ -3,7 +3,7 @@
 //! What is modelled is what high availability depends on: whose WAL is a prefix of whose, which commits wait for whom,
 //! what survives which kind of end, and that everything takes time in which something else can fail.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::json;
@@ -14,6 +14,7 @@ use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 use crate::executor::ProcessId;
 use crate::judge::Reign;
 use crate::sessions;
+use crate::slots::Logical;
 use crate::stage::{Stage, name};
 use crate::streaming::{REPLICATION_TIMEOUT, receive};
 use crate::wal::{Kind, Record, Wal};
@@ -86,34 +87,8 @@ pub struct Data {
     pub slots: BTreeMap<String, usize>,
     /// From where on each slot could keep WAL when it was first made here: it was too late for what is older.
     pub slots_since: BTreeMap<String, usize>,
-}
-
-/// The slot of some other program.
-pub const FOREIGN_SLOT: &str = "theirs";
-
-/// So many records stay in any case (`wal_keep_size`): some ten seconds of writes.
-const WAL_KEPT: usize = 400;
-
-impl Data {
-    /// What a checkpoint now and then leaves: WAL that a slot holds back, and some more.
-    pub fn remove_old_wal(&mut self) {
-        if self.wal.len() > self.oldest + WAL_KEPT * 3 / 2 {
-            let unneeded = self.slots.values().copied().min().unwrap_or(usize::MAX);
-            self.oldest = self.oldest.max(unneeded.min(self.wal.len() - WAL_KEPT));
-        }
-    }
-
-    /// A new slot keeps WAL from the last checkpoint on.
-    pub fn create_slot(&mut self, name: String) {
-        let from = self.oldest.max(self.wal.len().saturating_sub(WAL_KEPT / 4));
-        self.slots_since.entry(name.clone()).or_insert(from);
-        self.slots.insert(name, from);
-    }
-
-    /// Whether what comes after the first `length` records could ever have been kept here for this slot.
-    pub fn could_keep(&self, slot: &str, length: usize) -> bool {
-        length >= self.copied_at.max(self.slots_since.get(slot).copied().unwrap_or_default())
-    }
+    /// Logical replication slots.
+    pub logical: BTreeMap<String, Logical>,
 }
 
 /// A running server.
@@ -137,6 +112,8 @@ pub struct Postmaster {
     pub names: String,
     /// Standbys that stream from it, by `application_name`.
     pub senders: BTreeMap<MemberName, Sender>,
+    /// Logical slots that somebody reads from.
+    pub reading: BTreeSet<String>,
     /// Its own WAL receiver streams.
     pub streaming: bool,
     /// Since when it is being promoted.
@@ -352,6 +329,7 @@ pub fn spawn(stage: &Stage, host: usize) {
             names_shown: data.names.clone(),
             names: data.names.clone(),
             senders: BTreeMap::new(),
+            reading: BTreeSet::new(),
             streaming: false,
             promoting: None,
             since: Since::default(),

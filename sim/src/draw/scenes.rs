@@ -9,13 +9,13 @@ use serde_json::{Map, Value, json};
 use super::BOOTSTRAP;
 use crate::outside;
 use crate::scenario::{Aim, End, Fault, Scenario};
-use crate::server::FOREIGN_SLOT;
+use crate::slots::FOREIGN_SLOT;
 
 /// One kind of addition, and the number that makes its draws its own.
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 13] = [
+const SCENES: [Scene; 14] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -29,6 +29,7 @@ const SCENES: [Scene; 13] = [
     (0x09, copies),
     (0x0C, registrations),
     (0x0D, deaf_routers),
+    (0x0E, logical_slots),
 ];
 
 /// Adds to a world what its seed has for it.
@@ -323,4 +324,42 @@ fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
     }
     scenario.add(anew, Some(Aim::Synchronous), Fault::Reinitialize { node: 0 });
     scenario.add(out, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: ttl * 3 });
+}
+
+/// A permanent logical slot, and somebody who reads it. Where commits wait for nobody, a leader may be out whose last ones only the
+/// reader has; and so may the next one.
+fn logical_slots(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 8) {
+        return;
+    }
+    scenario.settings["slots"]["feed"] = json!({ "type": "logical", "database": "app", "plugin": "test_decoding" });
+    let count = scenario.nodes.len();
+    if scenario.settings["synchronous_mode"] != json!(false) || count < 3 || rng.random() {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    scenario.settings["maximum_lag_on_failover"] = json!(1_048_576);
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let lost = BOOTSTRAP + rng.random_range(4_000..8_000);
+    let leader = Some(Aim::Leader);
+    let cut = |to, ms| Fault::Cut { from: End::Postgres(0), to: End::Postgres(to), both: true, ms };
+    if rng.random() {
+        // The next leader's word of its slots comes late, and others have its WAL meanwhile.
+        let out = lost + rng.random_range(300..2_000);
+        (0..count).for_each(|other| scenario.add(lost, leader, cut(other, ttl * 2)));
+        scenario.add(out, leader, Fault::CrashHost { node: 0, ms: ttl * 6 });
+        let (request, lasts) = (rng.random_range(1_000..4_000), rng.random_range(2_000..5_000));
+        scenario.add(out, Some(Aim::NextLeader), Fault::SlowDcs { node: 0, request, answer: 0, ms: lasts });
+        let again = out + ttl + rng.random_range(0..3_500) - 500;
+        scenario.add(again, leader, Fault::CrashHost { node: 0, ms: ttl * 3 });
+    } else {
+        // One is made anew behind another, which gets nothing from the leader.
+        let above = rng.random_range(0..count);
+        let below = (above + rng.random_range(1..count)) % count;
+        scenario.nodes[below].tags.insert("replicatefrom".to_owned(), json!(format!("n{above}")));
+        scenario.add(lost, leader, cut(above, ttl * 4));
+        scenario.add(lost + rng.random_range(0..2_000), None, Fault::Reinitialize { node: below });
+        let out = lost + rng.random_range(3_000..8_000);
+        scenario.add(out, leader, Fault::CrashHost { node: 0, ms: ttl * 4 });
+    }
 }

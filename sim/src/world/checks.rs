@@ -21,12 +21,16 @@ use crate::clients;
 use crate::executor::{Drift, Livelock, SimClock};
 use crate::outside;
 use crate::postgres::HALF_REWOUND;
+use crate::reader;
 use crate::scenario::Fault;
 use crate::server::Server;
 use crate::stage::{host_of, paths};
 
 /// Records that one may be behind who follows the leader, a fraction of the smallest limit for a failover.
 const KEPT_UP: usize = 50;
+
+/// How long a standby may take until it has a logical slot: it tries every ten seconds, and is restarted for it.
+const SLOTS_COPIED: Duration = Duration::from_secs(30);
 
 impl World {
     /// What each revision of the store says in itself: the timeline never goes down, nobody who is no primary takes the
@@ -258,18 +262,64 @@ impl World {
         Ok(())
     }
 
-    /// A permanent slot is on every node that may lead.
-    fn check_slots(&self) {
-        let permanent = self.view().settings.slots;
-        let lacks = |server: &Server| {
-            let slots = server.data.as_ref().filter(|_| server.running().is_some()).map(|data| &data.slots)?;
-            permanent.keys().find(|slot| !slots.contains_key(*slot)).map(|slot| (server.name.clone(), slot.clone()))
-        };
-        let may_lead = |server: &&Server| self.scenario.nodes[server.host].priority > 0;
-        let lacking = self.stage.servers(|servers| servers.iter().filter(may_lead).find_map(lacks));
-        if let Some((name, slot)) = lacking {
-            self.stage.judge(|judge, now| judge.violation(now, format!("{name} lacks the permanent slot {slot}")));
+    /// A permanent slot is on every node that may lead; a logical one once it has been copied, for which servers are restarted.
+    fn check_slots(&self) -> Result<(), Livelock> {
+        let until = self.stage.executor().now() + SLOTS_COPIED;
+        while let Some((name, slot)) = self.lacks_slot() {
+            if Some(&slot) != self.scenario.logical_slot().as_ref() || self.stage.executor().now() > until {
+                let what = format!("{name} lacks the permanent slot {slot}");
+                self.stage.judge(|judge, now| judge.violation(now, what));
+                break;
+            }
+            self.go_on(self.stage.executor().now() + Duration::from_millis(250))?;
         }
+        Ok(())
+    }
+
+    fn lacks_slot(&self) -> Option<(MemberName, String)> {
+        let permanent = self.view().settings.slots;
+        // What gets its WAL from an archive, or outside, has no logical slots, nor has anybody below it.
+        let no_logical = self.stage.is_standby_cluster() || !self.stage.judge(|judge, _| judge.keeps_slots);
+        let logical = self.scenario.logical_slot().filter(|_| !no_logical);
+        let leader = self.stage.holder();
+        self.stage.servers(|servers| {
+            let leads = servers.iter().find(|server| Some(&server.name.0) == leader.as_ref());
+            let end = leads.and_then(|server| server.data.as_ref()).map_or(0, |data| data.wal.len());
+            let lacks = |server: &Server| {
+                let (data, postmaster) = server.data.as_ref().zip(server.running())?;
+                // Who does not get on is left to a person, or hangs below such a one.
+                let streams = postmaster.role == PgRole::Primary || postmaster.streaming;
+                let gets_on = streams && data.wal.len() + KEPT_UP >= end;
+                let there = |slot: &String| match self.scenario.logical_slot() {
+                    Some(name) if name == *slot => logical.is_none() || !gets_on || data.logical.contains_key(slot),
+                    _ => data.slots.contains_key(slot),
+                };
+                permanent.keys().find(|slot| !there(slot)).map(|slot| (server.name.clone(), slot.clone()))
+            };
+            let may_lead = |server: &&Server| self.scenario.nodes[server.host].priority > 0;
+            servers.iter().filter(may_lead).find_map(lacks)
+        })
+    }
+
+    /// Who reads a logical slot gets everything.
+    fn check_reader(&self) -> Result<(), Livelock> {
+        let Some(reader) = &self.reader else { return Ok(()) };
+        let leads = || self.stage.holder().and_then(|holder| host_of(&holder));
+        let keeps_it = |host: &usize| self.scenario.nodes[*host].priority > 0;
+        let exempt = self.stage.is_standby_cluster() || !self.stage.judge(|judge, _| judge.keeps_slots);
+        let until = self.stage.executor().now() + reader::LIMIT;
+        let now = |host| self.stage.server(host, |server| server.data.as_ref().map(|data| data.wal.clone()));
+        let Some(wal) = leads().filter(|host| keeps_it(host) && !exempt).and_then(now) else { return Ok(()) };
+        while self.stage.executor().now() < until {
+            if reader.lock().is_level_with(&wal) {
+                return Ok(());
+            }
+            self.go_on(self.stage.executor().now() + Duration::from_millis(250))?;
+        }
+        let slot = reader.lock().slot.clone();
+        self.stage
+            .judge(|judge, now| judge.violation(now, format!("who reads the slot {slot} does not get everything")));
+        Ok(())
     }
 
     /// A standby is restarted when that is due, and not before.
@@ -281,7 +331,9 @@ impl World {
                 && upstream.map(|upstream| &upstream.name.0) == leader.as_ref()
         };
         let standby = self.stage.servers(|servers| servers.iter().find(follows).map(|server| server.host));
-        let Some(host) = standby.filter(|_| self.sometimes(4)) else { return Ok(()) };
+        // One that gets a copy of a logical slot is restarted for that.
+        let quiet = self.reader.is_none();
+        let Some(host) = standby.filter(|_| self.sometimes(4) && quiet) else { return Ok(()) };
         let (before, began) = (self.postgres_process(host), self.stage.executor().now());
         let at = self.clock(host, self.process).wall() + TimeDelta::seconds(3);
         let acting = self.clone();
@@ -332,7 +384,8 @@ impl World {
         let before = self.seen.lock().done;
         self.show();
         self.go_on(self.stage.executor().now() + Duration::from_secs(3))?;
-        self.check_slots();
+        self.check_slots()?;
+        self.check_reader()?;
         // Strict, and nobody can confirm: then commits have to wait.
         let strict = self.view().settings.synchronous_mode_strict;
         let standby_cluster = self.stage.is_standby_cluster();
@@ -364,7 +417,13 @@ impl World {
             }
         });
         self.check_synchronous_set()?;
+        let slot = self.reader.as_ref().and_then(|reader| reader.lock().made);
         self.check_switchover()?;
+        self.check_reader()?;
+        if let Some(reader) = self.reader.as_ref().map(|reader| reader.lock()).filter(|reader| reader.made > slot) {
+            let what = format!("the slot {} was made anew although everybody had it", reader.slot);
+            self.stage.judge(|judge, now| judge.violation(now, what));
+        }
         if self.scenario.always_synchronous() {
             let leader = self.stage.holder();
             let wal = self.stage.servers(|servers| {

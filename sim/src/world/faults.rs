@@ -17,7 +17,8 @@ use trunkline_config::merge;
 use super::World;
 use crate::executor::ProcessId;
 use crate::scenario::{Aim, End, Event, Fault, NEXT_LEADER_WITHIN};
-use crate::server::{self, FOREIGN_SLOT, Killed, Server};
+use crate::server::{self, Killed, Server};
+use crate::slots::FOREIGN_SLOT;
 use crate::stage::{host_of, name};
 
 impl World {

@@ -29,6 +29,7 @@ use crate::guard::ModelGuard;
 use crate::outside;
 use crate::peers::{Api, ModelPeers};
 use crate::postgres::ModelPostgres;
+use crate::reader::{self, Reader};
 use crate::scenario::{End, Fault, Scenario};
 use crate::server::Server;
 use crate::stage::{Stage, name, paths};
@@ -146,6 +147,8 @@ struct World {
     /// The store itself is gone: 1 silent, 2 refusing.
     dcs_down: Arc<Mutex<(u32, u32)>>,
     frozen: Arc<Mutex<BTreeMap<ProcessId, u32>>>,
+    /// Who reads a logical slot, if there is one.
+    reader: Option<Arc<Mutex<Reader>>>,
     /// Who holds the leader key, and the revision that gave it.
     leads: watch::Sender<Option<(MemberName, Revision)>>,
 }
@@ -180,6 +183,7 @@ impl World {
             judge.keeps_all = scenario.always_synchronous();
             judge.strict = scenario.always_strict();
             judge.lag_allowed = scenario.largest_lag();
+            judge.keeps_slots = !scenario.nodes.iter().any(|node| node.tags.contains_key("nostream"));
             judge.pauses = scenario.events.iter().any(|event| matches!(event.what, Fault::Pause { .. }));
         });
         let world = Self {
@@ -191,6 +195,7 @@ impl World {
             seen: Arc::default(),
             dcs_down: Arc::default(),
             frozen: Arc::default(),
+            reader: scenario.logical_slot().map(|slot| Arc::new(Mutex::new(Reader::new(slot)))),
             leads: watch::Sender::default(),
         };
         if scenario.settings["standby_cluster"].is_object() {
@@ -201,6 +206,9 @@ impl World {
         }
         for router in 0..scenario.routers {
             world.add_router(router);
+        }
+        if let (Some(reader), Some((router, _))) = (&world.reader, world.routers.lock().first()) {
+            reader::start(&world.stage, (0, router.process), router.tables.clone(), reader.clone());
         }
         for host in 0..scenario.nodes.len() {
             clients::direct(&world.stage, process, host);
