@@ -180,8 +180,7 @@ pub fn step(
     let all_confirm = InForce::parse(in_force).all_confirm();
     let listed = if by_votes { &[] } else { sync.standbys.as_slice() };
     let active = active(view, running, me);
-    // What it had is gone, and with it what the key says of it.
-    let anew = |name: &String| view.members.iter().any(|(member, m)| member.matches(name) && m.state == BEING_COPIED);
+    let anew = |name: &String| made_anew(view, name);
     if active.is_empty() && settings.synchronous_mode_strict && sync.standbys.iter().any(anew) {
         let (lost, kept): (Vec<String>, Vec<String>) = listed.iter().cloned().partition(anew);
         return write(&kept, format!("{} is made anew", lost.join(", ")));
@@ -218,6 +217,11 @@ pub fn step(
     None
 }
 
+/// Whether what a member had is gone, and with it what the `sync` key says of it.
+fn made_anew(view: &ClusterView, name: &str) -> bool {
+    view.members.iter().any(|(member, m)| member.matches(name) && m.state == BEING_COPIED)
+}
+
 /// The next step in mode `quorum`; this node or its predecessor is on the key.
 fn quorum_step(
     view: &ClusterView,
@@ -231,6 +235,14 @@ fn quorum_step(
     let voters: Names = sync.standbys.iter().cloned().collect();
     let active = active(view, running, me);
     let ours = sync.leader.as_ref() == Some(me);
+    let (lost, kept): (Vec<String>, Vec<String>) = voters.iter().cloned().partition(|name| made_anew(view, name));
+    if active.is_empty() && ours && settings.synchronous_mode_strict && !lost.is_empty() {
+        // A commit may be with those alone: of the others as many have to agree as before. Where there are not as many, nobody
+        // is known to have every commit.
+        let (quorum, kept) = if sync.quorum as usize >= kept.len() { (0, Vec::new()) } else { (sync.quorum, kept) };
+        let write = SyncWrite { value: Some(key(me.as_str(), quorum as usize, &kept)), seen: sync.revision };
+        return Some(SyncStep::Key(write, format!("{} is made anew", lost.join(", "))));
+    }
     if active.is_empty() && ours && settings.synchronous_mode_strict {
         let count = voters.len().saturating_sub(sync.quorum as usize);
         let why = "no standby can confirm commits, and synchronous_mode_strict is set";

@@ -292,6 +292,24 @@ fn who_is_made_anew_is_on_the_key_no_longer() {
 }
 
 #[test]
+fn who_is_made_anew_has_no_vote_any_longer() {
+    let next_key = |votes, standbys: &[&str]| {
+        let mut strict = quorum("a", votes, standbys);
+        strict.settings.synchronous_mode_strict = true;
+        strict.members.get_mut(&"b".into()).unwrap().state = BEING_COPIED.to_owned();
+        match next(&strict, &primary("ANY 1 (b,\"c-1\")", vec![]), &[]) {
+            Some(SyncStep::Key(write, _)) => write.value.unwrap_or_default(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let key = |quorum, standbys: Value| json!({ "leader": "a", "quorum": quorum, "sync_standby": standbys });
+    assert_eq!(next_key(0, &["b"]), key(0, Value::Null));
+    assert_eq!(next_key(0, &["b", "c-1"]), key(0, "c-1".into()), "each of them has every commit");
+    assert_eq!(next_key(1, &["b", "c-1"]), key(0, Value::Null), "some commits b alone had");
+    assert_eq!(next_key(1, &["b", "c-1", "d"]), key(1, "c-1,d".into()));
+}
+
+#[test]
 fn strict_mode_says_when_nobody_is_there() {
     let mut strict = view(&["b"]);
     strict.settings.synchronous_mode_strict = true;
