@@ -55,7 +55,13 @@ pub struct Judge {
     pub lag_allowed: u64,
     /// The largest timeline that the store has shown.
     timeline: u32,
+    /// The host whose key the store took away last, before its time, and when.
+    revoked: Option<(usize, Duration)>,
 }
+
+/// The longest that a promotion takes on a healthy disk: nobody who hears meanwhile that the key is gone can end the server before it
+/// takes writes.
+pub const PROMOTION: Duration = Duration::from_millis(40);
 
 /// After that many the world is not looked at any further.
 const ENOUGH: usize = 5;
@@ -104,6 +110,16 @@ impl Judge {
             self.violation(now, format!("{name} begins timeline {}, as somebody else did before", first.timeline));
         }
         reign
+    }
+
+    /// The store ends the lease by which `host` has the leader key.
+    pub fn revoked(&mut self, now: Duration, host: usize) {
+        self.revoked = Some((host, now));
+    }
+
+    /// Whether the key by which `host` was told to promote, at `told`, has been taken away since, a moment ago.
+    pub fn was_just_revoked(&self, now: Duration, host: usize, told: Duration) -> bool {
+        self.revoked.is_some_and(|(whose, at)| whose == host && told <= at && now - at <= PROMOTION)
     }
 
     /// The reign in which a host took writes last.

@@ -12,7 +12,7 @@ use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
 use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
-use crate::judge::Reign;
+use crate::judge::{PROMOTION, Reign};
 use crate::sessions;
 use crate::slots::Logical;
 use crate::stage::{Stage, name};
@@ -349,7 +349,7 @@ pub fn spawn(stage: &Stage, host: usize) {
         if is_primary_start(&stage, host, number) {
             // A restart in a pause is the operator's.
             let reign = stage.judge(|judge, _| judge.last_reign(host)).filter(|_| is_left_alone(&stage, host));
-            begin_writes(&stage, host, number, reign);
+            begin_writes(&stage, host, number, reign, None);
         }
         stage.server(host, |server| {
             if let Some(postmaster) = server.postmaster(number) {
@@ -383,14 +383,17 @@ fn is_forgotten(stage: &Stage, host: usize) -> bool {
     is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
 
-/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
-fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>) {
+/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right. `told`: when it was told
+/// to promote.
+fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Option<Duration>) {
     // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host));
+    let just_revoked = |told| stage.judge(|judge, now| judge.was_just_revoked(now, host, told));
+    let goes_on =
+        again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || told.is_some_and(just_revoked);
     let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
     // A switchover may have to do with a candidate that is behind.
@@ -445,8 +448,10 @@ pub fn promote(
 ) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
+        let told = stage.executor().now();
         let slow = stage.server(host, |server| server.disk_slow);
-        stage.micros(if slow { 100_000..4_000_000 } else { 3_000..40_000 }).await;
+        let healthy = 3_000..PROMOTION.as_micros() as u64;
+        stage.micros(if slow { 100_000..4_000_000 } else { healthy }).await;
         let replay = stage.server(host, |server| server.replays_until).saturating_sub(stage.executor().now());
         stage.executor().sleep(replay).await;
         let timeline = stage.server(host, |server| {
@@ -465,7 +470,7 @@ pub fn promote(
             Some(timeline)
         });
         let Some(timeline) = timeline else { return };
-        begin_writes(&stage, host, number, None);
+        begin_writes(&stage, host, number, None, Some(told));
         stage.server(host, |server| server.touch());
         // Nobody waits any more: it is promoted all the same.
         let _ = done.send(timeline);

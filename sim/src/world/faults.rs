@@ -211,6 +211,9 @@ impl World {
             }
             Fault::RevokeLease { node } => {
                 if let Some(member) = self.view().members.get(&name(node)) {
+                    if self.stage.holder() == Some(name(node).0) {
+                        self.stage.judge(|judge, now| judge.revoked(now, node));
+                    }
                     let _ = self.stage.store().client().revoke(member.lease).await;
                 }
             }
