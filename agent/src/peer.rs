@@ -26,7 +26,13 @@ pub struct PeerStatus {
     pub failover_priority: i64,
     /// It may not lead because its watchdog doesn't work.
     pub watchdog_failed: bool,
+    /// It may have more WAL on its disk than `lsn` says ([`READS_OWN_WAL`]).
+    pub reads_own_wal: bool,
 }
+
+/// Among the positions of a `/patroni` document, where so: the standby has not replayed what was on its disk when it was
+/// started, so that it may have more than it says. Patroni does not tell.
+pub const READS_OWN_WAL: &str = "reads_own_wal";
 
 /// The members' REST APIs. `None` for a member that did not answer, or whose PostgreSQL doesn't.
 pub trait Peers: Clone + Send + Sync + 'static {
@@ -66,6 +72,7 @@ impl PeerStatus {
             timeline: timeline.filter(|timeline| *timeline > 0).map(TimelineId),
             failover_priority: tags.map_or(1, tags::failover_priority),
             watchdog_failed: present("watchdog_failed").is_some(),
+            reads_own_wal: positions.get(READS_OWN_WAL).is_some_and(tags::truthy),
         })
     }
 }
@@ -323,8 +330,13 @@ mod tests {
             timeline: Some(TimelineId(2)),
             failover_priority: 3,
             watchdog_failed: false,
+            reads_own_wal: false,
         };
         assert_eq!(PeerStatus::parse(&standby), Some(expected.clone()));
+
+        let mut started = standby.clone();
+        started["xlog"]["reads_own_wal"] = true.into();
+        assert_eq!(PeerStatus::parse(&started), Some(PeerStatus { reads_own_wal: true, ..expected.clone() }));
 
         let mut legacy = standby.clone();
         legacy["wal"] = json!({"received_location": 60, "replayed_location": "70"});

@@ -13,10 +13,10 @@ use trunkline_router::heard::Heard;
 use trunkline_router::registration::{Registrar, Registration};
 use trunkline_router::table::RouteTable;
 
+use crate::commit::{self, Written};
 use crate::executor::{ProcessId, SimClock};
 use crate::peers::ModelProber;
 use crate::scenario::End;
-use crate::server::{self, Written};
 use crate::sessions::Open;
 use crate::stage::{Stage, host_of, paths};
 
@@ -223,7 +223,7 @@ async fn session(stage: &Stage, from: End, host: usize, seen: &Mutex<Seen>) {
         }
         let written = tokio::select! {
             biased;
-            written = server::write(stage, host, number, id) => written,
+            written = commit::write(stage, host, number, id) => written,
             () = stage.executor().sleep(PATIENCE) => Written::Unknown,
         };
         if written != Written::Done {

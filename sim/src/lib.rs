@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | time and tasks | [`executor`] | tokio and the host's clocks |
 //! | the DCS | `trunkline_common::dcs::memory` | etcd |
-//! | PostgreSQL | [`wal`], [`server`], [`streaming`], [`slots`], [`postgres`] | PostgreSQL |
+//! | PostgreSQL | [`wal`], [`server`], [`commit`], [`streaming`], [`slots`], [`postgres`] | PostgreSQL |
 //! | the guard | [`guard`] | a process of its own and its egress fence |
 //! | the other members' REST APIs | [`peers`] | HTTP |
 //! | routers and clients | [`clients`], [`reader`], with the real route table and registration | sockets |
@@ -15,6 +15,7 @@
 //! [`scenario`] says what goes wrong (and is drawn from a seed), [`world`] lets it happen, [`judge`] says what must not happen. One seed is one world.
 
 pub mod clients;
+pub mod commit;
 mod draw;
 pub mod executor;
 pub mod guard;

@@ -145,6 +145,7 @@ impl Peers for ModelPeers {
                     timeline: running.timeline,
                     failover_priority: api.priority,
                     watchdog_failed: api.postgres.must_not_lead(),
+                    reads_own_wal: running.reads_own_wal,
                 })
             });
             (name, answer.await.flatten())

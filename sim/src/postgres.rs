@@ -18,10 +18,11 @@ use trunkline_agent::postgres::{
 use trunkline_common::{Clock, History, Instant, Lsn, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 
+use crate::commit::{self, Names};
 use crate::executor::{ProcessId, SimClock};
 use crate::outside;
 use crate::scenario::End;
-use crate::server::{self, Data, Names, Phase, Server};
+use crate::server::{self, Data, Phase, Server};
 use crate::slots::{Decoding, outrun};
 use crate::stage::{Stage, host_of};
 use crate::wal::{Kind, Record, Wal, position};
@@ -520,7 +521,7 @@ impl Postgres for ModelPostgres {
         });
         let Some((number, process)) = self.postmaster() else { return Ok(()) };
         let (done, taken_up) = oneshot::channel();
-        server::reload_names(&self.stage, self.host, number, process, done);
+        commit::reload_names(&self.stage, self.host, number, process, done);
         if self.server(|server| server.running().is_none()) {
             return Ok(());
         }
@@ -581,7 +582,7 @@ fn status(server: &Server) -> PgStatus {
         Phase::Running => {}
     }
     let standby = postmaster.role == PgRole::Standby;
-    let end = data.wal.end();
+    let end = postmaster.replayed.map_or(data.wal.end(), position);
     let names = Names::parse(&postmaster.names_shown);
     let chosen = names.chosen(&postmaster.senders);
     let sender = |(name, sender): (&trunkline_common::MemberName, &server::Sender)| {
@@ -611,8 +612,9 @@ fn status(server: &Server) -> PgStatus {
         timeline: Some(data.wal.timeline()),
         checkpoint_timeline: Some(data.checkpoint_timeline),
         lsn: end,
-        receive_lsn: standby.then_some(end),
+        receive_lsn: (standby && postmaster.replayed.is_none()).then_some(end),
         replay_lsn: standby.then_some(end),
+        reads_own_wal: postmaster.replayed.is_some(),
         replay_timestamp: None,
         replay_paused: false,
         latest_end_lsn: None,

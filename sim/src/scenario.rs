@@ -136,7 +136,8 @@ pub enum Fault {
     SlowDisk { node: usize, ms: u64 },
     /// The operator's `pre_promote` says no.
     RefusePromotion { node: usize, ms: u64 },
-    /// There is so much to replay that a promotion does not come to its end before.
+    /// There is so much to replay that a promotion does not come to its end before, nor does a standby that is started
+    /// meanwhile know before what is on its disk.
     SlowReplay { node: usize, ms: u64 },
     /// The kernel watchdog does not work.
     BreakWatchdog { node: usize, ms: u64 },

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use rand::Rng;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
@@ -19,6 +20,9 @@ use crate::stage::{Stage, name};
 use crate::streaming::{REPLICATION_TIMEOUT, receive};
 use crate::wal::{Kind, Record, Wal};
 use crate::world::promises;
+
+/// A standby that is started in the time of much replaying has not replayed up to so many records of its WAL.
+const UNREPLAYED: usize = 200;
 
 /// One host's PostgreSQL.
 pub struct Server {
@@ -116,6 +120,8 @@ pub struct Postmaster {
     pub reading: BTreeSet<String>,
     /// Its own WAL receiver streams.
     pub streaming: bool,
+    /// It was started as a standby, and has not replayed more of its WAL than this; the rest is on its disk.
+    pub replayed: Option<usize>,
     /// Since when it is being promoted.
     pub promoting: Option<Duration>,
     /// Since when it has accepted connections, and streamed without a break; when it was sent WAL last.
@@ -215,47 +221,6 @@ impl Server {
     pub fn must_not_lead(&self) -> Option<Duration> {
         self.watchdog_broken.filter(|_| self.watchdog_required)
     }
-
-    /// Whether the commit of the record before `end` has all confirmations that it needs.
-    fn confirmed(&self, end: usize) -> bool {
-        let Some(postmaster) = &self.postmaster else { return false };
-        let names = Names::parse(&postmaster.names);
-        let has = |standby: &&&MemberName| postmaster.senders.get(**standby).is_some_and(|s| s.flushed >= end);
-        names.chosen(&postmaster.senders).iter().filter(has).count() >= names.count
-    }
-}
-
-/// `synchronous_standby_names`: the first so many of a list, or any so many.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Names {
-    /// Any of them will do.
-    pub any: bool,
-    /// How many must confirm.
-    pub count: usize,
-    /// In order of preference.
-    pub listed: Vec<MemberName>,
-}
-
-impl Names {
-    /// Reads the text.
-    pub fn parse(text: &str) -> Self {
-        let (method, list) = text.split_once('(').unwrap_or(("1", text));
-        let count = method.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(1);
-        let list = list.trim_end_matches(')');
-        let listed: Vec<MemberName> = list
-            .split(',')
-            .map(|name| name.trim().trim_matches('"'))
-            .filter(|name| !name.is_empty())
-            .map(MemberName::from)
-            .collect();
-        Self { any: method.starts_with("ANY"), count: if listed.is_empty() { 0 } else { count }, listed }
-    }
-
-    /// Those whose confirmation counts now: the first of the list that stream, or all that do.
-    pub fn chosen<'n>(&'n self, senders: &BTreeMap<MemberName, Sender>) -> Vec<&'n MemberName> {
-        let streaming = |name: &&MemberName| senders.get(*name).is_some_and(|sender| sender.caught_up);
-        self.listed.iter().filter(streaming).take(if self.any { usize::MAX } else { self.count }).collect()
-    }
 }
 
 /// Ends the postmaster of a host now, whatever it is doing. What was flushed stays. Its connections are reset at once.
@@ -331,6 +296,7 @@ pub fn spawn(stage: &Stage, host: usize) {
             senders: BTreeMap::new(),
             reading: BTreeSet::new(),
             streaming: false,
+            replayed: None,
             promoting: None,
             since: Since::default(),
         });
@@ -351,13 +317,29 @@ pub fn spawn(stage: &Stage, host: usize) {
             let reign = stage.judge(|judge, _| judge.last_reign(host)).filter(|_| is_left_alone(&stage, host));
             begin_writes(&stage, host, number, reign, None);
         }
+        let replays_until = stage.server(host, |server| {
+            let standby = server.postmaster(number).is_some_and(|postmaster| postmaster.role == PgRole::Standby);
+            Some(server.replays_until).filter(|until| standby && *until > stage.executor().now())
+        });
+        let left = replays_until.map(|_| stage.executor().random(|rng| rng.random_range(1..UNREPLAYED)));
         stage.server(host, |server| {
+            let records = server.data.as_ref().map_or(0, |data| data.wal.len());
             if let Some(postmaster) = server.postmaster(number) {
                 postmaster.phase = Phase::Running;
                 postmaster.since.running = stage.executor().now();
+                postmaster.replayed = left.map(|left| records.saturating_sub(left));
             }
             server.touch();
         });
+        if let Some(until) = replays_until {
+            stage.executor().sleep(until - stage.executor().now()).await;
+            stage.server(host, |server| {
+                if let Some(postmaster) = server.postmaster(number) {
+                    postmaster.replayed = None;
+                }
+                server.touch();
+            });
+        }
         receive(stage, host, number).await;
     });
 }
@@ -367,7 +349,7 @@ fn is_primary_start(stage: &Stage, host: usize, number: u64) -> bool {
 }
 
 /// Whether there is a cluster that anybody has been told of.
-fn is_initialised(stage: &Stage) -> bool {
+pub fn is_initialised(stage: &Stage) -> bool {
     stage.store().peek("/service/sim/initialize").entries.iter().any(|key| !key.value.is_empty())
 }
 
@@ -378,7 +360,7 @@ fn is_left_alone(stage: &Stage, host: usize) -> bool {
 
 /// The pause is over, but not for this host, whose agent can't hear of it; or somebody else was promoted in it on request:
 /// nobody but the operator could have known what still runs here.
-fn is_forgotten(stage: &Stage, host: usize) -> bool {
+pub fn is_forgotten(stage: &Stage, host: usize) -> bool {
     let paused = || stage.key("config").is_some_and(|config| config["pause"] == json!(true));
     is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
@@ -459,7 +441,7 @@ pub fn promote(
             if postmaster.phase != Phase::Running || postmaster.role == PgRole::Primary {
                 return None;
             }
-            postmaster.streaming = false;
+            (postmaster.streaming, postmaster.replayed) = (false, None);
             let data = server.data.as_mut()?;
             let mut timeline = TimelineId(data.wal.timeline().0 + 1);
             while left_out.contains(&timeline) {
@@ -534,110 +516,4 @@ async fn wait_for_senders(stage: &Stage, host: usize, number: u64) {
             return;
         }
     }
-}
-
-/// What becomes of a client's write at a server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
-    /// Acknowledged.
-    Done,
-    /// Certainly not written.
-    Refused,
-    /// The connection broke: nobody knows.
-    Unknown,
-}
-
-/// One client's write. The backend belongs to the server: it freezes and dies with it.
-pub async fn write(stage: &Stage, host: usize, number: u64, id: u64) -> Written {
-    let process = stage.server(host, |server| {
-        server.postmaster(number).filter(|p| p.phase == Phase::Running && p.role == PgRole::Primary).map(|p| p.process)
-    });
-    let Some(process) = process else { return Written::Refused };
-    let (answer, answered) = oneshot::channel();
-    let backend = stage.clone();
-    stage.executor().spawn(process, async move {
-        if let Some(written) = commit(&backend, host, number, id).await {
-            let _ = answer.send(written);
-        }
-    });
-    answered.await.unwrap_or(Written::Unknown)
-}
-
-async fn commit(stage: &Stage, host: usize, number: u64, id: u64) -> Option<Written> {
-    stage.micros(50..400).await;
-    let full = stage.server(host, |server| server.disk_full);
-    if full {
-        tracing::debug!("n{host} can't write WAL: PANIC");
-        kill(stage, host);
-        return None;
-    }
-    let mut changed = stage.server(host, |server| server.changed.subscribe());
-    let begun = stage.server(host, |server| {
-        let postmaster = server.postmaster(number).filter(|p| p.phase == Phase::Running)?;
-        let (reign, private) = (postmaster.reign?, postmaster.private);
-        let data = server.data.as_mut()?;
-        let timeline = data.wal.timeline();
-        data.wal.push(Record { timeline, kind: Kind::Write(id), number: stage.number() });
-        let end = data.wal.len();
-        data.remove_old_wal();
-        server.touch();
-        Some((reign, private, end))
-    });
-    let Some((reign, private, end)) = begun else { return Some(Written::Refused) };
-    loop {
-        changed.mark_unchanged();
-        let confirmed = stage.server(host, |server| {
-            server.postmaster(number).filter(|p| p.phase == Phase::Running)?;
-            Some(server.confirmed(end))
-        })?;
-        if confirmed {
-            break;
-        }
-        changed.changed().await.ok()?;
-    }
-    if stage.guard(host).is_some_and(|guard| !guard.lets_out()) {
-        // The egress fence: no answer leaves a deposed host, whatever still runs there.
-        return None;
-    }
-    if (!private || is_initialised(stage)) && !is_forgotten(stage, host) {
-        let has = |sender: &&Sender| sender.flushed >= end;
-        let (by, unwatched) = stage.server(host, |server| {
-            let by = server.postmaster(number).map_or(0, |postmaster| postmaster.senders.values().filter(has).count());
-            (by, server.must_not_lead())
-        });
-        let long =
-            |since: Duration| stage.quiet_for(host).min(stage.executor().now() - since) > Duration::from_secs(10);
-        stage.judge(|judge, now| {
-            judge.confirmed(now, host, by);
-            judge.watched(now, host, unwatched.is_none_or(|since| !long(since)));
-            judge.acknowledged(now, id, host, reign);
-        });
-    }
-    Some(Written::Done)
-}
-
-/// Takes up a new `synchronous_standby_names`: sessions show it first, commits wait by it a little later.
-pub fn reload_names(stage: &Stage, host: usize, number: u64, process: ProcessId, done: oneshot::Sender<()>) {
-    let stage = stage.clone();
-    stage.executor().clone().spawn(process, async move {
-        stage.micros(100..2_000).await;
-        let loaded = stage.server(host, |server| {
-            let names = server.data.as_ref()?.names.clone();
-            server.postmaster(number)?.names_shown = names;
-            Some(())
-        });
-        if loaded.is_none() {
-            return;
-        }
-        let slow = stage.server(host, |server| server.disk_slow);
-        stage.micros(if slow { 10_000..3_000_000 } else { 200..20_000 }).await;
-        stage.server(host, |server| {
-            if let Some(postmaster) = server.postmaster(number) {
-                // What was loaded last: an older reload that was slow does not bring its own back.
-                postmaster.names = postmaster.names_shown.clone();
-            }
-            server.touch();
-        });
-        let _ = done.send(());
-    });
 }

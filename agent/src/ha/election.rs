@@ -247,22 +247,34 @@ fn with_votes(s: &Situation, view: &ClusterView, verdict: Verdict) -> Verdict {
 fn quorum(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> Verdict {
     let (own, (confirming, needed)) = (s.lsn(), votes(s, view, peers));
     if confirming >= needed || view.sync.leader.as_ref() == Some(&s.me.name) {
-        Verdict::Race(format!("at {own}; {confirming} of {needed} votes needed"))
-    } else {
-        Verdict::Yield(format!("at {own}; only {confirming} of {needed} votes needed"))
+        return Verdict::Race(format!("at {own}; {confirming} of {needed} votes needed"));
     }
+    let reading = voters(view, peers).filter(|(_, peer)| peer.reads_own_wal).map(|(name, _)| name.as_str());
+    let reading = reading.collect::<Vec<_>>().join(", ");
+    let without = match reading.is_empty() {
+        true => String::new(),
+        false => format!("; none of {reading} until it has replayed what is on its disk"),
+    };
+    Verdict::Yield(format!("at {own}; only {confirming} of {needed} votes needed{without}"))
 }
 
-/// How many confirm that they are not ahead of this node, and how many it takes.
+/// How many confirm that they are not ahead of this node, and how many it takes. Who has just been started may have more on its
+/// disk than it knows of.
 fn votes(s: &Situation, view: &ClusterView, peers: &PeerAnswers) -> (usize, usize) {
     let not_ahead = |peer: &PeerStatus| match timelines(peer, s) {
         Ordering::Less => true,
         Ordering::Equal => peer.lsn <= s.lsn(),
         Ordering::Greater => false,
     };
-    let voters = peers.iter().filter(|(name, _)| view.sync.includes(name)).filter_map(|(_, status)| status.as_ref());
-    let confirming = voters.filter(|peer| peer.lsn.is_valid() && not_ahead(peer)).count();
+    let confirms = |peer: &PeerStatus| peer.lsn.is_valid() && !peer.reads_own_wal && not_ahead(peer);
+    let confirming = voters(view, peers).filter(|(_, peer)| confirms(peer)).count();
     (confirming, view.sync.quorum as usize + usize::from(!view.sync.includes(&s.me.name)))
+}
+
+/// The members of the synchronous set that answered.
+fn voters<'p>(view: &'p ClusterView, peers: &'p PeerAnswers) -> impl Iterator<Item = (&'p MemberName, &'p PeerStatus)> {
+    let answered = peers.iter().filter_map(|(name, status)| Some((name, status.as_ref()?)));
+    answered.filter(|(name, _)| view.sync.includes(name))
 }
 
 /// Whether somebody could take over from a leader that runs or ran here (ha-loop §8.4).

@@ -647,7 +647,14 @@ mod tests {
     fn the_preferred_candidate_is_waited_for() {
         let peer = |lsn: u64, failover_priority: i64| {
             let timeline = Some(TimelineId(1));
-            Some(PeerStatus { in_recovery: true, lsn: Lsn(lsn), timeline, failover_priority, watchdog_failed: false })
+            Some(PeerStatus {
+                in_recovery: true,
+                lsn: Lsn(lsn),
+                timeline,
+                failover_priority,
+                watchdog_failed: false,
+                reads_own_wal: false,
+            })
         };
         let verdict = |peers: &[(&str, Option<PeerStatus>)]| {
             let statuses = peers.iter().map(|(name, peer)| ((*name).into(), peer.clone())).collect();

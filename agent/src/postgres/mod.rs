@@ -139,6 +139,9 @@ pub struct Running {
     pub receive_lsn: Option<Lsn>,
     /// Standby: last replayed position.
     pub replay_lsn: Option<Lsn>,
+    /// Standby: since its start it has not come to the end of the WAL on its disk, as far as can be seen: it may have more
+    /// than `lsn` says.
+    pub reads_own_wal: bool,
     /// Standby: commit time of the last replayed transaction, PostgreSQL's text.
     pub replay_timestamp: Option<String>,
     /// Standby: replay is paused.

@@ -31,6 +31,9 @@ const APPLICATION_NAME: &str = "Patroni heartbeat";
 /// Everything that [`Running`] shows, in one row. `OFFSET 0` keeps the volatile function from being asked twice: a
 /// promotion in the middle must not make a primary's function fail. The first eight digits of a WAL file's name are the
 /// timeline, also between a promotion and its first checkpoint, when pg_control still has the old one.
+///
+/// A standby asks for WAL from elsewhere, or waits for it, only when it has replayed what is on its disk. That is looked at
+/// before its position is: `OFFSET 0` settles the order, too.
 const STATUS: &str = "
 SELECT r.recovery,
        CASE WHEN r.recovery THEN NULL ELSE pg_current_wal_flush_lsn() END::text,
@@ -56,8 +59,13 @@ SELECT r.recovery,
        current_setting('synchronous_commit'),
        NOT r.recovery AND EXISTS (SELECT FROM pg_stat_get_activity(NULL) WHERE wait_event_type = 'IO'
          AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
-       current_setting('primary_slot_name')
-  FROM (SELECT pg_is_in_recovery() AS recovery OFFSET 0) r, pg_stat_get_wal_receiver() w";
+       current_setting('primary_slot_name'),
+       r.recovery AND NOT r.read_all
+  FROM (SELECT pg_is_in_recovery() AS recovery,
+               pg_last_wal_receive_lsn() IS NOT NULL OR EXISTS (SELECT FROM pg_stat_get_activity(NULL)
+                WHERE backend_type = 'startup' AND lower(wait_event) IN ('recoverywalstream', 'recoveryretrieveretryinterval'))
+               AS read_all OFFSET 0) r,
+       pg_stat_get_wal_receiver() w";
 
 /// A connection. Dropped, it ends in order, with a `Terminate`: a session that sees the end of its socket instead says so in the
 /// server's log at level `debug1`, and PostgreSQL handles a SIGTERM that comes in the middle of that in the signal handler, where it
@@ -323,6 +331,7 @@ fn running(row: &Row, system_id: SystemId) -> Option<Running> {
         lsn: if standby { receive_lsn.max(replay_lsn).unwrap_or(Lsn::INVALID) } else { lsn(1)? },
         receive_lsn,
         replay_lsn,
+        reads_own_wal: row.try_get(22).ok()?,
         replay_timestamp: if standby { text(5) } else { None },
         replay_paused: row.try_get(6).ok()?,
         latest_end_lsn: if standby { lsn(9) } else { None },

@@ -15,6 +15,7 @@ use trunkline_config::dynamic::SynchronousMode;
 use super::health::{self, Inputs, Query};
 use super::{Identity, Observe};
 use crate::node::{Board, Noted, PATRONI_VERSION};
+use crate::peer::READS_OWN_WAL;
 use crate::postgres::{PgRole, PgStatus, Running};
 
 /// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
@@ -270,15 +271,19 @@ pub(crate) fn received(running: &Running) -> Lsn {
 }
 
 fn xlog(running: &Running) -> Value {
-    match running.role {
-        PgRole::Primary => json!({"location": running.lsn.0}),
-        PgRole::Standby => json!({
-            "received_location": received(running).0,
-            "replayed_location": running.replay_lsn.unwrap_or_default().0,
-            "replayed_timestamp": running.replay_timestamp.as_deref().map(python_time),
-            "paused": running.replay_paused,
-        }),
+    if running.role == PgRole::Primary {
+        return json!({"location": running.lsn.0});
     }
+    let mut positions = json!({
+        "received_location": received(running).0,
+        "replayed_location": running.replay_lsn.unwrap_or_default().0,
+        "replayed_timestamp": running.replay_timestamp.as_deref().map(python_time),
+        "paused": running.replay_paused,
+    });
+    if running.reads_own_wal {
+        positions[READS_OWN_WAL] = Value::Bool(true);
+    }
+    positions
 }
 
 fn replication(running: &Running) -> Value {

@@ -111,6 +111,39 @@ fn a_number_that_may_be_taken_is_left_out() {
     });
 }
 
+/// What is on the disk of a standby counts from when it has been replayed: until then it says so.
+#[test]
+fn a_standby_that_has_not_replayed_its_own_wal_says_so() {
+    as_postgres("timelines::a_standby_that_has_not_replayed_its_own_wal_says_so", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let b = place.standby("b", &a).await;
+        let delayed = |by: &str| {
+            let mut config = b.pg.config();
+            config.recovery_conf.insert("recovery_min_apply_delay".into(), by.into());
+            b.pg.configure(config)
+        };
+        delayed("1h").await.expect("configure");
+        a.sql("CREATE TABLE t (i int)").await.expect("table");
+        let lsn = a.running().await.lsn;
+        let seen = b.until("has it on its disk", |running| running.receive_lsn >= Some(lsn)).await;
+        assert!(!seen.reads_own_wal && seen.replay_lsn < Some(lsn), "{seen:?}");
+
+        // Nobody is there to ask for more; the delay holds up what is there.
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        b.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
+        let seen = b.running().await;
+        assert!(seen.reads_own_wal && seen.lsn < lsn, "{seen:?}");
+        delayed("0").await.expect("configure");
+        let seen = b.until("has replayed it", |running| !running.reads_own_wal).await;
+        assert!(seen.receive_lsn.is_none() && seen.lsn >= lsn, "{seen:?}");
+
+        b.pg.follow(Some(a.upstream())).await.expect("follow");
+        b.until("streams", |running| running.receive_lsn.is_some() && !running.reads_own_wal).await;
+        assert!(!a.running().await.reads_own_wal);
+    });
+}
+
 /// A standby that has much to replay yet, from an archive that is slow: nobody gives up as long as it gets on.
 #[test]
 fn a_promotion_waits_for_replay_that_goes_on() {

@@ -15,7 +15,7 @@ use crate::slots::FOREIGN_SLOT;
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 14] = [
+const SCENES: [Scene; 15] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -30,6 +30,7 @@ const SCENES: [Scene; 14] = [
     (0x0C, registrations),
     (0x0D, deaf_routers),
     (0x0E, logical_slots),
+    (0x0F, power_loss),
 ];
 
 /// Adds to a world what its seed has for it.
@@ -299,6 +300,31 @@ fn slow_replay(rng: &mut SmallRng, scenario: &mut Scenario) {
         scenario.add(at, None, Fault::SlowReplay { node, ms });
     }
     scenario.add(at + 1, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: rng.random_range(5_000..20_000) });
+}
+
+/// All hosts lose power, the leader's for long. One standby has not got what was confirmed last by the other, and who comes back
+/// has to replay what is on its disk. A world of its own.
+fn power_loss(rng: &mut SmallRng, scenario: &mut Scenario) {
+    let count = scenario.nodes.len();
+    if scenario.settings["synchronous_mode"] == json!(false) || count < 3 || !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    scenario.settings["synchronous_mode"] = json!("quorum");
+    scenario.settings["maximum_lag_on_failover"] = json!(1_048_576);
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let lost = BOOTSTRAP + rng.random_range(500..5_000);
+    let off = lost + rng.random_range(100..2_000);
+    let behind = rng.random_range(0..count);
+    let cut = Fault::Cut { from: End::Postgres(0), to: End::Postgres(behind), both: true, ms: off - lost + ttl };
+    scenario.add(lost, Some(Aim::Leader), cut);
+    scenario.add(off, Some(Aim::Leader), Fault::CrashHost { node: 0, ms: rng.random_range(ttl..ttl * 4) });
+    for node in 0..count {
+        scenario.add(off, None, Fault::CrashHost { node, ms: rng.random_range(100..3_000) });
+        if node != behind && rng.random_ratio(3, 4) {
+            scenario.add(off, None, Fault::SlowReplay { node, ms: rng.random_range(1_000..ttl * 3) });
+        }
+    }
 }
 
 /// A synchronous standby is made anew, of a member that lacks what was written lately, while the leader's agent stands still, or in

@@ -14,9 +14,10 @@ use trunkline_common::{ClusterView, MemberName};
 use trunkline_config::dynamic::SynchronousMode;
 
 use super::World;
+use crate::commit::Names;
 use crate::executor::Livelock;
 use crate::scenario::Fault;
-use crate::server::{Names, Server};
+use crate::server::Server;
 use crate::stage::{Stage, host_of};
 
 /// Whom nothing has hit for so long knows what there is to know, and is heard when asked.

@@ -48,6 +48,7 @@ fn primary(names: &str, replication: Vec<WalSender>) -> Running {
         replay_lsn: None,
         replay_timestamp: None,
         replay_paused: false,
+        reads_own_wal: false,
         latest_end_lsn: None,
         replication_state: None,
         upstream: None,

@@ -104,6 +104,7 @@ fn standby() -> Running {
         replay_lsn: Some(Lsn(0x300_0100)),
         replay_timestamp: Some("2031-05-01 10:00:00.5+02".into()),
         replay_paused: false,
+        reads_own_wal: false,
         latest_end_lsn: Some(Lsn(0x300_0148)),
         replication_state: Some("streaming".into()),
         upstream: None,

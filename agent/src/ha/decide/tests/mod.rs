@@ -96,6 +96,7 @@ fn running(role: PgRole, lsn: u64) -> PgStatus {
         replay_lsn: None,
         replay_timestamp: None,
         replay_paused: false,
+        reads_own_wal: false,
         latest_end_lsn: None,
         replication_state: (role == PgRole::Standby).then(|| "streaming".to_owned()),
         upstream: (role == PgRole::Standby).then(|| "127.0.0.1:1".to_owned()),
@@ -130,6 +131,7 @@ fn peer(lsn: u64) -> Option<PeerStatus> {
         timeline: Some(TimelineId(1)),
         failover_priority: 1,
         watchdog_failed: false,
+        reads_own_wal: false,
     })
 }
 

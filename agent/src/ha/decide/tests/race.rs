@@ -175,6 +175,20 @@ fn a_later_timeline_counts_more_than_a_position() {
 }
 
 #[test]
+fn who_has_not_replayed_its_own_wal_has_no_vote() {
+    let asked = |reads_own_wal| {
+        let mut world = world().leaderless().synchronous("a", &["b", "c"]);
+        world.view().settings.synchronous_mode = SynchronousMode::Quorum;
+        world.view().sync.quorum = 1;
+        world.answers(&[("c", peer(900).map(|peer| PeerStatus { reads_own_wal, ..peer }))]).decide()
+    };
+    assert!(matches!(asked(false).action, Action::Acquire(_)), "{:?}", asked(false));
+    assert_eq!(asked(true).action, Action::Abstain);
+    let why = "at 0/3E8; only 0 of 1 votes needed; none of c until it has replayed what is on its disk";
+    assert_eq!(asked(true).reason, why);
+}
+
+#[test]
 fn nobody_waits_for_a_preferred_node_that_would_not_get_the_votes() {
     let preferred = || peer(1000).map(|peer| PeerStatus { failover_priority: 2, ..peer });
     let former_leader = |quorum| {
