@@ -463,4 +463,6 @@ fn quoted(name: &str) -> String {
 }
 
 #[cfg(test)]
+mod states;
+#[cfg(test)]
 mod tests;

@@ -1,13 +1,12 @@
 //! The steps of synchronous mode, and the promise they keep: whoever the key names has every acknowledged commit.
 
-use proptest::prelude::*;
 use trunkline_common::cluster::{LeaderKey, Member, SyncState};
 use trunkline_common::{LeaseId, Revision, SystemId, TimelineId};
 
 use super::*;
 use crate::postgres::PgRole;
 
-fn view(standbys: &[&str]) -> ClusterView {
+pub(super) fn view(standbys: &[&str]) -> ClusterView {
     let mut view = ClusterView::default();
     view.settings.synchronous_mode = SynchronousMode::On;
     for name in ["a", "b", "c-1"] {
@@ -23,7 +22,7 @@ fn view(standbys: &[&str]) -> ClusterView {
     view
 }
 
-fn sender(name: &str, sync_state: &str, flushed: u64) -> WalSender {
+pub(super) fn sender(name: &str, sync_state: &str, flushed: u64) -> WalSender {
     WalSender {
         usename: "replicator".to_owned(),
         application_name: name.to_owned(),
@@ -37,7 +36,7 @@ fn sender(name: &str, sync_state: &str, flushed: u64) -> WalSender {
     }
 }
 
-fn primary(names: &str, replication: Vec<WalSender>) -> Running {
+pub(super) fn primary(names: &str, replication: Vec<WalSender>) -> Running {
     Running {
         role: PgRole::Primary,
         system_id: SystemId(1),
@@ -328,54 +327,4 @@ fn names_are_quoted_as_postgresql_wants_them() {
         assert_eq!(quoted(name), text);
     }
     assert!(mentions("2 (b,\"c-1\")", "C-1") && !mentions("2 (b,\"c-1\")", "c"));
-}
-
-proptest! {
-    /// A model of one primary, its senders and the key, taken through arbitrary events: at every moment each name on the
-    /// key is waited for by PostgreSQL, unless it was listed when it went away and no step has been taken since.
-    #[test]
-    fn whoever_is_on_the_key_is_waited_for(events in prop::collection::vec((0usize..3, any::<bool>(), 0u64..50), 1..60)) {
-        let mut state = view(&[]);
-        let mut running = primary("", vec![]);
-        let mut since: BTreeMap<String, Lsn> = BTreeMap::new();
-        let nodes = ["b", "c-1"];
-        let mut flushed = BTreeMap::from([("b", 0u64), ("c-1", 0)]);
-        let mut up = BTreeMap::from([("b", false), ("c-1", false)]);
-        // The highest position acknowledged to a client so far.
-        let mut acknowledged = 0;
-        for (what, on, amount) in events {
-            match what {
-                0 | 1 => { up.insert(nodes[what], on); }
-                _ => running.lsn.0 += amount,
-            }
-            for node in nodes {
-                if up[node] && on { flushed.insert(node, running.lsn.0); }
-            }
-            for _ in 0..4 {
-                let in_force = running.synchronous_standby_names.clone();
-                running.replication = nodes.iter().filter(|node| up[*node]).map(|node| {
-                    sender(node, if mentions(&in_force, node) { "sync" } else { "async" }, flushed[node])
-                }).collect();
-                // What can be acknowledged: everything every waited-for standby has; everything if nobody is waited for.
-                let waited: Vec<_> = nodes.iter().filter(|node| mentions(&in_force, node)).collect();
-                let limit = waited.iter().map(|node| if up[**node] { flushed[**node] } else { acknowledged }).min();
-                acknowledged = acknowledged.max(limit.unwrap_or(running.lsn.0).min(running.lsn.0));
-                for node in &state.sync.standbys {
-                    prop_assert!(flushed[node.as_str()] >= acknowledged, "{node} on the key lacks acknowledged commits");
-                }
-                since.retain(|name, _| mentions(&in_force, name));
-                for s in running.replication.iter().filter(|s| mentions(&in_force, &s.application_name)) {
-                    since.entry(s.application_name.clone()).or_insert(running.lsn);
-                }
-                match step(&state, &running, &since, &"a".into(), "") {
-                    None => break,
-                    Some(SyncStep::Names(names, _)) => running.synchronous_standby_names = names,
-                    Some(SyncStep::Key(write, _)) => {
-                        let text = write.value.as_ref().and_then(|v| v["sync_standby"].as_str()).unwrap_or_default().to_owned();
-                        state.sync.standbys = text.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect();
-                    }
-                }
-            }
-        }
-    }
 }
