@@ -68,8 +68,6 @@ async fn members_say_whether_they_may_lead_and_how_long_that_would_take() -> Res
     Ok(())
 }
 
-/// What `trunklinectl rto` says beside what clients see. A busy machine makes everything late, so the figures are printed,
-/// and only those that nothing explains are an error.
 /// One line with its reason in the log, the same words in `GET /decisions`, and a count in `GET /metrics`.
 async fn told(scene: &Scene, node: usize, reason: &str, counted: (&str, &str)) -> Result<()> {
     let node = &scene.cluster.nodes[node];
@@ -93,6 +91,7 @@ async fn told(scene: &Scene, node: usize, reason: &str, counted: (&str, &str)) -
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_refusal_failover_and_demotion_has_a_line_an_entry_and_a_count() -> Result<()> {
     let mut scene = Scene::start("reasons", 3).await?;
+    let load = scene.load().await?;
     let first = scene.cluster.settled(LIMIT).await?;
     let document = rest::get(scene.cluster.nodes[first].rest_port(), "/cluster").await?.body;
     let members = Members::read(&document)?;
@@ -118,10 +117,12 @@ async fn every_refusal_failover_and_demotion_has_a_line_an_entry_and_a_count() -
     told(&scene, leader, "demoting self because DCS is not accessible and I was a leader", ("demote", "dcs_away"))
         .await?;
     scene.etcd.restart(0).await?;
-    scene.cluster.settled(LIMIT).await?;
+    scene.finish(load).await?;
     Ok(())
 }
 
+/// What `trunklinectl rto` says beside what clients see. A busy machine makes everything late, so the figures are printed,
+/// and only those that nothing explains are an error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_outages_that_clients_see_are_those_that_were_told() -> Result<()> {
     const BUSY: Duration = Duration::from_secs(5);

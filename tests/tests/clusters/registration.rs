@@ -62,7 +62,8 @@ async fn a_router_that_stays_frozen_is_waited_for_no_longer_than_its_lease() -> 
     let mut scene = registered("dead-router", 3).await?;
     let old = scene.cluster.settled(LIMIT).await?;
     scene.router.process().signal(Signal::STOP);
-    scene.cluster.nodes[old].kill();
+    scene.cluster.nodes[old].kill_postmaster()?;
+    waits_for_a_router(&scene, 1 - old).await?;
     let promoted = scene.cluster.leader_other_than(old, LIMIT).await;
     scene.router.process().signal(Signal::CONT);
     ensure!(promoted? == 1 - old);
