@@ -223,6 +223,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             // Where the view does not show it yet, the next one will.
             Ok(Outcome::Done(revision)) if self.lease.lead(lease) => {
                 self.memory.leading_since = revision;
+                if !led {
+                    // What was compared when it was won may be long out of date.
+                    self.memory.elected = None;
+                }
                 if in_view {
                     return Next::Decide;
                 }

@@ -12,6 +12,7 @@ use trunkline_config::dynamic::SynchronousMode;
 
 use super::situation::{PeerAnswers, Situation};
 use crate::peer::PeerStatus;
+use crate::postgres::PgStatus;
 
 /// The answer to "may this node lead now?", with the numbers compared.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +42,31 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
         }
         (verdict, _) => verdict,
     }
+}
+
+/// Whether somebody was promoted since this node led, whose server takes no writes, though the leader key bears its name: the
+/// key may be that of a backup. The DCS may not know it (yet), so every member is asked, also who could not lead. `None`: not
+/// that anybody knows.
+pub fn overtaken(s: &Situation, view: &ClusterView) -> Option<Verdict> {
+    let own = match s.pg {
+        PgStatus::Stopped(control) => Some(control.timeline),
+        _ => s.timeline(),
+    };
+    let outside = view.settings.standby_cluster.is_some();
+    let own = own.filter(|_| !s.is_primary() && !outside && !view.settings.pause)?;
+    if is_left_behind(Some(own), view) {
+        return Some(Verdict::Yield(left_behind(Some(own), view)));
+    }
+    let Some(peers) = s.peers else {
+        let others = view.members.iter().filter(|(name, _)| **name != s.me.name);
+        let others = others.filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?)));
+        return Some(Verdict::Ask(others.collect())).filter(|ask| *ask != Verdict::Ask(BTreeMap::new()));
+    };
+    let later = |(name, peer): (&MemberName, &Option<PeerStatus>)| {
+        let theirs = peer.as_ref()?.timeline.filter(|theirs| *theirs > own)?;
+        Some(Verdict::Yield(format!("{name} is on timeline {theirs}, this node on {own}")))
+    };
+    peers.iter().find_map(later)
 }
 
 fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {

@@ -288,6 +288,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.must_not_lead = self.parts.guard.status().must_not_lead;
             if next == Next::Again {
                 self.take_view();
+                self.tell_forgotten_timelines().await;
                 self.apply_settings().await;
                 self.start_scheduled_restart();
                 if self.task.is_some() {

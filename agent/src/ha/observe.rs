@@ -16,6 +16,9 @@ use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing, urls
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres};
 
+/// How long a primary that may have to give way takes to tell the DCS of its timeline.
+const TOLD_WITHIN: Duration = Duration::from_millis(300);
+
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// The newest view, unless what we wrote ourselves is newer.
     pub(super) fn take_view(&mut self) {
@@ -51,6 +54,25 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (self.config_kept, self.published.upkept, self.published.status) = (None, None, None);
         }
         self.view = Some(view);
+    }
+
+    /// Of timelines that were begun since the backup, a DCS that was restored from it is told before anything else is done: a
+    /// primary that gives way to the leader of the backup can't be asked any more once it is down.
+    pub(super) async fn tell_forgotten_timelines(&mut self) {
+        let (Some(restored), Some(view)) = (&mut self.restored, &self.view) else { return };
+        let Some(before) = restored.untold() else { return };
+        let told = self.parts.store.put_forgotten_timelines(&before, view);
+        match self.parts.clock.within(TOLD_WITHIN, told).await {
+            Some(Ok(outcome)) => {
+                restored.told();
+                if outcome.is_done() {
+                    let timeline = before.timeline().max(Some(before.claimed)).unwrap_or_default();
+                    info!("told the DCS of timeline {timeline}, which it has forgotten");
+                }
+            }
+            Some(Err(error)) => warn!("the DCS could not be told of the timelines that it has forgotten: {error}"),
+            None => warn!("the DCS could not be told of the timelines that it has forgotten within {TOLD_WITHIN:?}"),
+        }
     }
 
     /// What an agent goes by where the DCS has lost its content, also one that is started then.

@@ -6,11 +6,14 @@
 //! and how far the last leader was cannot be asked back: until a leader has written it anew, what was seen last before the DCS
 //! went back is newer than what it says.
 //!
+//! Timelines only grow. So of those that were begun since the backup the DCS is told at once, by whoever knows of them
+//! ([`Restored::untold`]): the leader of the backup, if it has slept since, knows of nobody after it.
+//!
 //! [`Memory::start_over`]: super::situation::Memory::start_over
 
 use std::sync::Arc;
 
-use trunkline_common::cluster::SyncState;
+use trunkline_common::cluster::{Initialize, SyncState};
 use trunkline_common::{ClusterView, Revision};
 
 /// A DCS that has gone back.
@@ -20,12 +23,26 @@ pub struct Restored {
     before: Arc<ClusterView>,
     /// The first revision that was seen since.
     since: Revision,
+    /// It knows fewer timelines than `before`, and has not been told yet.
+    untold: bool,
 }
 
 impl Restored {
     /// Found at `now`, after `before` had been seen.
     pub fn new(before: Arc<ClusterView>, now: &ClusterView) -> Self {
-        Self { before, since: now.revision }
+        let same = matches!(now.initialize, Initialize::Done(_)) && now.initialize == before.initialize;
+        let untold = same && (before.timeline() > now.timeline() || before.claimed > now.claimed);
+        Self { before, since: now.revision, untold }
+    }
+
+    /// What the DCS has to be told: the cluster as it was before, whose timelines it has forgotten.
+    pub fn untold(&self) -> Option<Arc<ClusterView>> {
+        self.untold.then(|| self.before.clone())
+    }
+
+    /// It has been told, or somebody has written of newer ones.
+    pub fn told(&mut self) {
+        self.untold = false;
     }
 
     /// `view` with what it has forgotten: who has every commit, the last leader's position, and the numbers of timelines.
@@ -37,6 +54,9 @@ impl Restored {
         if view.status_revision <= self.since {
             view.status.optime = view.status.optime.max(before.status.optime);
         }
+        if view.history_revision <= self.since && view.timeline() < before.timeline() {
+            (view.has_history, view.history) = (before.has_history, before.history.clone());
+        }
         if view.claimed_revision <= self.since {
             view.claimed = view.claimed.max(before.claimed);
         }
@@ -46,7 +66,8 @@ impl Restored {
 
 #[cfg(test)]
 mod tests {
-    use trunkline_common::{Lsn, TimelineId};
+    use trunkline_common::cluster::HistoryLine;
+    use trunkline_common::{Lsn, SystemId, TimelineId};
 
     use super::*;
 
@@ -71,5 +92,44 @@ mod tests {
         assert_eq!(empty, view(1, ("a", "b", 0), (500, 0), (3, 0)));
         let written = view(54, ("b", "d", 51), (510, 53), (4, 52));
         assert_eq!(restored.complete(&written), written);
+    }
+
+    #[test]
+    fn timelines_that_were_begun_since_the_backup_are_told() {
+        let cluster = |history: &[u32], claimed: u32| {
+            let line = |timeline: &u32| HistoryLine {
+                timeline: TimelineId(*timeline),
+                switchpoint: Lsn(0),
+                reason: String::new(),
+                promoted_at: None,
+                new_leader: None,
+            };
+            ClusterView {
+                revision: Revision(50),
+                initialize: Initialize::Done(SystemId(7)),
+                has_history: true,
+                history: history.iter().map(line).collect(),
+                claimed: TimelineId(claimed),
+                ..ClusterView::default()
+            }
+        };
+        let restored = |before: ClusterView, now: &ClusterView| Restored::new(Arc::new(before), now);
+        for (what, before, now, untold) in [
+            ("nobody was promoted since", cluster(&[1], 2), cluster(&[1], 2), false),
+            ("somebody was", cluster(&[1, 2], 3), cluster(&[1], 2), true),
+            ("and has not lived to write it", cluster(&[1], 3), cluster(&[1], 2), true),
+            ("somebody who claims nothing", cluster(&[1, 2], 0), cluster(&[1], 0), true),
+            ("this agent saw less", cluster(&[1], 2), cluster(&[1, 2], 3), false),
+            ("made anew", cluster(&[1], 2), ClusterView::default(), false),
+        ] {
+            assert_eq!(restored(before, &now).untold().is_some(), untold, "{what}");
+        }
+        let (before, now) = (cluster(&[1, 2], 3), cluster(&[1], 2));
+        let mut restored = restored(before.clone(), &now);
+        assert_eq!(restored.complete(&now).timeline(), before.timeline());
+        let later = ClusterView { history_revision: Revision(51), ..cluster(&[1, 3], 4) };
+        assert_eq!(restored.complete(&later).timeline(), later.timeline(), "written anew");
+        restored.told();
+        assert_eq!(restored.untold(), None);
     }
 }

@@ -363,6 +363,21 @@ impl<D: Dcs> ClusterStore<D> {
         Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
+    /// Writes the timelines of `before` into a store that has gone back to before them: `history`, the highest number that was claimed,
+    /// and the `status` that goes with them; if the first two still are what was `seen`. Anybody may who knows, as timelines only grow.
+    pub async fn put_forgotten_timelines(&self, before: &ClusterView, seen: &ClusterView) -> Result<Outcome, DcsError> {
+        let (history, claim) = (self.paths.key("history"), self.paths.key("timeline"));
+        let when = vec![
+            Compare::Modified(history.clone(), seen.history_revision),
+            Compare::Modified(claim, seen.claimed_revision),
+        ];
+        let lines = codec::compact(&codec::encode_history(&before.history));
+        let mut then = vec![self.status_op(&codec::encode_status(&before.status))];
+        then.extend(before.has_history.then_some(Op::Put(history, lines, LeaseId(0))));
+        then.push(self.claim_op(before.claimed.max(seen.claimed)));
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+    }
+
     /// Replaces `failsafe`, if it still is what was `seen` (0 = absent) and only while the leader key is ours and attached
     /// to `lease`: a leader without DCS counts on it that nobody else has changed the list.
     pub async fn put_failsafe(

@@ -122,7 +122,7 @@ fn promote(s: &Situation, view: &ClusterView) -> Decision {
     let why = if won {
         "holding the leader key".to_owned()
     } else {
-        match election::may_race(s, view) {
+        match election::overtaken(s, view).unwrap_or_else(|| election::may_race(s, view)) {
             Verdict::Ask(members) => {
                 return is(Action::Ask(members), "the leader key is ours, but was not won just now");
             }
@@ -258,6 +258,8 @@ pub fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverR
 /// has just been given): a server that comes up as a standby sooner would be asked to take them.
 const ROUTERS_TRUST: Duration = Duration::from_secs(7);
 
+const FOUND: &str = "the leader key bears our name";
+
 /// The key bears our name, but this process does not hold it: an agent restarted, or a lease was lost and found.
 pub fn named(s: &Situation, view: &ClusterView) -> Decision {
     match s.pg {
@@ -275,7 +277,11 @@ pub fn named(s: &Situation, view: &ClusterView) -> Decision {
         }
         _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         _ if s.may_be_led() => is(Action::Wait, MAY_BE_LED),
-        _ if s.has_lease && !s.dcs_away => is(Action::Confirm, "the leader key bears our name"),
+        _ if s.has_lease && !s.dcs_away => match election::overtaken(s, view) {
+            Some(Verdict::Ask(members)) => is(Action::Ask(members), FOUND),
+            Some(Verdict::Yield(why)) => is(Action::Release, format!("{FOUND}: {why}")),
+            Some(Verdict::Race(_)) | None => is(Action::Confirm, FOUND),
+        },
         _ if s.is_primary()
             && !view.settings.pause
             && s.now.since(s.memory.started_at) > view.settings.retry_timeout.min(FIRST_PROOF) =>

@@ -1,6 +1,7 @@
 use super::*;
+use crate::Lsn;
 use crate::TokioClock;
-use crate::cluster::Initialize;
+use crate::cluster::{HistoryLine, Initialize};
 use crate::dcs::memory::MemoryDcs;
 use serde_json::json;
 
@@ -147,6 +148,29 @@ async fn every_leader_claims_a_number_of_its_own() {
     let now = Seen::of(&store.read().await.unwrap());
     assert!(store.acquire_leader(&name("b"), b, now, claims(4)).await.unwrap().is_done());
     assert_eq!(store.read().await.unwrap().claimed, TimelineId(4), "it stays when a leader goes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn forgotten_timelines_are_told_once() {
+    let store = store();
+    let line = HistoryLine {
+        timeline: TimelineId(1),
+        switchpoint: Lsn(2),
+        reason: String::new(),
+        promoted_at: None,
+        new_leader: None,
+    };
+    let mut before = ClusterView { has_history: true, history: vec![line], ..ClusterView::default() };
+    (before.claimed, before.status.optime) = (TimelineId(3), Lsn(9));
+    let backup = store.read().await.unwrap();
+    assert!(store.put_forgotten_timelines(&before, &backup).await.unwrap().is_done());
+    let told = store.read().await.unwrap();
+    assert_eq!((told.timeline(), told.claimed, told.status.optime), (before.timeline(), TimelineId(3), Lsn(9)));
+    assert_eq!(store.put_forgotten_timelines(&before, &backup).await, Ok(Outcome::Conflict), "told meanwhile");
+    let a = lease(&store).await;
+    let claims = Alongside { claims: Some(TimelineId(4)), ..Alongside::default() };
+    assert!(store.acquire_leader(&name("a"), a, Seen::of(&told), claims).await.unwrap().is_done());
+    assert_eq!(store.put_forgotten_timelines(&before, &told).await, Ok(Outcome::Conflict), "a newer one is claimed");
 }
 
 #[tokio::test(start_paused = true)]

@@ -61,7 +61,7 @@ fn whoever_has_given_its_word_follows_and_does_not_race() {
     late.view().leader = Some(key("b"));
     assert_eq!(late.decide().action, Action::Wait);
     late.memory.promise = None;
-    assert_eq!(late.decide().action, Action::Confirm);
+    assert_eq!(late.answers(&[("a", None), ("c", peer(1000))]).decide().action, Action::Confirm);
     // A stopped server follows whom it has promised to.
     let mut down = world().leaderless().promised(1);
     down.pg = stopped(ControlState::ShutDownInRecovery, true);

@@ -104,6 +104,36 @@ fn a_leader_whose_disk_takes_no_wal_gives_way_if_somebody_can_take_over() {
 }
 
 #[test]
+fn a_key_that_is_found_is_left_to_whoever_is_on_a_later_timeline() {
+    let mut found = world().leading();
+    found.leader_until = None;
+    assert_eq!(found.decide().action, Action::Confirm, "a primary under it has led all the time");
+    let later = |timeline| peer(500).map(|peer| PeerStatus { timeline: Some(TimelineId(timeline)), ..peer });
+    for down in [standby(1000), stopped(ControlState::InProduction, false)] {
+        found.pg = down;
+        let Action::Ask(asked) = found.decide().action else { panic!("{:?}", found.decide()) };
+        assert!(asked.keys().map(MemberName::as_str).eq(["a", "c"]), "also who is not synchronous");
+        for (answer, action) in [(None, Action::Confirm), (later(1), Action::Confirm), (later(2), Action::Release)] {
+            let answered = found.clone().answers(&[("a", None), ("c", answer.clone())]);
+            assert_eq!(answered.decide().action, action, "{answer:?}");
+        }
+        let mut told = found.clone();
+        told.view().has_history = true;
+        told.view().history = vec![HistoryLine {
+            timeline: TimelineId(1),
+            switchpoint: Lsn(900),
+            reason: String::new(),
+            promoted_at: None,
+            new_leader: None,
+        }];
+        assert_eq!(told.decide().action, Action::Release, "the DCS knows");
+    }
+    let mut held = world().leading().answers(&[("a", None), ("c", later(2))]);
+    held.pg = standby(1000);
+    assert_eq!(held.decide().action, Action::Release, "it was not won just now");
+}
+
+#[test]
 fn what_cannot_be_killed_does_not_take_its_key_again() {
     let mut stuck = world().leading();
     (stuck.pg, stuck.leader_until) = (PgStatus::Unresponsive, None);

@@ -228,7 +228,7 @@ fn the_holder_of_the_key_promotes_and_nobody_else() {
     holder.memory.elected = Some(Revision(50));
     assert_eq!(holder.decide().action, Action::Promote(None));
     holder.leader_until = Some(NOW);
-    assert_eq!(holder.decide().action, Action::Confirm);
+    assert_eq!(holder.answers(&[("a", None), ("c", peer(1000))]).decide().action, Action::Confirm);
 }
 
 #[test]
