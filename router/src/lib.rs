@@ -53,6 +53,7 @@ pub mod search;
 pub mod server;
 pub mod session;
 pub mod sessions;
+pub mod silence;
 pub mod socket;
 pub mod startup;
 pub mod survey;

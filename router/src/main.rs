@@ -189,6 +189,7 @@ fn background(
         }
         tokio::spawn(survey::candidates(router.clone()));
         tokio::spawn(survey::settling(router.clone()));
+        tokio::spawn(survey::silence(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
         let store = ClusterStore::new(dcs, paths);

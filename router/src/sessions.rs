@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::task::Waker;
+use std::time::Duration;
 
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
@@ -24,6 +25,7 @@ use trunkline_common::{Instant, MemberName, Revision};
 
 use crate::handover::Leaving;
 use crate::port::Peer;
+use crate::silence;
 use crate::socket::{self, Connection};
 use crate::table::{Backend, Epoch};
 
@@ -157,6 +159,15 @@ pub struct Registered {
     pub reign: Option<Reign>,
     /// What cancels it.
     pub key: Option<Arc<[u8]>>,
+}
+
+/// How long a peer may answer nothing at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Silence {
+    /// That of a client; `None`: for ever.
+    pub client: Option<Duration>,
+    /// The same of a server.
+    pub server: Option<Duration>,
 }
 
 /// What one process tells the next of the reign that a session belongs to.
@@ -442,6 +453,12 @@ impl Sessions {
         inner.all().filter(over).map(|session| session.end(cut)).count()
     }
 
+    /// Gives up clients and servers that do not answer any more, each after as long as `limits` says for the session's port. Says
+    /// of one session after the other how many of its two those are; between sessions nothing is locked.
+    pub fn give_up_silent(&self, limits: impl Fn(&str) -> Silence) -> impl Iterator<Item = usize> {
+        self.look(move |live| live.give_up_silent(limits(&live.port)))
+    }
+
     /// From now on every session that can leave goes to `exit`.
     pub fn leave(&self, exit: mpsc::Sender<Leaving>) {
         let mut inner = self.inner.lock();
@@ -585,6 +602,13 @@ impl Live {
             began: self.began,
             bytes: (self.ticket.up.load(Ordering::Relaxed), self.ticket.down.load(Ordering::Relaxed)),
         }
+    }
+
+    /// Only the connections: by that the relay learns who is gone, and ends the session.
+    fn give_up_silent(&self, limits: Silence) -> usize {
+        let legs = [(&self.client, limits.client), (&self.server, limits.server)];
+        let known = legs.into_iter().filter_map(|(leg, limit)| leg.as_ref().zip(limit));
+        known.filter(|(leg, limit)| silence::is_over(leg, *limit)).map(|(leg, _)| socket::abort(leg)).count()
     }
 
     fn end(&self, cut: Cut) {

@@ -17,6 +17,7 @@ use trunkline_config::router::Listen;
 
 use crate::names::Names;
 use crate::port::Peer;
+use crate::silence;
 
 /// Connections the kernel completes before they are accepted; it cuts this to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -117,14 +118,14 @@ impl Bound {
         }
     }
 
-    /// What accepted connections inherit: no delay, and how soon a silent client is given up.
+    /// What accepted connections inherit: no delay, and how soon an idle client that is gone is given up.
     ///
     /// # Errors
     /// The kernel refuses an option.
     pub fn tune(&self, silence: Option<Duration>) -> io::Result<()> {
         let Bound::Tcp(listener) = self else { return Ok(()) };
         sockopt::set_tcp_nodelay(listener, true)?;
-        notice_silence(listener, silence)
+        silence::keepalive(listener, silence)
     }
 
     /// The same socket once more.
@@ -254,7 +255,7 @@ pub enum FirstBytes {
 }
 
 /// Opens a connection to a server, trying each address of a name in turn, all within `timeout`. For `silence` see
-/// [`notice_silence`].
+/// [`silence::keepalive`].
 pub async fn dial(
     names: &Arc<Names>,
     host: &str,
@@ -286,34 +287,8 @@ async fn dial_address(address: SocketAddr, silence: Option<Duration>, first: Fir
         // The acknowledgement that ends the handshake goes out with them, which saves a packet.
         sockopt::set_tcp_quickack(&socket, false)?;
     }
-    notice_silence(&socket, silence)?;
+    silence::keepalive(&socket, silence)?;
     socket.connect(address).await
-}
-
-/// A peer that acknowledges nothing for `silence` is given up: an idle one by keepalive, one that was sent something by
-/// `TCP_USER_TIMEOUT`, which also bounds the number of probes (until [`forget_user_timeout`]).
-fn notice_silence(socket: impl AsFd, silence: Option<Duration>) -> io::Result<()> {
-    let Some(silence) = silence else {
-        // A listening socket may have been told something else before.
-        sockopt::set_socket_keepalive(&socket, false)?;
-        return Ok(sockopt::set_tcp_user_timeout(&socket, 0)?);
-    };
-    let (idle, interval) = probes(silence);
-    sockopt::set_socket_keepalive(&socket, true)?;
-    sockopt::set_tcp_keepidle(&socket, idle)?;
-    sockopt::set_tcp_keepintvl(&socket, interval)?;
-    sockopt::set_tcp_user_timeout(&socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))?;
-    Ok(())
-}
-
-/// Probes without an answer after which a peer is given up.
-const PROBES: u32 = 3;
-
-/// When the first probe is sent, and the distance of the others; the kernel counts whole seconds.
-fn probes(silence: Duration) -> (Duration, Duration) {
-    let interval = (silence.as_secs() / 8).max(1);
-    let idle = silence.as_secs().saturating_sub(interval * u64::from(PROBES)).max(1);
-    (Duration::from_secs(idle), Duration::from_secs(interval))
 }
 
 /// Whether there is a byte to read, or an end (0); nothing is taken.
@@ -378,16 +353,6 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Turns `TCP_USER_TIMEOUT` off. Linux ends a connection by it also when the peer is alive and acknowledges every probe,
-/// but with a window of zero (tcp_probe_timer; seen on 6.18): a COPY that waits for a lock would die, and so would a client
-/// that reads its rows slowly. From then on the number of probes is the bound.
-pub fn forget_user_timeout(stream: impl AsFd) {
-    let forgotten = sockopt::set_tcp_keepcnt(&stream, PROBES).and_then(|()| sockopt::set_tcp_user_timeout(&stream, 0));
-    if let Err(error) = forgotten {
-        tracing::debug!(%error, "TCP_USER_TIMEOUT can't be turned off");
-    }
 }
 
 /// Ends a connection with a reset, at once and from any thread: what waits in its buffers is neither sent nor read any
@@ -465,15 +430,6 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_noticed_in_its_time() {
-        for (silence, expected) in [(4, (1, 1)), (8, (5, 1)), (20, (14, 2)), (60, (39, 7))] {
-            let (idle, interval) = probes(Duration::from_secs(silence));
-            assert_eq!((idle.as_secs(), interval.as_secs()), expected, "{silence}");
-            assert_eq!(idle + interval * PROBES, Duration::from_secs(silence));
-        }
-    }
-
-    #[test]
     fn a_file_that_was_left_is_used_again_and_one_in_use_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
@@ -500,7 +456,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_kernel_is_told_to_notice_silence_on_both_legs() {
+    async fn the_kernel_is_told_to_ask_idle_peers_on_both_legs() {
         let silence = Some(Duration::from_secs(8));
         let bound = Bound::new(&Address::Tcp("127.0.0.1:0".parse().unwrap()), 1).unwrap().remove(0);
         bound.listen().unwrap();
@@ -518,17 +474,13 @@ mod tests {
         for leg in legs(silence).await {
             assert!(sockopt::socket_keepalive(&leg).unwrap());
             let (idle, interval) = (sockopt::tcp_keepidle(&leg).unwrap(), sockopt::tcp_keepintvl(&leg).unwrap());
-            assert_eq!((idle.as_secs(), interval.as_secs()), (5, 1));
-            assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 8_000);
-            // A peer that is busy is not given up, an idle one is.
-            forget_user_timeout(&leg);
+            assert_eq!((idle.as_secs(), interval.as_secs(), sockopt::tcp_keepcnt(&leg).unwrap()), (5, 1, 3));
+            // A live peer that does not read would be given up by that.
             assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 0);
-            assert!(sockopt::socket_keepalive(&leg).unwrap() && sockopt::tcp_keepcnt(&leg).unwrap() == PROBES);
         }
         // The port has been told otherwise by a reload.
         for leg in legs(None).await {
             assert!(!sockopt::socket_keepalive(&leg).unwrap());
-            assert_eq!(sockopt::tcp_user_timeout(&leg).unwrap(), 0);
         }
     }
 }

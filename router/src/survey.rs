@@ -1,6 +1,6 @@
 //! What is looked at again and again, beside the sessions: who is a candidate of which port, which one line in the log
 //! tells whenever it changes; sessions on standbys that are down or too far behind, which end; and positions, where a port limits
-//! lag in time; sessions that are there for a while, which settle.
+//! lag in time; sessions that are there for a while, which settle; and clients and servers that do not answer any more.
 
 use std::collections::BTreeMap;
 use std::mem::Discriminant;
@@ -18,13 +18,19 @@ use crate::lag::Measured;
 use crate::probe::Prober;
 use crate::router::Router;
 use crate::rule::{self, Reason, Verdict};
-use crate::sessions::Cut;
+use crate::sessions::{Cut, Silence};
 
 /// How often: lag in time grows by itself.
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// How often sessions settle: those that end sooner are not worth it, and until then they need more memory.
 const SETTLE_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often it is looked for silence, which is 4 s at least.
+const SILENCE_PAUSE: Duration = Duration::from_secs(2);
+
+/// Sessions after which others of the thread get their turn.
+const TURN: usize = 64;
 
 /// How long a member may take to tell its position.
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
@@ -51,6 +57,27 @@ pub async fn settling(router: Arc<Router>) {
             router.sessions.stirred().await;
         }
         router.clock.sleep(SETTLE_PAUSE).await;
+    }
+}
+
+/// Gives up clients and servers that do not answer any more.
+pub async fn silence(router: Arc<Router>) {
+    loop {
+        router.clock.sleep(SILENCE_PAUSE).await;
+        let limits = |port: &Port| Silence { client: port.client_silence, server: port.server_silence };
+        let ports = router.ports().into_iter().map(|port| (port.name.clone(), limits(&port.settings())));
+        let ports: BTreeMap<_, _> = ports.collect();
+        let limits = |port: &str| ports.get(port).copied().unwrap_or_default();
+        let mut given_up = 0;
+        for (looked_at, silent) in router.sessions.give_up_silent(limits).enumerate() {
+            given_up += silent;
+            if looked_at % TURN == 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+        if given_up > 0 {
+            info!(given_up, "clients or servers do not answer any more");
+        }
     }
 }
 

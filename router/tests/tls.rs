@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::network::{cut_off, inside};
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -226,6 +227,31 @@ async fn a_transaction_in_tls_has_a_budget() {
     eventually(|| world.router.sessions.is_empty()).await;
     let text = world.router.metrics.render().unwrap();
     assert!(text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"switchover_overdue\"} 2"), "{text}");
+}
+
+#[tokio::test]
+async fn in_tls_too_a_client_that_dies_is_given_up_and_one_that_does_not_read_is_not() {
+    if !inside("in_tls_too_a_client_that_dies_is_given_up_and_one_that_does_not_read_is_not") {
+        return;
+    }
+    let files = Certificates::new(&["own"]);
+    let mut world = World::new(limits());
+    let rw = world.open(Port { client_silence: Some(Duration::from_secs(4)), ..files.port("own") }).await;
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    let (mut lives, mut sends) = started_in_tls(rw, &files.file("own.pem"), &leader).await;
+    let (dies, mut waits) = started_in_tls(rw, &files.file("own.pem"), &leader).await;
+    let sent = fills(&mut sends).await;
+    cut_off(dies.get_ref().0.local_addr().unwrap().port());
+    waits.write_all(b"an answer").await.unwrap();
+    assert_eq!(rest(&mut waits).await, b"");
+    // By now it has been silent for longer than the other one was.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    drains(&mut lives, sent).await;
+    say(&mut sends, b"and on").await;
+    hears(&mut lives, b"and on").await;
+    let text = world.router.metrics.render().unwrap();
+    assert!(text.contains("ended_total{member=\"a\",port=\"leader\",reason=\"client_lost\"} 1\n"), "{text}");
 }
 
 #[tokio::test]

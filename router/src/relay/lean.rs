@@ -22,12 +22,11 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use tracing::error;
 
+use super::Carried;
 use super::copy::BUFFER;
-use super::{Carried, UNANSWERED};
 use crate::boundary::Trace;
 use crate::metrics::Meter;
 use crate::sessions::Session;
-use crate::socket;
 
 /// From so many bytes on without any answer, it is a stream.
 const STREAM: u32 = 1 << 20;
@@ -222,17 +221,10 @@ struct Hall {
 /// One that is here.
 struct Resident {
     guest: Guest,
-    up: Way,
-    down: Way,
-}
-
-/// One direction.
-#[derive(Default)]
-struct Way {
-    /// Bytes since the other one moved any.
-    unanswered: u32,
-    /// The user timeout of its receiver has been turned off.
-    patient: bool,
+    /// Bytes to the server since it last said anything.
+    unanswered_up: u32,
+    /// The same of the client.
+    unanswered_down: u32,
 }
 
 /// It does not stay, and some bytes of the direction that was looked at have not been sent.
@@ -288,7 +280,7 @@ impl Hall {
             epoll::add(&self.shared.epoll, socket, data, flags)
         };
         let watched = watch(&guest.client, Direction::Up).and_then(|()| watch(&guest.server, Direction::Down));
-        self.residents[place] = Some(Box::new(Resident { guest, up: Way::default(), down: Way::default() }));
+        self.residents[place] = Some(Box::new(Resident { guest, unanswered_up: 0, unanswered_down: 0 }));
         match watched {
             Ok(()) => self.ask(place),
             // Out of memory, say.
@@ -346,9 +338,10 @@ impl Resident {
     /// Moves what there is. As events tell of changes only, that has to be all of it. `ends`: behind that the source ends.
     fn relay(&mut self, direction: Direction, ends: bool, scratch: &mut [u8]) -> Result<(), Leaves> {
         let Guest { client, server, session, meter, traces, .. } = &mut self.guest;
-        let (from, to, way, other) = match direction {
-            Direction::Up => (&*client, &*server, &mut self.up, &mut self.down),
-            Direction::Down => (&*server, &*client, &mut self.down, &mut self.up),
+        let (up, down) = (&mut self.unanswered_up, &mut self.unanswered_down);
+        let (from, to, unanswered, answered) = match direction {
+            Direction::Up => (&*client, &*server, up, down),
+            Direction::Down => (&*server, &*client, down, up),
         };
         loop {
             let received = match rustix::net::recv(from, &mut *scratch, RecvFlags::DONTWAIT) {
@@ -372,30 +365,20 @@ impl Resident {
                     traces.take_if(|(_, server)| !server.look(bytes));
                 }
             }
-            way.moved(received, to);
-            other.unanswered = 0;
+            *unanswered += received as u32;
+            *answered = 0;
             // An error is found again by whoever tries the rest.
             let sent = rustix::net::send(to, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).unwrap_or(0);
             if sent < received {
                 return Err(Leaves(Why::Other, bytes[sent..].to_vec()));
             }
-            if way.unanswered >= STREAM {
+            if *unanswered >= STREAM {
                 return Err(Leaves(Why::Streams(direction), Vec::new()));
             }
             // A read that comes back short has emptied the socket, and what comes later is a new event.
             if received < scratch.len() && !ends {
                 return Ok(());
             }
-        }
-    }
-}
-
-impl Way {
-    fn moved(&mut self, bytes: usize, to: &OwnedFd) {
-        self.unanswered += bytes as u32;
-        if self.unanswered > UNANSWERED && !self.patient {
-            self.patient = true;
-            socket::forget_user_timeout(to);
         }
     }
 }

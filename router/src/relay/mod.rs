@@ -43,15 +43,10 @@ use crate::boundary::Trace;
 use crate::key::{KeyWatch, Seen};
 use crate::metrics::Meter;
 use crate::sessions::{Call, Session};
-use crate::socket;
 use course::{Course, Side};
 
 /// Steps a session may take before others of its thread get their turn.
 const STEPS: usize = 8;
-
-/// From this many bytes sent without any answer, the receive window may be closed by a peer that is alive but busy
-/// (PostgreSQL's first window is 64 KiB); see [`socket::forget_user_timeout`].
-const UNANSWERED: u32 = 32 << 10;
 
 /// Who ended the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,8 +140,6 @@ pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Fut
     let mut relay = Relay {
         up: Half { unread: start.unread, rest: up, trace: of_client, ..half(Direction::Up) },
         down: Half { watch, rest: down, trace: of_server, ..half(Direction::Down) },
-        unanswered_up: Some(0),
-        unanswered_down: Some(0),
         course: Course::new(budget.or(start.resignation)),
         settling: start.settles.map(|turns| Settling { turns: turns.get(), server_spoke: false }),
     };
@@ -171,10 +164,6 @@ pub fn relay<'a>(parties: &'a Parties, start: Start, pool: &'a Pool) -> impl Fut
 struct Relay<'a> {
     up: Half<'a>,
     down: Half<'a>,
-    /// Bytes sent since the server last said anything; `None` once its user timeout has been turned off.
-    unanswered_up: Option<u32>,
-    /// The same of the client.
-    unanswered_down: Option<u32>,
     course: Course,
     settling: Option<Settling>,
 }
@@ -251,17 +240,6 @@ impl Relay<'_> {
         if let Some(settling) = &mut self.settling {
             settling.moved(up > 0, down > 0);
         }
-        note_unanswered(&mut self.unanswered_up, up, down, &parties.server);
-        note_unanswered(&mut self.unanswered_down, down, up, &parties.client);
-    }
-}
-
-fn note_unanswered(unanswered: &mut Option<u32>, sent: u64, heard: u64, peer: &TcpStream) {
-    let Some(bytes) = unanswered else { return };
-    *bytes = if heard > 0 { 0 } else { bytes.saturating_add(u32::try_from(sent).unwrap_or(u32::MAX)) };
-    if *bytes > UNANSWERED {
-        socket::forget_user_timeout(peer);
-        *unanswered = None;
     }
 }
 

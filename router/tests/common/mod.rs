@@ -2,12 +2,14 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod network;
+
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use trunkline_common::cluster::{LeaderKey, Status};
@@ -73,6 +75,7 @@ impl World {
         }
         let (sender, receiver) = watch::channel(Knowledge::default());
         tokio::spawn(survey::candidates(router.clone()));
+        tokio::spawn(survey::silence(router.clone()));
         tokio::spawn(follow::run(router.clone(), Prober::default(), receiver, seed));
         let view = ClusterView { status: Status { optime: Lsn(1_000), ..Status::default() }, ..ClusterView::default() };
         Self { router, knowledge: sender, view }
@@ -251,6 +254,26 @@ pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut got = Vec::new();
     let _ = within(stream.read_to_end(&mut got)).await;
     got
+}
+
+/// Writes until nothing is taken any more: the other end does not read. Says how much that was.
+pub async fn fills(stream: &mut (impl AsyncWrite + Unpin)) -> usize {
+    let bytes = [7; 64 << 10];
+    let mut sent = 0;
+    while let Ok(written) = tokio::time::timeout(Duration::from_millis(500), stream.write(&bytes)).await {
+        sent += written.unwrap();
+        assert!(sent < 64 << 20, "no backpressure");
+    }
+    sent
+}
+
+/// Reads so much.
+pub async fn drains(stream: &mut (impl AsyncRead + Unpin), mut left: usize) {
+    let mut scratch = vec![0; 1 << 20];
+    while left > 0 {
+        let most = left.min(scratch.len());
+        left -= within(stream.read(&mut scratch[..most])).await.unwrap();
+    }
 }
 
 /// An ErrorResponse with this SQLSTATE.
