@@ -71,9 +71,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 let until = until.map(|deadline| deadline.fence_at);
                 self.spawn(TaskKind::Demote, hands.demote(until));
             }
-            Action::Clone(source) => self.spawn_copy(TaskKind::Clone, hands.clone_from(source, false)),
+            Action::Clone(source) => self.spawn_copy(TaskKind::Clone, false, hands.clone_from(source)),
             Action::RestoreReplica => self.spawn(TaskKind::Clone, hands.restore_replica()),
-            Action::Reclone(source) => self.spawn_copy(TaskKind::Clone, hands.clone_from(source, true)),
+            Action::Reclone(source) => self.spawn_copy(TaskKind::Clone, true, hands.clone_from(source)),
             Action::Start(role) => {
                 let names = self.names_at_start(&role);
                 let (limit, told) = match role {

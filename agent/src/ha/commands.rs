@@ -8,6 +8,7 @@ use serde_json::Value;
 use tracing::{info, warn};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
+use trunkline_common::dcs::store::Outcome;
 use trunkline_common::{Clock, Lsn, MemberName};
 
 use super::decide::restart;
@@ -16,13 +17,16 @@ use super::task::{RestartPlan, TaskEnd, TaskKind};
 use super::{Ha, me, sync};
 use crate::node::{Command, Refusal, Reply, RestartFilter, Word};
 use crate::peer::Peers;
-use crate::postgres::{PgError, PgRole, PgStatus, Postgres, StartAs};
+use crate::postgres::{PgError, PgRole, PgStatus, Postgres, StartAs, StopMode};
 
 /// The longest ttl that a leader without DCS is given a promise for.
 const LONGEST_PROMISE: Duration = Duration::from_secs(3600);
 
 /// How long keeping a promise may take: the leader that waits for it has no more time.
 const KEPT_WITHIN: Duration = Duration::from_millis(300);
+
+/// How soon whoever waits for the `sync` key reads it again.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// Slots that such a leader may name.
 const MOST_SLOTS: usize = 10_000;
@@ -178,13 +182,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
     }
 
-    /// Replaces the data directory by a copy, once nothing is promised any more of what it had.
-    pub(super) fn spawn_copy(&mut self, kind: TaskKind, copy: impl Future<Output = TaskEnd> + Send + 'static) {
-        let forgone = self.forgo_place();
+    /// Replaces the data directory by a copy, once nothing is promised any more of what it had; `stop_first`: of what it has, a
+    /// server may be running on it.
+    pub(super) fn spawn_copy(
+        &mut self,
+        kind: TaskKind,
+        stop_first: bool,
+        copy: impl Future<Output = TaskEnd> + Send + 'static,
+    ) {
+        let (left_out, forgone, postgres) = (self.left_out(), self.forgo_place(), self.parts.postgres.clone());
         self.spawn(kind, async move {
+            let failed = |why| TaskEnd::Failed { why, damaged: false };
+            if let Err(why) = left_out.await {
+                return failed(why);
+            }
+            if stop_first && let Err(error) = postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
+                return error.into();
+            }
             match forgone.await {
                 Ok(()) => copy.await,
-                Err(why) => TaskEnd::Failed { why, damaged: false },
+                Err(why) => failed(why),
             }
         });
     }
@@ -192,10 +209,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// The `sync` key says of names, not of data directories, who has every commit. Returns once it does not say so of this node,
     /// which its leader sees to as soon as the member key, which is to be published, says what is about to happen. An error says
     /// why that is not certain.
-    fn forgo_place(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
+    fn left_out(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
         let (clock, me) = (self.parts.clock.clone(), self.me.name.clone());
         let mut knowledge = self.parts.knowledge.clone();
-        let (session, limit) = (self.lease.session(), (self.settings().loop_wait * 2).min(self.settings().ttl));
+        let (session, limit) = (self.lease.session(), self.forgone_within());
         async move {
             let promised = |known: &Knowledge| known.view.as_ref().is_none_or(|view| sync::promises(view, &me));
             if !promised(&knowledge.borrow()) {
@@ -205,11 +222,51 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 return Err("the sync key says that this node has every commit, and the DCS does not answer".to_owned());
             }
             info!("waiting until the sync key does not say any more that this node has every commit");
-            let forgone = async { _ = knowledge.wait_for(|known| !promised(known)).await };
-            clock.within(limit, forgone).await.ok_or_else(|| {
-                format!("the leader has not taken this node off the sync key within {limit:?}: it would lead without commits")
-            })
+            let left_out = async { _ = knowledge.wait_for(|known| !promised(known)).await };
+            clock.within(limit, left_out).await.ok_or_else(|| kept_on_the_key(limit))
         }
+    }
+
+    /// The same once the server is down, for as long as it has no data: what was seen before may have been old, and the leader about
+    /// to list a standby that still streamed. Returns once the `sync` key, which does not list this node, has been written anew
+    /// after the member key had said what becomes of it: a write that is on its way comes to nothing, and one that names the new
+    /// revision comes from a leader that has seen the member key.
+    fn forgo_place(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let (clock, me, store) = (self.parts.clock.clone(), self.me.name.clone(), self.parts.store.clone());
+        let (mut knowledge, restored) = (self.parts.knowledge.clone(), self.restored.clone());
+        let limit = self.forgone_within();
+        async move {
+            let forgone = async {
+                loop {
+                    knowledge.mark_unchanged();
+                    let view = match store.read().await {
+                        Ok(view) => view,
+                        Err(error) => return Err(format!("the sync key can't be read: {error}")),
+                    };
+                    let written_anew = restored.as_ref().is_none_or(|restored| !restored.is_old(&view));
+                    if written_anew && sync::is_forgone(&view, &me) {
+                        let Some(again) = sync::again(&view) else { return Ok(()) };
+                        match store.put_sync(again).await {
+                            Ok(Outcome::Done(_)) => return Ok(()),
+                            Ok(Outcome::Conflict) => continue,
+                            Err(error) => return Err(format!("the sync key can't be written: {error}")),
+                        }
+                    }
+                    let changed = async {
+                        if knowledge.changed().await.is_err() {
+                            std::future::pending().await
+                        }
+                    };
+                    // Also without a word of it: the watch may be deaf.
+                    _ = clock.within(LOOK_AGAIN, changed).await;
+                }
+            };
+            clock.within(limit, forgone).await.unwrap_or_else(|| Err(kept_on_the_key(limit)))
+        }
+    }
+
+    fn forgone_within(&self) -> Duration {
+        (self.settings().loop_wait * 2).min(self.settings().ttl)
     }
 
     fn schedule_restart(&mut self, schedule: Value) -> Reply {
@@ -274,9 +331,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.abort_task().await;
         info!("making this replica anew from {}", source.name);
         let hands = self.hands();
-        self.spawn_copy(TaskKind::Reinitialize, hands.reinitialize(source, from_leader));
+        self.spawn_copy(TaskKind::Reinitialize, true, hands.reinitialize(source, from_leader));
         Ok("reinitialize started".to_owned())
     }
+}
+
+fn kept_on_the_key(limit: Duration) -> String {
+    format!("the leader has not taken this node off the sync key within {limit:?}: it would lead without commits")
 }
 
 /// When the server was started, if it is not the one any more whose restart was planned.

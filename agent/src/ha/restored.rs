@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use trunkline_common::cluster::{Initialize, SyncState};
 use trunkline_common::{ClusterView, Revision};
+use trunkline_config::dynamic::SynchronousMode;
 
 /// A DCS that has gone back.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +44,11 @@ impl Restored {
     /// It has been told, or somebody has written of newer ones.
     pub fn told(&mut self) {
         self.untold = false;
+    }
+
+    /// Whether the `sync` key is as old as the backup where commits wait by it: of whoever writes it the others would take it for new.
+    pub fn is_old(&self, view: &ClusterView) -> bool {
+        view.settings.synchronous_mode != SynchronousMode::Off && view.sync.revision <= self.since
     }
 
     /// `view` with what it has forgotten: who has every commit, the last leader's position, and the numbers of timelines.

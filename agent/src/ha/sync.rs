@@ -7,8 +7,9 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
+use trunkline_common::dcs::codec;
 use trunkline_common::dcs::store::SyncWrite;
-use trunkline_common::{ClusterView, Lsn, MemberName};
+use trunkline_common::{ClusterView, Lsn, MemberName, Revision};
 use trunkline_config::dynamic::SynchronousMode;
 use trunkline_config::tags;
 
@@ -64,13 +65,18 @@ fn written_in_this_reign(view: &ClusterView) -> bool {
     view.leader.as_ref().is_some_and(|leader| leader.created <= view.sync.revision)
 }
 
+/// What settles the `sync` key where commits wait by it; `None` where nothing is promised.
+pub fn settle(view: &ClusterView) -> Option<SyncWrite> {
+    again(view).filter(|_| view.settings.synchronous_mode != SynchronousMode::Off && view.sync.leader.is_some())
+}
+
 /// The `sync` key as it is, to be written once more: a write whose answer never came names the revision that it was to
 /// replace, and comes to nothing after this one. Otherwise it might add to the key, much later, somebody whom a server that
-/// is started by the key of now does not wait for. `None` where nothing is promised.
-pub fn settle(view: &ClusterView) -> Option<SyncWrite> {
+/// is started by the key of now does not wait for. `None` where there is no key.
+pub fn again(view: &ClusterView) -> Option<SyncWrite> {
     let sync = &view.sync;
-    let leader = sync.leader.as_ref().filter(|_| view.settings.synchronous_mode != SynchronousMode::Off)?;
-    Some(SyncWrite { value: Some(key(leader.as_str(), sync.quorum as usize, &sync.standbys)), seen: sync.revision })
+    let value = codec::encode_sync(sync.leader.as_ref(), sync.quorum, &sync.standbys);
+    (sync.revision > Revision(0)).then_some(SyncWrite { value: Some(value), seen: sync.revision })
 }
 
 /// `synchronous_standby_names` at the moment of promotion: whom the first commits wait for.
@@ -292,6 +298,11 @@ pub fn counts_on(view: &ClusterView, standby: &MemberName) -> bool {
 /// Whether the `sync` key says that `member` has every commit.
 pub fn promises(view: &ClusterView, member: &MemberName) -> bool {
     view.settings.synchronous_mode != SynchronousMode::Off && view.sync.includes(member)
+}
+
+/// Whether nobody can come to count on what `member` had: the `sync` key does not, and its member key says what becomes of it.
+pub fn is_forgone(view: &ClusterView, member: &MemberName) -> bool {
+    !promises(view, member) && made_anew(view, &member.0)
 }
 
 /// Whether strict mode makes commits wait for somebody who is not there.

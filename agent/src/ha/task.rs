@@ -253,10 +253,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     }
 
     /// Copies from `source`; the next turn starts the copy.
-    pub async fn clone_from(self, source: Upstream, stop_first: bool) -> TaskEnd {
-        if stop_first && let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
-            return error.into();
-        }
+    pub async fn clone_from(self, source: Upstream) -> TaskEnd {
         let name = source.name.clone();
         copied(&name, self.postgres.clone_from(source).await)
     }
@@ -264,10 +261,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// Makes this replica anew. `afresh`: from the running server itself, not from a backup of it.
     pub async fn reinitialize(self, source: Upstream, afresh: bool) -> TaskEnd {
         if !afresh {
-            return self.clone_from(source, true).await;
-        }
-        if let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
-            return error.into();
+            return self.clone_from(source).await;
         }
         let name = source.name.clone();
         copied(&name, self.postgres.base_backup(source).await)

@@ -292,6 +292,28 @@ fn who_is_made_anew_is_on_the_key_no_longer() {
 }
 
 #[test]
+fn a_place_is_forgone_once_the_key_and_the_member_key_say_so() {
+    let forgone = |standbys: &[&str], state: &str| {
+        let mut view = view(standbys);
+        view.members.get_mut(&"b".into()).unwrap().state = state.to_owned();
+        is_forgone(&view, &"b".into())
+    };
+    assert!(forgone(&["c-1"], BEING_COPIED));
+    assert!(!forgone(&["b"], BEING_COPIED), "it is listed");
+    assert!(!forgone(&["c-1"], "running"), "it may be listed by a leader that knows no better");
+    let mut off = view(&["b"]);
+    (off.settings.synchronous_mode, off.sync.revision) = (SynchronousMode::Off, Revision(7));
+    let again = again(&off).unwrap();
+    assert_eq!(
+        (again.seen, again.value),
+        (Revision(7), Some(json!({ "leader": "a", "quorum": 0, "sync_standby": "b" })))
+    );
+    assert_eq!(settle(&off), None, "commits do not wait by it");
+    off.sync.revision = Revision(0);
+    assert_eq!(super::again(&off), None, "there is none");
+}
+
+#[test]
 fn who_is_made_anew_has_no_vote_any_longer() {
     let next_key = |votes, standbys: &[&str]| {
         let mut strict = quorum("a", votes, standbys);
