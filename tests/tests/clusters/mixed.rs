@@ -77,6 +77,61 @@ async fn both_command_lines_print_the_same_whichever_product_leads() -> Result<(
     Ok(())
 }
 
+/// One product makes the cluster, the other one copies it, and each takes over from the other, with a logical slot whose reader
+/// goes on where it was.
+async fn made_by_one_and_copied_by_the_other(name: &str, agents: Vec<Program>) -> Result<()> {
+    let lab = Lab::new(name)?;
+    let etcd = Etcd::start(&lab, 1).await?;
+    let mut spec = Spec::new(agents.len(), &agents[0]);
+    (spec.agents, spec.timing) = (agents, Timing::PATRONI_LOWEST);
+    spec.dcs["postgresql"] = json!({ "parameters": { "wal_level": "logical" } });
+    spec.dcs["slots"] = json!({ "changes": { "type": "logical", "database": "postgres", "plugin": "test_decoding" } });
+    let mut cluster = Cluster::prepare(&lab, &etcd.endpoints(), spec)?;
+    cluster.nodes[0].start()?;
+    ensure!(cluster.leader(LIMIT).await? == 0);
+    let targets = cluster.targets();
+    targets[0].execute("CREATE TABLE t (n int)", LIMIT).await?;
+    cluster.nodes[1].start()?;
+
+    for (turn, old) in [0, 1, 0].into_iter().enumerate() {
+        ensure!(cluster.settled(LIMIT).await? == old, "leadership moved");
+        let (was, is) = (&targets[old], &targets[1 - old]);
+        was.execute(&format!("INSERT INTO t VALUES ({turn})"), LIMIT).await?;
+        let sql = "SELECT coalesce(string_agg(data, ' '), '') FROM pg_logical_slot_get_changes('changes', NULL, NULL)";
+        wait::until("the slot to be there", LIMIT, async || {
+            let read = was.query_one(sql, LIMIT).await?;
+            ensure!(read.contains(&format!("n[integer]:{turn}")), "{read}");
+            ensure!(turn == 0 || !read.contains(&format!("n[integer]:{}", turn - 1)), "it is read twice: {read}");
+            Ok(())
+        })
+        .await?;
+        let confirmed = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'changes'";
+        let position = was.query_one(confirmed, LIMIT).await?;
+        wait::until("the slot of the standby to move along", LIMIT, async || {
+            let moved = is.query_one(&format!("SELECT ({confirmed}) >= '{position}'"), LIMIT).await?;
+            ensure!(moved == "t", "it is not at {position}");
+            Ok(())
+        })
+        .await?;
+        // To copy a slot Patroni restarts its server.
+        ensure!(cluster.settled(LIMIT).await? == old, "leadership moved");
+        cluster.switchover(old, Some(1 - old)).await?;
+        ensure!(cluster.leader_other_than(old, LIMIT).await? == 1 - old);
+    }
+    lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_patronis_is_copied_by_ours_with_a_logical_slot() -> Result<()> {
+    made_by_one_and_copied_by_the_other("copied", vec![patroni::program()?, Program::agent()?]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_ours_is_copied_by_patroni_with_a_logical_slot() -> Result<()> {
+    made_by_one_and_copied_by_the_other("copies", vec![Program::agent()?, patroni::program()?]).await
+}
+
 /// Nothing ends a primary whose Patroni is frozen, and clients go on writing to it after its lease. `primary_race_backoff` is for
 /// that: as long as its WAL arrives our replica leaves it alone, for that time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
