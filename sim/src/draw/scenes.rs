@@ -328,23 +328,30 @@ fn power_loss(rng: &mut SmallRng, scenario: &mut Scenario) {
 }
 
 /// A synchronous standby is made anew, of a member that lacks what was written lately, while the leader's agent stands still, or in
-/// strict mode; then the leader is out.
+/// strict mode; then the leader is out. It may not know that it is one again, after a restart of which it hears late.
 fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
     let synchronous = scenario.settings["synchronous_mode"] == json!(true);
     if !synchronous || scenario.nodes.len() < 3 || !rng.random_ratio(1, 32) {
         return;
     }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
-    let (ttl, strict) = (scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000, rng.random::<bool>());
+    let (ttl, strict) = (scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000, rng.random_ratio(1, 3));
     scenario.settings["synchronous_mode_strict"] = json!(strict);
     scenario.settings["maximum_lag_on_failover"] = json!(1_048_576);
     let behind = rng.random_range(0..scenario.nodes.len());
     scenario.nodes[behind].tags = Map::from_iter(["nosync", "clonefrom"].map(|tag| (tag.to_owned(), json!(true))));
     let lost = BOOTSTRAP + rng.random_range(0..2_000);
-    let anew = lost + rng.random_range(500..3_000);
+    let unaware = !strict && rng.random_ratio(3, 4);
+    let anew = lost + rng.random_range(500..3_000) + if unaware { 3_000 } else { 0 };
     let out = anew + rng.random_range(100..2_500);
     let cut = Fault::Cut { from: End::Postgres(0), to: End::Postgres(behind), both: true, ms: out + ttl * 3 - lost };
     scenario.add(lost, Some(Aim::Leader), cut);
+    if unaware {
+        let delay = rng.random_range(1_000..2_000);
+        let restart = anew - delay - rng.random_range(50..500);
+        scenario.add(restart - 50, Some(Aim::Synchronous), Fault::SlowWatch { node: 0, delay, ms: 5_000 });
+        scenario.add(restart, Some(Aim::Synchronous), Fault::KillPostgres { node: 0 });
+    }
     if !strict {
         scenario.add(anew - 20, Some(Aim::Leader), Fault::FreezeAgent { node: 0, ms: out - anew + 20 });
     }
