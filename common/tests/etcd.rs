@@ -61,7 +61,7 @@ async fn longest_gap(dcs: &EtcdDcs<SystemClock>, lease: Lease, duration: Duratio
     let mut longest = Duration::ZERO;
     while SystemClock.now() < end {
         match dcs.renew(lease.id, "/x").await {
-            Ok(renewed) => {
+            Ok((renewed, _)) => {
                 longest = longest.max((renewed.until - renewed.ttl).since(sent));
                 sent = renewed.until - renewed.ttl;
                 SystemClock.sleep(Duration::from_millis(500)).await;
@@ -192,7 +192,7 @@ async fn a_deposed_leader_of_etcd_prolongs_no_lease() {
     SystemClock.sleep(Duration::from_millis(100)).await;
     cluster.thaw(0);
     let answers = futures::future::join_all(renewals).await.into_iter().flatten().flatten();
-    let claimed = answers.map(|renewed| renewed.until).max().unwrap_or(renewed_at + ttl);
+    let claimed = answers.map(|(renewed, _)| renewed.until).max().unwrap_or(renewed_at + ttl);
     let mut other = etcd_client::Client::connect([&cluster.members[1].url], None).await.unwrap();
     let kept = other.lease_time_to_live(lease.id.0, None).await.unwrap().ttl();
     // In whole seconds, rounded down.

@@ -162,7 +162,7 @@ impl<D: Dcs, C: Clock> Registrar<D, C> {
     async fn say(&mut self, followed: Followed, due: bool) -> Result<(), DcsError> {
         let lease = match self.lease {
             Some(lease) if !due => lease,
-            Some(lease) => self.forget_if_lost(self.store.renew(lease.id).await)?,
+            Some(lease) => self.forget_if_lost(self.store.renew(lease.id).await)?.0,
             None => self.store.grant(followed.lease).await?,
         };
         self.lease = Some(lease);

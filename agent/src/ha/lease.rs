@@ -440,10 +440,10 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
         // The right to bootstrap hangs on one lease, and can't be moved to another.
         let renewed = match session.lease.filter(|_| *asked == timing.ttl || session.bootstrapping) {
             Some(lease) => self.store.renew(lease.id).await,
-            None => self.store.grant(timing.ttl).await,
+            None => self.store.grant(timing.ttl).await.map(|lease| (lease, None)),
         };
-        let lease = match renewed {
-            Ok(lease) => lease,
+        let (lease, leader) = match renewed {
+            Ok(renewed) => renewed,
             Err(DcsError::LeaseLost) => {
                 self.lost("the lease is gone", Duration::ZERO);
                 self.handle.change(|session| session.lease.take().is_some());
@@ -462,7 +462,7 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                 true
             });
         }
-        if session.leading {
+        if session.leading && !leader.is_some_and(|key| key.is(self.name.as_str(), lease.id)) {
             match self.store.confirm_leader(&self.name, lease.id).await {
                 Ok(Outcome::Done(_)) => {}
                 Ok(Outcome::Conflict) => {

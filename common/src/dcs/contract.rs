@@ -178,8 +178,9 @@ impl<D: Dcs, C: Clock> Subject<D, C> {
         let written = self.put(&key, "x", lease.id).await.revision;
         let mut watch = self.other.watch(&self.key("honest/"), Revision(written.0 + 1)).await.expect("a watch");
         self.clock.sleep(lease.ttl / 2).await;
-        let renewed = self.dcs.renew(lease.id, &key).await.expect("renewed");
+        let (renewed, found) = self.dcs.renew(lease.id, &key).await.expect("renewed");
         assert_eq!((renewed.id, renewed.ttl), (lease.id, lease.ttl));
+        assert!(found.is_some_and(|found| found.key == key && found.is("x", lease.id)));
         assert!(renewed.until > lease.until);
         let (_, changes) = self.changes_within(&mut watch, lease.ttl + SOON).await;
         assert_eq!(describe(&changes), [(key, None)]);
@@ -364,7 +365,7 @@ impl<D: Dcs> Dcs for Late<D> {
         self.dcs.grant(ttl).await
     }
 
-    async fn renew(&self, lease: LeaseId, key: &str) -> Result<Lease, DcsError> {
+    async fn renew(&self, lease: LeaseId, key: &str) -> Result<(Lease, Option<KeyValue>), DcsError> {
         self.dcs.renew(lease, key).await
     }
 

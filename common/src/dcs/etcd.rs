@@ -31,7 +31,7 @@ use trunkline_config::local::Etcd;
 
 use self::endpoints::{Endpoints, Resend};
 use super::latency::Latency;
-use super::{Dcs, DcsError, Events, Lease, Op, Snapshot, Txn, TxnResult};
+use super::{Dcs, DcsError, Events, KeyValue, Lease, Op, Snapshot, Txn, TxnResult};
 use crate::{Clock, Instant, LeaseId, Revision};
 
 /// How many leases' TTLs are remembered; a process holds one or two.
@@ -181,7 +181,7 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
         Ok(Lease::counted(id, ttl, sent))
     }
 
-    async fn renew(&self, lease: LeaseId, key: &str) -> Result<Lease, DcsError> {
+    async fn renew(&self, lease: LeaseId, key: &str) -> Result<(Lease, Option<KeyValue>), DcsError> {
         let ttl = self.ttl(lease).await?;
         let clock = &self.shared.clock;
         let terms = &self.shared.terms;
@@ -193,17 +193,18 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
                 let before = terms.lock().clone();
                 let sent: Instant = clock.now();
                 client.lease_keep_alive(lease.0).await?;
-                let (member, term) = term(&mut client, key).await?;
+                let found = client.get(key, None).await?;
+                let (member, term) = found.header().map_or((0, 0), |header| (header.member_id(), header.raft_term()));
                 terms.lock().insert(member, term);
                 if before.get(&member) == Some(&term) {
-                    return Ok(sent);
+                    return Ok((sent, found.kvs().first().map(wire::key_value)));
                 }
             }
         };
-        let sent = self.shared.endpoints.call(Resend::Always, renew).await;
-        let sent = self.forget_if_lost(lease, sent)?;
+        let renewed = self.shared.endpoints.call(Resend::Always, renew).await;
+        let (sent, found) = self.forget_if_lost(lease, renewed)?;
         self.shared.latency.lock().renewals.add(clock.now().since(sent));
-        Ok(Lease::counted(lease, ttl, sent))
+        Ok((Lease::counted(lease, ttl, sent), found))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {
@@ -214,10 +215,4 @@ impl<C: Clock> Dcs for EtcdDcs<C> {
             Err(error) => Err(error),
         }
     }
-}
-
-/// The member behind the client, and the term of etcd's Raft that it is in, and a quorum with it.
-async fn term(client: &mut etcd_client::Client, key: &str) -> Result<(u64, u64), etcd_client::Error> {
-    let answer = client.get(key, Some(GetOptions::new().with_count_only())).await?;
-    Ok(answer.header().map_or((0, 0), |header| (header.member_id(), header.raft_term())))
 }

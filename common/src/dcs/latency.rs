@@ -9,7 +9,7 @@ const REMEMBERED: usize = 128;
 /// What was measured lately.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Latency {
-    /// Renewals of a lease: a round trip, without a disk.
+    /// Renewals of a lease: two round trips, without a disk.
     pub renewals: Times,
     /// Writes: a round trip with the store's consensus and fsync.
     pub writes: Times,

@@ -284,10 +284,12 @@ impl<C: Clock> Dcs for MemoryDcs<C> {
         Ok(Lease::counted(id, ttl, sent))
     }
 
-    async fn renew(&self, lease: LeaseId, _key: &str) -> Result<Lease, DcsError> {
+    async fn renew(&self, lease: LeaseId, key: &str) -> Result<(Lease, Option<KeyValue>), DcsError> {
         let sent = self.clock.now();
         let ttl = self.call(move |data, now| data.renew(lease, now)).await?;
-        Ok(Lease::counted(lease, ttl, sent))
+        let key = key.to_owned();
+        let found = self.call(move |data, _| Ok(data.keys.get(&key).cloned())).await?;
+        Ok((Lease::counted(lease, ttl, sent), found))
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<(), DcsError> {

@@ -36,6 +36,13 @@ pub struct KeyValue {
     pub lease: LeaseId,
 }
 
+impl KeyValue {
+    /// Whether it has this value and is attached to this lease.
+    pub fn is(&self, value: &str, lease: LeaseId) -> bool {
+        self.value == value.as_bytes() && self.lease == lease
+    }
+}
+
 /// A linearizable reading of a prefix.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Snapshot {
@@ -186,8 +193,13 @@ pub trait Dcs: Clone + Send + Sync + 'static {
     fn grant(&self, ttl: Duration) -> impl Future<Output = Result<Lease, DcsError>> + Send;
 
     /// Prolongs a lease; [`DcsError::LeaseLost`] if it is over. One answer is one proof: `until` counts from sending.
-    /// `key` is one that the caller may read, there or not: what a store asks for to know that who answers still is in charge.
-    fn renew(&self, lease: LeaseId, key: &str) -> impl Future<Output = Result<Lease, DcsError>> + Send;
+    /// Then reads `key`, linearizably: the store shows by it that it still was in charge when it prolonged the lease, and
+    /// what it has found (`None`: no such key) is as it was after that.
+    fn renew(
+        &self,
+        lease: LeaseId,
+        key: &str,
+    ) -> impl Future<Output = Result<(Lease, Option<KeyValue>), DcsError>> + Send;
 
     /// Ends a lease now, with every key attached to it.
     fn revoke(&self, lease: LeaseId) -> impl Future<Output = Result<(), DcsError>> + Send;

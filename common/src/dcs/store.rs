@@ -175,9 +175,8 @@ impl<D: Dcs> ClusterStore<D> {
         then.extend(also.claims.map(|number| self.claim_op(number)));
         let when = std::iter::once(Compare::Absent(leader.clone())).chain(seen.unchanged(&self.paths)).collect();
         let result = self.dcs.txn(Txn { when, then, otherwise: vec![Op::Get(leader)] }).await?;
-        let ours = |kv: &KeyValue| kv.value == name.as_str().as_bytes() && kv.lease == lease;
         match result.read.first() {
-            Some(Some(kv)) if !result.succeeded && ours(kv) => Ok(Outcome::Done(kv.modified)),
+            Some(Some(kv)) if !result.succeeded && kv.is(name.as_str(), lease) => Ok(Outcome::Done(kv.modified)),
             _ => Ok(self.outcome(&result)),
         }
     }
@@ -259,7 +258,7 @@ impl<D: Dcs> ClusterStore<D> {
         let otherwise = vec![Op::Get(key.clone())];
         let result = self.dcs.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise }).await?;
         match result.read.first() {
-            Some(Some(kv)) if kv.value.is_empty() && kv.lease == lease => Ok(Outcome::Done(kv.modified)),
+            Some(Some(kv)) if kv.is("", lease) => Ok(Outcome::Done(kv.modified)),
             _ => Ok(self.outcome(&result)),
         }
     }
@@ -416,8 +415,9 @@ impl<D: Dcs> ClusterStore<D> {
         self.dcs.grant(ttl).await
     }
 
-    /// Prolongs this process's lease. Says nothing about the keys attached to it: see [`Self::confirm_leader`].
-    pub async fn renew(&self, lease: LeaseId) -> Result<Lease, DcsError> {
+    /// Prolongs this process's lease, and shows the leader key as it was after that: a lease says nothing about the keys that
+    /// were attached to it.
+    pub async fn renew(&self, lease: LeaseId) -> Result<(Lease, Option<KeyValue>), DcsError> {
         self.dcs.renew(lease, &self.paths.key("leader")).await
     }
 

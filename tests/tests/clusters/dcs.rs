@@ -494,7 +494,7 @@ async fn a_lease_counts_from_the_request_however_late_the_answer_comes() -> Resu
     for what in ["renewed", "granted"] {
         let asked = SystemClock.now();
         let lease = match what {
-            "renewed" => client.renew(lease.id, "/x").await?,
+            "renewed" => client.renew(lease.id, "/x").await?.0,
             _ => client.grant(Duration::from_secs(30)).await?,
         };
         let answered = SystemClock.now();

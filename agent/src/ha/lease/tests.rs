@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use trunkline_common::cluster::ConfigRecord;
+use trunkline_common::dcs::lasts;
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::paths::Paths;
 use trunkline_common::dcs::store::{Alongside, Seen};
@@ -85,6 +86,18 @@ impl Bench {
         }
     }
 
+    /// When the next renewal that counts was sent, and when it was answered.
+    async fn renewal(&self) -> (Instant, Instant) {
+        let until = || self.handle.session().lease.map(|lease| lease.until);
+        let before = until();
+        while until() == before {
+            self.handle.beat(self.clock.now());
+            self.clock.sleep(Duration::from_millis(1)).await;
+        }
+        let lease = self.handle.session().lease.unwrap();
+        (lease.until - lasts(lease.ttl), self.clock.now())
+    }
+
     fn key_is_there(&self) -> bool {
         self.dcs.peek("/service/demo/leader").entries.len() == 1
     }
@@ -95,6 +108,18 @@ async fn a_leader_that_renews_leads_on() {
     let bench = leading().await;
     bench.live(TTL * 10).await;
     assert!(bench.handle.session().leading && bench.fences.lock().is_empty() && bench.key_is_there());
+}
+
+/// One that prolongs the lease, and one that proves it and shows the key in the same breath.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_takes_two_requests() {
+    const ROUND_TRIP: Duration = Duration::from_millis(100);
+    let bench = leading().await;
+    bench.store.dcs().set_faults(|faults| faults.answer_delay = ROUND_TRIP);
+    // One that is under way.
+    bench.renewal().await;
+    let (sent, answered) = bench.renewal().await;
+    assert_eq!(answered.since(sent).as_millis() / ROUND_TRIP.as_millis(), 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -64,7 +64,7 @@ fn op(op: &Op) -> TxnOp {
     }
 }
 
-fn key_value(kv: &etcd::KeyValue) -> KeyValue {
+pub(super) fn key_value(kv: &etcd::KeyValue) -> KeyValue {
     KeyValue {
         key: text(kv.key()),
         value: kv.value().to_vec(),
