@@ -123,6 +123,25 @@ async fn a_renewal_takes_two_requests() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_leads_nothing_renews_half_as_often() {
+    let bench = leading().await;
+    let pace = async || {
+        let (before, _) = bench.renewal().await;
+        bench.renewal().await.0.since(before)
+    };
+    assert_eq!(pace().await, TTL / 10);
+    bench.handle.resign();
+    bench.renewal().await;
+    assert_eq!(pace().await, TTL / 5);
+    // From the moment on in which it leads again.
+    let (last, _) = bench.renewal().await;
+    bench.live(TTL / 10).await;
+    assert!(bench.handle.lead(bench.handle.session().lease.unwrap()));
+    let (next, _) = bench.renewal().await;
+    assert!(next.since(last) <= TTL / 10 + Duration::from_millis(50), "{:?}", next.since(last));
+}
+
+#[tokio::test(start_paused = true)]
 async fn cut_off_from_the_dcs_it_fences_before_the_key_can_be_taken() {
     let bench = leading().await;
     bench.live(Duration::from_secs(7)).await;
