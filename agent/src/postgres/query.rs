@@ -13,14 +13,18 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls, Row, Statement};
 use trunkline_common::{Clock, Instant, Lsn, SystemClock, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
+use trunkline_config::postgres::Credentials;
 
 use super::pidfile::PidFile;
-use super::walsender::{self, PARTING, WireError};
+use super::walsender::{self, PARTING, Wire, WireError};
 use super::{PgError, PgRole, Running, WalSender, conninfo};
 
-/// A session is opened anew after this long: an old one goes on answering while the postmaster takes no connections, so
-/// this is part of the time after which a hung postmaster is found.
-const SESSION_AGE: Duration = Duration::from_secs(5);
+/// How often it is seen whether the server lets anybody in: a session goes on answering while the postmaster takes no
+/// connections, so this is part of the time after which a hung postmaster is found.
+const KNOCK: Duration = Duration::from_secs(5);
+
+/// A session is opened anew after this long.
+const SESSION_AGE: Duration = Duration::from_secs(60);
 
 /// How often it is looked whether transactions have ended.
 const TRANSACTIONS_PAUSE: Duration = Duration::from_millis(10);
@@ -97,9 +101,9 @@ pub struct Session {
     postmaster: i32,
 }
 
-/// Holds the kept session.
+/// Holds the kept session, with when the server last let somebody in.
 #[derive(Default)]
-pub struct Sessions(tokio::sync::Mutex<Option<Arc<Session>>>);
+pub struct Sessions(tokio::sync::Mutex<Option<(Arc<Session>, Instant)>>);
 
 /// Why a status query has no answer.
 #[derive(Debug)]
@@ -116,12 +120,19 @@ impl Sessions {
     /// The session with the server behind `pid_file`, opened if there is none that can be used.
     pub async fn open(&self, config: &PostgresConfig, pid_file: &PidFile) -> Result<Arc<Session>, ConnectError> {
         let mut kept = self.0.lock().await;
-        if let Some(session) = kept.as_ref().filter(|session| session.usable(pid_file)) {
-            return Ok(session.clone());
+        let now = SystemClock.now();
+        if let Some((session, let_in)) = kept.as_mut().filter(|(session, _)| session.usable(pid_file)) {
+            if now.since(*let_in) < KNOCK {
+                return Ok(session.clone());
+            }
+            if knock(config, pid_file).await.is_ok() {
+                *let_in = now;
+                return Ok(session.clone());
+            }
         }
         *kept = None;
         let session = Arc::new(Session::open(config, pid_file).await?);
-        *kept = Some(session.clone());
+        *kept = Some((session.clone(), now));
         Ok(session)
     }
 
@@ -236,6 +247,13 @@ pub async fn connect_to(
         }
     });
     Ok(Connection { client, _needed: needed })
+}
+
+/// Sees whether the server would let us in, at less than a login costs.
+async fn knock(config: &PostgresConfig, pid_file: &PidFile) -> Result<(), WireError> {
+    let host = local_host(config, config.use_unix_socket, Some(pid_file));
+    let superuser = Credentials { username: user(config).to_owned(), ..config.superuser.clone() };
+    Wire::knock(&host, config.port, &superuser, &config.database).await
 }
 
 /// Where local connections go: a socket directory (with a leading slash), if `unix` says so, or an address (config

@@ -71,10 +71,15 @@ pub struct Wire {
     io: Box<dyn Io>,
     input: BytesMut,
     parameters: BTreeMap<String, String>,
+    /// The server takes commands. Before, a `Terminate` is a wrong password to it, which it would log.
+    ready: bool,
 }
 
 impl Drop for Wire {
     fn drop(&mut self) {
+        if !self.ready {
+            return;
+        }
         let mut io = std::mem::replace(&mut self.io, Box::new(tokio::io::empty()));
         // Where nothing runs any more there is nobody to say it.
         let Ok(runtime) = Handle::try_current() else { return };
@@ -102,9 +107,37 @@ impl Wire {
     }
 
     async fn connect_host(host: &str, port: u16, user: &Credentials, to: Purpose<'_>) -> Result<Self, WireError> {
+        let mut wire = Self::introduce(host, port, user, to).await?;
+        wire.log_in(user).await?;
+        Ok(wire)
+    }
+
+    /// Whether the server lets in a session of `user` in this database, as far as that shows before a password is worked out: that
+    /// takes both sides thousands of hashes. PostgreSQL's log is silent about who goes without having given one.
+    pub async fn knock(host: &str, port: u16, user: &Credentials, database: &str) -> Result<(), WireError> {
+        let mut wire = Self::introduce(host, port, user, Purpose::Sql(database)).await?;
+        match wire.receive().await? {
+            Message::AuthenticationOk => wire.log_in(user).await,
+            Message::ErrorResponse(body) => Err(error_text(body.fields())),
+            _ => Ok(()),
+        }
+    }
+
+    async fn introduce(host: &str, port: u16, user: &Credentials, purpose: Purpose<'_>) -> Result<Self, WireError> {
         let io = dial(host, port, user).await?;
-        let mut wire = Self { io, input: BytesMut::new(), parameters: BTreeMap::new() };
-        wire.start(user, to).await?;
+        let mut wire = Self { io, input: BytesMut::new(), parameters: BTreeMap::new(), ready: false };
+        let mut parameters = vec![
+            ("user", user.username.as_str()),
+            ("client_encoding", "UTF8"),
+            ("application_name", "trunkline-agent"),
+        ];
+        match purpose {
+            Purpose::Replication => parameters.push(("replication", "true")),
+            Purpose::Sql(database) => parameters.push(("database", database)),
+        }
+        let mut output = BytesMut::new();
+        frontend::startup_message(parameters, &mut output)?;
+        wire.send(&output).await?;
         Ok(wire)
     }
 
@@ -161,19 +194,7 @@ impl Wire {
         }
     }
 
-    async fn start(&mut self, user: &Credentials, purpose: Purpose<'_>) -> Result<(), WireError> {
-        let mut parameters = vec![
-            ("user", user.username.as_str()),
-            ("client_encoding", "UTF8"),
-            ("application_name", "trunkline-agent"),
-        ];
-        match purpose {
-            Purpose::Replication => parameters.push(("replication", "true")),
-            Purpose::Sql(database) => parameters.push(("database", database)),
-        }
-        let mut output = BytesMut::new();
-        frontend::startup_message(parameters, &mut output)?;
-        self.send(&output).await?;
+    async fn log_in(&mut self, user: &Credentials) -> Result<(), WireError> {
         let password = user.password.as_ref().map(|password| password.reveal().as_bytes());
         let mut scram: Option<sasl::ScramSha256> = None;
         loop {
@@ -204,7 +225,10 @@ impl Wire {
                     self.parameters.insert(body.name()?.to_owned(), body.value()?.to_owned());
                 }
                 Message::BackendKeyData(_) | Message::NoticeResponse(_) => {}
-                Message::ReadyForQuery(_) => return Ok(()),
+                Message::ReadyForQuery(_) => {
+                    self.ready = true;
+                    return Ok(());
+                }
                 Message::ErrorResponse(body) => return Err(error_text(body.fields())),
                 _ => return Err(WireError("an authentication method that is not supported here".to_owned())),
             }

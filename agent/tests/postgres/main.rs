@@ -19,6 +19,33 @@ use trunkline_config::PostgresConfig;
 
 use crate::nodes::{HBA, LIMIT, Node, Place, as_postgres, tools};
 
+/// A session is kept for long, and in between it is only seen whether the server would let us in.
+#[test]
+fn a_server_is_knocked_at_without_a_login_and_without_a_complaint_in_its_log() {
+    as_postgres("a_server_is_knocked_at_without_a_login_and_without_a_complaint_in_its_log", || async {
+        let place = Place::new();
+        let node = place.primary("a").await;
+        let count = |what: &str| node.log().matches(what).count();
+        let admit = async |method: &str| {
+            let hba = format!("host all all 127.0.0.1/32 {method}\n");
+            fs::write(node.dir.join("pg_hba.conf"), hba).expect("pg_hba.conf");
+            node.sql("SELECT pg_reload_conf()").await.expect("a reload");
+        };
+        node.running().await;
+        node.sql("ALTER SYSTEM SET log_connections = on").await.expect("a setting");
+        admit("scram-sha-256").await;
+        node.until("knocked at", |_| count("connection received") > 0).await;
+        assert_eq!(count("application_name=trunkline-agent"), 0, "that was a login: {}", node.log());
+        // Where nobody asks for a password it is let in, and leaves in order.
+        admit("trust").await;
+        node.until("knocked at", |_| count("application_name=trunkline-agent") > 0).await;
+        node.running().await;
+        for complaint in ["FATAL", "could not", "unexpected", "incomplete"] {
+            assert_eq!(count(complaint), 0, "{}", node.log());
+        }
+    });
+}
+
 #[test]
 fn a_new_cluster_has_its_users_and_is_observed() {
     as_postgres("a_new_cluster_has_its_users_and_is_observed", || async {
