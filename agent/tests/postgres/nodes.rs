@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use trunkline_agent::lab::Tools;
+use trunkline_agent::lab::{Ports, Tools};
 use trunkline_agent::postgres::{Instance, PgStatus, Postgres as _, Running, StartAs, Upstream};
 use trunkline_common::{Clock as _, MemberName, SystemClock};
 use trunkline_config::postgres::Credentials;
@@ -46,16 +46,17 @@ pub struct Node {
     pub port: u16,
 }
 
-/// The directory of a test's nodes.
-pub struct Place(pub tempfile::TempDir);
+/// The directory of a test's nodes, and the ports that they have whether they run or not.
+pub struct Place(pub tempfile::TempDir, Ports);
 
 impl Place {
     pub fn new() -> Self {
-        Self(tempfile::Builder::new().prefix("trunkline-pg-").tempdir().expect("temp dir"))
+        let dir = tempfile::Builder::new().prefix("trunkline-pg-").tempdir().expect("temp dir");
+        Self(dir, Ports::claim().expect("ports"))
     }
 
     pub fn node(&self, name: &'static str) -> Node {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+        let port = self.1.next().expect("a port");
         let dir = self.0.path().join(name);
         let pg = Instance::new(config(&dir, port), "demo", name.into(), SystemClock).expect("instance");
         Node { pg, name, dir, port }

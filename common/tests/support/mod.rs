@@ -1,7 +1,7 @@
 //! etcd clusters of one or three members on free ports, with faults.
 
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -22,6 +22,8 @@ pub struct Cluster {
     program: PathBuf,
     extra: Vec<String>,
     scheme: &'static str,
+    /// As long as this is held the members' ports are theirs.
+    _ports: TcpListener,
 }
 
 pub struct Member {
@@ -47,15 +49,21 @@ impl Cluster {
 
     /// Starts members with further options of etcd, without waiting.
     pub fn start_with(program: PathBuf, size: usize, scheme: &'static str, extra: &[String]) -> Self {
-        let ports = free_ports(size * 2);
+        let (claim, ports) = claim_ports(size as u16 * 2);
         let member = |i: usize| {
             let (client_port, peer_port) = (ports[2 * i], ports[2 * i + 1]);
             let url = format!("{scheme}://127.0.0.1:{client_port}");
             Member { url, name: format!("m{i}"), client_port, peer_port, child: None }
         };
         let dir = tempfile::Builder::new().prefix("trunkline-etcd-").tempdir().expect("a directory");
-        let mut cluster =
-            Self { members: (0..size).map(member).collect(), dir, program, extra: extra.to_vec(), scheme };
+        let mut cluster = Self {
+            members: (0..size).map(member).collect(),
+            dir,
+            program,
+            extra: extra.to_vec(),
+            scheme,
+            _ports: claim,
+        };
         (0..size).for_each(|i| cluster.run(i));
         cluster
     }
@@ -197,9 +205,19 @@ pub async fn eventually(what: &str, limit: Duration, mut so: impl AsyncFnMut() -
     }
 }
 
-/// Ports that nobody listened on a moment ago.
-fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<TcpListener> =
-        (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-    listeners.iter().map(|listener| listener.local_addr().expect("an address").port()).collect()
+/// So many ports below the range that the kernel gives to outgoing connections, so that nobody takes that of a member that is
+/// down. They are ours as long as the first one's listener is held.
+fn claim_ports(count: u16) -> (TcpListener, Vec<u16>) {
+    const BLOCK: u16 = 20;
+    assert!(count < BLOCK);
+    let bind = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok();
+    let start = std::process::id() % 100;
+    for first in (0..100).map(|i| 30_000 + (start as u16 + i) % 100 * BLOCK) {
+        let Some(claim) = bind(first) else { continue };
+        let ports: Vec<u16> = (first + 1..first + BLOCK).filter(|port| bind(*port).is_some()).collect();
+        if ports.len() >= count.into() {
+            return (claim, ports);
+        }
+    }
+    panic!("no free ports of 127.0.0.1 from 30000 on");
 }
