@@ -10,8 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail};
-use rand::Rng;
+use anyhow::{Context, Result};
 
 use super::cgroup::Cgroup;
 use super::ports::Ports;
