@@ -181,7 +181,26 @@ impl Instance {
         let result = program::run(&mut command).await;
         // What it says of its own end is known; only one that was cut off with this agent leaves the mark behind.
         files::end(Unfinished::Rewind, &config.data_dir)?;
+        if result.is_ok() {
+            self.flush_upstream(upstream).await;
+        }
         result
+    }
+
+    /// pg_rewind lets recovery go as far as WAL had been written by the source, which may not have flushed that, and then sends
+    /// it only with its next commit: a server that is rewound to an idle one would let nobody in until then. So there is one.
+    async fn flush_upstream(&self, upstream: &Upstream) {
+        const COMMIT: &str = "SET synchronous_commit TO local; SELECT pg_catalog.txid_current()";
+        let config = self.config_now();
+        let commit = async {
+            Wire::connect(upstream, &config.rewind, Purpose::Sql(&config.database)).await?.query(COMMIT).await
+        };
+        match tokio::time::timeout(ASK_LIMIT, commit).await {
+            Ok(Ok(_)) => {}
+            // Also a standby, which has nothing to flush.
+            Ok(Err(error)) => tracing::debug!("{} was not asked for a commit: {error}", upstream.name),
+            Err(_) => tracing::debug!("{} has made no commit within {ASK_LIMIT:?}", upstream.name),
+        }
     }
 
     /// Crash recovery without serving anybody. WAL that is to be archived stays for the next start. pg_rewind would do it
