@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use trunkline_common::Lsn;
+use trunkline_common::{Clock as _, Lsn};
 use trunkline_config::tags;
 
 use super::bootstrap::literal;
@@ -30,6 +30,10 @@ const DECODE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The bound on asking the primary for its slots.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a standby is waited for that has not replayed what readers have confirmed; and how often it is looked.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(2);
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
 
 /// A slot as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -327,11 +331,15 @@ impl Instance {
         let failed = |error: WireError| PgError::Failed(format!("reading the slots of {}: {error}", source.name));
         let timeout = PgError::Timeout { what: format!("reading the slots of {}", source.name), limit: ASK_LIMIT };
         let (rows, confirmed) = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| timeout)?.map_err(failed)?;
-        let Some(replayed) = replayed(self.session(LIMIT).await?.client()).await? else { return Ok(Vec::new()) };
         let mut copies: Vec<(String, Vec<u8>)> = rows.iter().filter_map(|row| state(row, &wanted)).collect();
+        let read_up_to = |name: &String| {
+            let row = confirmed.iter().find(|row| row.first() == Some(&Some(name.clone())))?;
+            row.get(1)?.as_ref()?.parse::<Lsn>().ok()
+        };
+        let last = copies.iter().filter_map(|(name, _)| read_up_to(name)).max().unwrap_or_default();
+        let Some(replayed) = self.catch_up(last).await? else { return Ok(Vec::new()) };
         copies.retain(|(name, _)| {
-            let row = confirmed.iter().find(|row| row.first() == Some(&Some(name.clone())));
-            let confirmed = row.and_then(|row| row.get(1)?.as_ref()?.parse().ok()).unwrap_or(Lsn(u64::MAX));
+            let confirmed = read_up_to(name).unwrap_or(Lsn(u64::MAX));
             let may = may_be_copied(confirmed, replayed);
             if !may {
                 tracing::info!(
@@ -355,6 +363,19 @@ impl Instance {
         })
         .await?;
         Ok(names)
+    }
+
+    /// What this standby has replayed, once that is up to `position`, or after a while: replication is always a moment behind.
+    async fn catch_up(&self, position: Lsn) -> Result<Option<Lsn>, PgError> {
+        let (session, begun) = (self.session(LIMIT).await?, self.inner.clock.now());
+        loop {
+            let replayed = replayed(session.client()).await?;
+            let waited = self.inner.clock.now().since(begun);
+            if replayed.is_none_or(|replayed| replayed >= position) || waited > CATCH_UP_WITHIN {
+                return Ok(replayed);
+            }
+            self.inner.clock.sleep(CATCH_UP_PAUSE).await;
+        }
     }
 }
 
