@@ -425,7 +425,9 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
                         answered = self.renew(timing, &mut asked) => answered,
                         () = self.clock.sleep_until(give_up) => false,
                     };
-                renewed = Some((self.clock.now(), answered));
+                // Settings that came meanwhile are not in what was just asked for.
+                let current = !timing_changed.has_changed().unwrap_or(false);
+                renewed = current.then(|| (self.clock.now(), answered));
                 continue;
             }
             let mut wake = fence_at.map_or(renew_at, |at| at.min(renew_at));

@@ -244,6 +244,20 @@ async fn a_longer_ttl_moves_the_key_to_a_new_lease() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_ttl_that_changes_during_a_renewal_is_asked_for_at_once() {
+    let bench = leading().await;
+    let hop = Duration::from_millis(100);
+    bench.store.dcs().set_faults(|faults| (faults.request_delay, faults.answer_delay) = (hop, hop));
+    let (_, answered) = bench.renewal().await;
+    let next = answered + TTL / 10;
+    bench.clock.sleep_until(next + hop).await;
+    bench.handle.set_timing(Timing { ttl: TTL * 2, loop_wait: Duration::from_secs(1), pause: false });
+    // What is left of the renewal that is on its way, the grant and the move of the key; the next renewal would come a second later.
+    bench.live(hop * 9).await;
+    assert_eq!(bench.handle.session().lease.unwrap().ttl, TTL * 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_shorter_ttl_counts_from_the_moment_the_key_may_have_moved() {
     let bench = leading().await;
     bench.live(Duration::from_secs(2)).await;
