@@ -66,6 +66,11 @@ impl Data {
         length >= self.copied_at.max(self.slots_since.get(slot).copied().unwrap_or_default())
     }
 
+    /// Whether it has the logical slot, with the WAL that it needs.
+    pub fn can_decode(&self, slot: &str) -> bool {
+        self.logical.get(slot).is_some_and(|slot| slot.restart >= self.oldest)
+    }
+
     /// pg_rewind and pg_basebackup leave no slot.
     pub fn forget_slots(&mut self) {
         self.slots.clear();

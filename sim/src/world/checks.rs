@@ -21,7 +21,7 @@ use crate::clients;
 use crate::executor::{Drift, Livelock, SimClock};
 use crate::outside;
 use crate::postgres::HALF_REWOUND;
-use crate::reader;
+use crate::reader::{self, Reader};
 use crate::scenario::Fault;
 use crate::server::Server;
 use crate::stage::{host_of, paths};
@@ -284,14 +284,20 @@ impl World {
         let leader = self.stage.holder();
         self.stage.servers(|servers| {
             let leads = servers.iter().find(|server| Some(&server.name.0) == leader.as_ref());
-            let end = leads.and_then(|server| server.data.as_ref()).map_or(0, |data| data.wal.len());
+            let leads = leads.and_then(|server| server.data.as_ref());
+            let end = leads.map_or(0, |data| data.wal.len());
+            // A copy that was made lately does not have the WAL that the slot needs, until its reader has got on.
+            let read_from = |slot: &String| leads.and_then(|data| data.logical.get(slot)).map(|slot| slot.restart);
             let lacks = |server: &Server| {
                 let (data, postmaster) = server.data.as_ref().zip(server.running())?;
                 // Who does not get on is left to a person, or hangs below such a one.
                 let streams = postmaster.role == PgRole::Primary || postmaster.streaming;
                 let gets_on = streams && data.wal.len() + KEPT_UP >= end;
                 let there = |slot: &String| match self.scenario.logical_slot() {
-                    Some(name) if name == *slot => logical.is_none() || !gets_on || data.logical.contains_key(slot),
+                    Some(name) if name == *slot => {
+                        let too_young = read_from(slot).is_some_and(|from| from < data.oldest);
+                        logical.is_none() || !gets_on || too_young || data.can_decode(slot)
+                    }
                     _ => data.slots.contains_key(slot),
                 };
                 permanent.keys().find(|slot| !there(slot)).map(|slot| (server.name.clone(), slot.clone()))
@@ -417,10 +423,19 @@ impl World {
             }
         });
         self.check_synchronous_set()?;
-        let slot = self.reader.as_ref().and_then(|reader| reader.lock().made);
+        let slot = self.reader.as_ref().map(|reader| {
+            let reader = reader.lock();
+            (reader.slot.clone(), reader.made)
+        });
+        let may_lead = |server: &&Server| self.scenario.nodes[server.host].priority > 0;
+        let has_it = |server: &Server, slot: &str| server.data.as_ref().is_some_and(|data| data.can_decode(slot));
+        let kept = slot.filter(|(slot, _)| {
+            self.stage.servers(|servers| servers.iter().filter(may_lead).all(|server| has_it(server, slot)))
+        });
         self.check_switchover()?;
         self.check_reader()?;
-        if let Some(reader) = self.reader.as_ref().map(|reader| reader.lock()).filter(|reader| reader.made > slot) {
+        let made_anew = |reader: &Reader| kept.as_ref().is_some_and(|(_, made)| reader.made > *made);
+        if let Some(reader) = self.reader.as_ref().map(|reader| reader.lock()).filter(|reader| made_anew(reader)) {
             let what = format!("the slot {} was made anew although everybody had it", reader.slot);
             self.stage.judge(|judge, now| judge.violation(now, what));
         }
