@@ -42,8 +42,8 @@ pub struct Heard {
     doubt: Option<Doubt>,
 }
 
-/// A leader by a record from before the DCS was silent. Its server may be a standby by now, and say so in its record as
-/// soon as it gets there; until then it is asked.
+/// A leader by a record from before the DCS was silent, or that it has denied since. Its server may be a standby by now, and say
+/// so in its record as soon as it gets there; until then it is asked.
 #[derive(Debug)]
 struct Doubt {
     about: Subject,
@@ -125,7 +125,7 @@ impl Heard {
         table.key = self.last.as_ref().filter(|_| table.reign.is_some()).and_then(|last| last.created);
         self.weigh(&complete, now, confirmed);
         if !confirmed || self.waits_until(now).is_some() || self.doubt.is_some() {
-            table = table.unconfirmed(self.proven().is_some());
+            table = table.unconfirmed(self.proven().is_some_and(|name| shown.is_leader(name)));
         }
         Reading { view: complete, table }
     }
@@ -195,6 +195,14 @@ impl Heard {
                     false => PATIENCE,
                 };
             }
+        }
+        // It takes no writes any more, and could not tell the DCS.
+        let denies = |(name, answer): &Answer| *answer == Ok(false) && view.is_leader(name);
+        if self.doubt.is_none()
+            && answers.iter().any(denies)
+            && view.leader_member().is_some_and(Member::claims_primary)
+        {
+            self.doubt = Some(Doubt { about: subject(view), until: None });
         }
         if let Some(doubt) = &mut self.doubt {
             let leader = doubt.about.key.as_ref().map(|(name, _)| name);
@@ -419,6 +427,30 @@ mod tests {
         assert_eq!(world.read(Some(("a", 7)), 50), (reign("a", 7), true, false));
         world.heard.restored(1);
         assert_eq!(world.read(Some(("a", 7)), 60), (reign("a", 7), true, false), "that is past");
+    }
+
+    #[test]
+    fn a_leader_that_denies_it_while_the_dcs_is_silent_gets_nothing_new() {
+        let mut world = World::default();
+        let view = world.view(Some(("a", 7)));
+        let silent = |world: &mut World, ms| {
+            let table = world.heard.read(&view, at(ms), true, false).table;
+            (table.reign.is_some(), table.leader.is_some(), table.certainty != Certainty::Confirmed)
+        };
+        world.read(Some(("a", 7)), 0);
+        assert_eq!(silent(&mut world, 1000), (true, true, false), "it has not been silent for long");
+        let says = |world: &mut World, who: &str, answer, ms| world.heard.hear(&view, &[(who.into(), answer)], at(ms));
+        says(&mut world, "a", Err("no answer".to_owned()), 1100);
+        says(&mut world, "b", Ok(false), 1100);
+        assert_eq!(silent(&mut world, 1200), (true, true, false), "says nothing, or is another one");
+        says(&mut world, "a", Ok(false), 1600);
+        assert_eq!(silent(&mut world, 1700), (true, false, true));
+        says(&mut world, "b", Ok(true), 2000);
+        assert_eq!(silent(&mut world, 2100), (true, false, true), "that proves nothing of a");
+        // The DCS is back, and its record is from before.
+        assert_eq!(world.read(Some(("a", 7)), 3000), (reign("a", 7), false, true));
+        says(&mut world, "a", Ok(true), 3100);
+        assert_eq!(world.read(Some(("a", 7)), 3200), (reign("a", 7), true, false));
     }
 
     #[test]
