@@ -40,6 +40,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (kind, TaskEnd::Failed { why, damaged }) => {
                 warn!("{} failed: {why}", kind.label());
                 self.note_failure(kind, now, why.clone());
+                if kind == TaskKind::Start && self.memory.divergence == DivergenceState::NotAsked {
+                    // PostgreSQL refuses to start on a timeline that it is no child of. A former primary that has come back as a
+                    // standby since is no other than any standby to an agent that has just started.
+                    self.memory.divergence = DivergenceState::Check;
+                }
                 if kind == TaskKind::Rewind {
                     self.memory.divergence = match damaged {
                         true => DivergenceState::RewindFailed(why),
@@ -74,6 +79,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
                     return;
                 }
+                if self.memory.failures > 0 {
+                    // That is not why it did not start: once more at once, and then after longer and longer pauses.
+                    self.memory.retry_at = None;
+                    return;
+                }
             }
             (_, TaskEnd::Compared(Divergence::Rewind(why))) => {
                 info!("the local history has left the leader's: {why}");
@@ -84,6 +94,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::RewindFailed(why);
             }
             (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
+                if self.memory.failures > 0 && !self.memory.was_primary && !self.memory.demoted {
+                    // Asked only because it did not start, and that may have had another reason.
+                    self.memory.divergence = DivergenceState::NotAsked;
+                }
                 self.memory.retry_at = Some(now + Duration::from_millis(200));
                 self.memory.last_failure = Some(why);
                 return;

@@ -81,6 +81,51 @@ async fn a_diverged_primary_is_rewound_and_follows() -> Result<()> {
     Ok(())
 }
 
+/// The same where it has been a standby since, without etcd, and its agent is another one: nothing says any more that it was a primary,
+/// and PostgreSQL does not start, as the archive has the new timeline, which it is no child of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_diverged_primary_that_was_a_standby_since_is_rewound_by_an_agent_that_knows_nothing_of_it() -> Result<()> {
+    let lab = Lab::new("rewind-standby")?;
+    let archive = lab.make_dir("archive")?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": false, "postgresql": { "use_pg_rewind": true } });
+    let copies = json!({
+        "archive_mode": "on",
+        "archive_command": format!("cp %p {}/%f", archive.display()),
+        "restore_command": format!("cp {}/%f %p", archive.display()),
+    });
+    spec.local = json!({ "postgresql": { "use_pg_rewind": true, "parameters": copies } });
+    let mut scene = Scene::in_lab(lab, 1, spec).await?;
+    let old = scene.cluster.settled(LIMIT).await?;
+    scene.node(old).execute("CREATE TABLE t (who text); SELECT pg_switch_wal()", SHORT).await?;
+    let replica = scene.node(1 - old);
+    wait::until("the table on the replica", LIMIT, async || replica.query_one("SELECT count(*) FROM t", SHORT).await)
+        .await?;
+    scene.cluster.nodes[1 - old].kill();
+    // The archive has it when it stops, all but its last word.
+    scene.node(old).execute("INSERT INTO t VALUES ('archived')", SHORT).await?;
+    scene.etcd.kill(0);
+    let target = scene.node(old);
+    wait::until("the old primary is a standby", LIMIT, async || {
+        let standby = target.query_one("SELECT pg_is_in_recovery()", SHORT).await?;
+        ensure!(standby == "t", "it is none yet");
+        Ok(())
+    })
+    .await?;
+    scene.cluster.nodes[old].stop(LIMIT).await?;
+    scene.etcd.restart(0).await?;
+    scene.cluster.nodes[1 - old].start()?;
+    scene.cluster.leader_other_than(old, LIMIT).await?;
+    scene.read_write().execute("INSERT INTO t VALUES ('kept')", LIMIT).await?;
+    scene.cluster.nodes[old].start()?;
+    ensure!(scene.cluster.settled(LIMIT).await? != old, "leadership moved");
+    let rows = async || target.query_one("SELECT string_agg(who, ',') FROM t HAVING count(*) = 2", SHORT).await;
+    ensure!(wait::until("the new row on the old primary", LIMIT, rows).await? == "archived,kept");
+    scene.cluster.nodes[old].says("pg_rewind to", LIMIT).await?;
+    scene.lab.success();
+    Ok(())
+}
+
 /// Without pg_rewind, and where it fails: a setting each allows a new copy. Without that the directory stays as it is, the reason
 /// is said, and whoever made the decision does the rest.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
