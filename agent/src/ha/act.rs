@@ -356,7 +356,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
         let hands = self.hands();
         let left_out = timelines::left_out(claimed, running.timeline);
-        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out));
+        let (knowledge, name, since) = (self.parts.knowledge.clone(), self.me.name.clone(), view.revision);
+        let lost = move || {
+            let known = knowledge.borrow();
+            known.view.as_ref().is_some_and(|view| view.revision > since && !view.is_leader(&name))
+        };
+        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out, lost));
         Next::Wait
     }
 

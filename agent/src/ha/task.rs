@@ -356,9 +356,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         Err(PgError::Failed("this node has lost its right to take writes".to_owned()))
     }
 
-    /// Promotes, the key being ours. The lease is looked at again right before the point of no return: time may have
-    /// passed since it was decided.
-    pub async fn promote(self, names: String, current_names: String, left_out: Vec<TimelineId>) -> TaskEnd {
+    /// Promotes, the key being ours. Lease and key are looked at again right before the point of no return: time may have
+    /// passed since it was decided. `lost`: the DCS has shown the key without this node's name since.
+    pub async fn promote(
+        self,
+        names: String,
+        current_names: String,
+        left_out: Vec<TimelineId>,
+        lost: impl Fn() -> bool,
+    ) -> TaskEnd {
         let allowed = tokio::select! {
             biased;
             () = self.lease.must_not_write(&self.clock) => {
@@ -379,7 +385,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         let until = self.lease.session().leader_until();
-        if until.is_none_or(|until| until <= self.clock.now()) {
+        if until.is_none_or(|until| until <= self.clock.now()) || lost() {
             return TaskEnd::Failed { why: "the leader key was lost before the promotion".to_owned(), damaged: false };
         }
         match self.postgres.promote(START_LIMIT, left_out).await {
