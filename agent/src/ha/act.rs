@@ -14,7 +14,7 @@ use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode, step_down_margin};
 use super::prepare::Stop;
-use super::situation::DivergenceState;
+use super::situation::{DivergenceState, Refusal};
 use super::task::{BootstrapPlan, HandOverPlan, START_LIMIT, StandbyNames, TaskKind};
 use super::{Ha, Next, sync, timelines};
 use crate::peer::Peers;
@@ -253,7 +253,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     async fn ask_for_word(&mut self, members: BTreeMap<MemberName, String>) -> Next {
         let ttl = self.settings().ttl;
         let asked_at = self.parts.clock.now();
-        let left = self.lease.session().leader_until().map_or(Duration::ZERO, |until| until.since(asked_at));
+        let until = self.lease.session().leader_until().unwrap_or(asked_at);
+        let left = until.since(asked_at);
         let patience =
             left.saturating_sub(step_down_margin(self.ttl())).clamp(Duration::from_millis(300), Duration::from_secs(2));
         let status = self.view.as_ref().and_then(|view| self.status(view));
@@ -277,8 +278,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let now = self.parts.clock.now();
         if !missing.is_empty() {
             let why = format!("no promise from {}", missing.join(", "));
-            warn!("failsafe mode: {why}");
-            self.memory.failsafe_refused = Some((now, why));
+            let before = self.memory.failsafe_refused.as_ref().filter(|before| before.until == until);
+            if before.is_none_or(|before| before.why != why) {
+                warn!("failsafe mode: {why}");
+            }
+            let since = before.map_or(now, |before| before.since);
+            self.memory.failsafe_refused = Some(Refusal { since, at: now, until, why });
             return Next::Decide;
         }
         self.memory.failsafe_refused = None;

@@ -171,14 +171,14 @@ pub fn without_leader(s: &Situation) -> Decision {
     view.members.remove(&leader.name);
     view.leader = None;
     view.failover = None;
-    decide(&Situation { view: Some(&view), leader_until: None, promised_until: None, holds_key: false, ..s.clone() })
+    decide(&Situation { view: Some(&view), leader_until: None, promised_until: None, key_until: None, ..s.clone() })
 }
 
 fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = half_made(s, view).or_else(|| foreign_data(s, view)) {
         return decision;
     }
-    if s.leads() && s.holds_key && !view.is_leader(&s.me.name) {
+    if s.leads() && s.holds_key() && !view.is_leader(&s.me.name) {
         return is(Action::Confirm, "the view does not show the leader key that this node holds");
     }
     if s.leads() && view.is_leader(&s.me.name) {

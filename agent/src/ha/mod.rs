@@ -390,7 +390,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             view: self.view.as_deref(),
             leader_until: session.leader_until(),
             promised_until: session.failsafe,
-            holds_key: session.key_until().is_some_and(|until| now < until),
+            key_until: session.key_until(),
             has_lease: session.lease.is_some(),
             ttl: self.ttl(),
             dcs_away: session.trouble.is_some(),

@@ -30,8 +30,8 @@ pub struct Situation<'a> {
     pub view: Option<&'a ClusterView>,
     /// Until when nobody else can lead: by the leader key, or by the members' word. `None`: not the leader.
     pub leader_until: Option<Instant>,
-    /// The leader key is certainly ours.
-    pub holds_key: bool,
+    /// Until when the leader key is certainly ours.
+    pub key_until: Option<Instant>,
     /// Until when the other members have promised not to lead (failsafe mode), whatever has become of the key.
     pub promised_until: Option<Instant>,
     /// Whether this process has a lease at all.
@@ -81,7 +81,7 @@ impl Ground {
             me: &self.me,
             view,
             leader_until: None,
-            holds_key: false,
+            key_until: None,
             promised_until: None,
             has_lease: self.has_lease,
             ttl: self.ttl,
@@ -182,8 +182,8 @@ pub struct Memory {
     pub promised_before: Option<Instant>,
     /// The `failsafe` key as we have tried to write it.
     pub failsafe_attempt: Option<FailsafeAttempt>,
-    /// When the members were last asked for their word in vain, and who did not give it.
-    pub failsafe_refused: Option<(Instant, String)>,
+    /// The members were asked for their word in vain.
+    pub failsafe_refused: Option<Refusal>,
     /// The leader key (by its creation) that was won by comparing positions with the others.
     pub elected: Option<Revision>,
     /// The leader key (by its creation) that bears this node's name, and when that was seen first.
@@ -235,6 +235,19 @@ pub struct FailsafeAttempt {
     pub at: Instant,
 }
 
+/// Members that were asked to let this primary lead without the DCS have not given their word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// When they were first asked in vain since they gave it last, or since the lease was renewed.
+    pub since: Instant,
+    /// The same for the last time.
+    pub at: Instant,
+    /// Until when this node leads all the same: a refusal says nothing about another lease or word.
+    pub until: Instant,
+    /// Who did not give it.
+    pub why: String,
+}
+
 /// Where the question "can this data directory follow the leader?" stands.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum DivergenceState {
@@ -253,6 +266,16 @@ impl Situation<'_> {
     /// Whether the leader key is ours with time left on its lease.
     pub fn leads(&self) -> bool {
         self.leader_until.is_some_and(|until| self.now < until)
+    }
+
+    /// Whether the leader key is certainly ours.
+    pub fn holds_key(&self) -> bool {
+        self.key_until.is_some_and(|until| self.now < until)
+    }
+
+    /// Whether the other members have promised not to lead.
+    pub fn has_word(&self) -> bool {
+        self.promised_until.is_some_and(|until| self.now < until)
     }
 
     /// Our word that still counts. A server that takes writes has given none.
@@ -310,6 +333,11 @@ impl Situation<'_> {
     /// The timeline of a running server, where it is known.
     pub fn timeline(&self) -> Option<TimelineId> {
         self.running()?.timeline
+    }
+
+    /// The members' refusal, if it is about the lease or word by which this node leads now.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.memory.failsafe_refused.as_ref().filter(|refusal| Some(refusal.until) == self.leader_until)
     }
 
     /// Identity of the local data.

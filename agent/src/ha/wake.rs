@@ -58,7 +58,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             let ttl = self.ttl();
             let mut due = until - decide::step_down_margin(ttl);
             if self.settings().failsafe_mode {
-                let refused = self.memory.failsafe_refused.as_ref().map(|(at, _)| *at + decide::FAILSAFE_PAUSE);
+                let refused = self.memory.failsafe_refused.as_ref().map(|refusal| refusal.at + decide::FAILSAFE_PAUSE);
                 due = due.min(
                     (until - decide::failsafe_margin(ttl, self.lease.session().trouble.is_some()))
                         .max(refused.unwrap_or_default()),

@@ -22,23 +22,35 @@ fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
     if !s.is_primary() || settings.pause || left >= failsafe_margin(s.ttl, s.dcs_away) {
         return None;
     }
-    let refused = s.memory.failsafe_refused.as_ref();
+    let refusal = s.refusal();
+    let demote = |why: String| {
+        let reason = format!("demoting self because DCS is not accessible and I was a leader: {why}");
+        Some(is(Action::Demote(DemoteMode::Offline), reason))
+    };
     if left < step_down_margin(s.ttl) {
-        let word = match (settings.failsafe_mode, refused) {
+        let word = match (settings.failsafe_mode, refusal) {
             (false, _) => String::new(),
-            (true, Some((_, who))) => format!("; failsafe mode: {who}"),
+            (true, Some(refusal)) => format!("; failsafe mode: {}", refusal.why),
             (true, None) => "; failsafe mode: this node is not in the failsafe key as last seen".to_owned(),
         };
-        let reason = format!(
-            "demoting self because DCS is not accessible and I was a leader: the lease could not be renewed and ends in \
-             {left:.1?}{word}"
-        );
-        return Some(is(Action::Demote(DemoteMode::Offline), reason));
+        return demote(format!("the lease could not be renewed and ends in {left:.1?}{word}"));
     }
     let members = s.failsafe_members(view)?;
-    match refused {
-        Some((at, who)) if s.now.since(*at) < FAILSAFE_PAUSE => Some(is(Action::Lead, format!("failsafe mode: {who}"))),
-        _ => Some(is(Action::Failsafe(members), GOING_ON)),
+    match refusal {
+        // Whoever leads next may not have what is written from here on. As long as it would lead without this mode it leads with it.
+        Some(refusal)
+            if s.key_until.is_none_or(|until| until.since(s.now) < step_down_margin(s.ttl))
+                && s.now.since(refusal.since) >= settings.loop_wait + settings.retry_timeout =>
+        {
+            demote(format!("failsafe mode: {} for {:.1?}", refusal.why, s.now.since(refusal.since)))
+        }
+        Some(refusal) if s.now.since(refusal.at) < FAILSAFE_PAUSE => {
+            Some(is(Action::Lead, format!("failsafe mode: {}", refusal.why)))
+        }
+        Some(refusal) => Some(is(Action::Failsafe(members), format!("failsafe mode: {}", refusal.why))),
+        // Asked in time for the next word; nothing has changed.
+        None if s.has_word() => Some(is(Action::Failsafe(members), GOING_ON)),
+        None => Some(is(Action::Failsafe(members), "failsafe mode: asking all members for their word")),
     }
 }
 
@@ -62,7 +74,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = hold_out(s, view) {
         return decision;
     }
-    if !s.holds_key && s.has_lease && !s.dcs_away {
+    if !s.holds_key() && s.has_lease && !s.dcs_away {
         return is(Action::Confirm, "led by failsafe mode while the DCS was away");
     }
     if settings.standby_cluster.is_some() {
@@ -95,7 +107,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
             }
             promote(s, view)
         }
-        PgStatus::Running(_) if !s.holds_key => is(Action::Lead, GOING_ON),
+        PgStatus::Running(_) if !s.holds_key() => is(Action::Lead, GOING_ON),
         PgStatus::Running(_) if disk_is_silent(s, view) => {
             let (lsn, since) = s.memory.disk_silent.unwrap_or((s.lsn(), s.now));
             let what = format!("the disk has taken no WAL for {:.0?} (position {lsn})", s.now.since(since));
@@ -107,6 +119,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         }
         PgStatus::Running(_) => match &view.failover {
             Some(request) => requested_handover(s, view, request),
+            None if s.dcs_away && s.has_word() => is(Action::Lead, GOING_ON),
             None => is(Action::Lead, format!("no action. I am ({}), the leader with the lock", s.me.name)),
         },
     }
@@ -254,9 +267,9 @@ pub fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverR
     }
 }
 
-/// How long a router without DCS may go on sending writes to whom it knew as primary (its `stale_after`, and a proof that
-/// has just been given): a server that comes up as a standby sooner would be asked to take them.
-const ROUTERS_TRUST: Duration = Duration::from_secs(7);
+/// How long a router without DCS may go on sending writes to whom it knew as primary: it asks twice a second, and this agent
+/// says no. A server that comes up as a standby sooner would be asked to take them.
+const ROUTERS_TRUST: Duration = Duration::from_secs(2);
 
 const FOUND: &str = "the leader key bears our name";
 

@@ -27,9 +27,27 @@ fn a_primary_without_dcs_goes_on_with_the_word_of_all_members() {
     away.memory.leading_since = Revision(101);
     assert_eq!(asked(away.clone().left(2900)), ["Lead"], "this list may be older than what we hold");
     away.memory.leading_since = Revision(100);
-    away.memory.failsafe_refused = Some((NOW, "no promise from c".to_owned()));
-    assert_eq!(asked(away.clone().left(2900)), ["Lead"], "a pause");
-    assert!(away.left(900).decide().reason.contains("no promise from c"));
+    assert_eq!(asked(away.clone().left(2900).refused(0)), ["Lead"], "a pause");
+    assert!(away.left(900).refused(0).decide().reason.contains("no promise from c"));
+}
+
+#[test]
+fn a_primary_that_leads_by_word_and_gets_it_no_more_waits_as_long_as_the_operator_allows() {
+    let mut away = world().leading().failsafe(&["a", "b", "c"]).left(2900);
+    (away.dcs_away, away.by_word) = (true, true);
+    (away.view().settings.loop_wait, away.view().settings.retry_timeout) =
+        (Duration::from_secs(1), Duration::from_secs(1));
+    let asks = |world: &World| matches!(world.decide().action, Action::Failsafe(_));
+    assert!(asks(&away.clone().refused(1900)));
+    let over = away.clone().refused(2000).decide();
+    assert_eq!(over.action, Action::Demote(DemoteMode::Offline));
+    assert!(over.reason.ends_with("no promise from c for 2.0s"), "{}", over.reason);
+    let mut before = away.clone().refused(2000);
+    before.memory.failsafe_refused.as_mut().unwrap().until = NOW - Duration::from_secs(9);
+    assert!(asks(&before), "they gave it again since");
+    let mut holds = away.refused(2000);
+    holds.by_word = false;
+    assert!(asks(&holds), "without failsafe mode it would go on as well");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use trunkline_common::cluster::{FailoverRequest, HistoryLine, LeaderKey, Member,
 use trunkline_common::{Instant, LeaseId, Lsn, Revision, SystemId, TimelineId};
 
 use super::*;
-use crate::ha::situation::{DivergenceState, FailsafeAttempt, Me, Memory, PeerAnswers, Promise};
+use crate::ha::situation::{DivergenceState, FailsafeAttempt, Me, Memory, PeerAnswers, Promise, Refusal};
 use crate::peer::PeerStatus;
 use crate::postgres::{ControlData, ControlState, PgRole, Running};
 
@@ -147,7 +147,7 @@ impl World {
             me: &self.me,
             view: self.view.as_ref(),
             leader_until: self.leader_until,
-            holds_key: !self.by_word && self.leader_until.is_some_and(|until| NOW < until),
+            key_until: self.leader_until.filter(|_| !self.by_word),
             promised_until: self.leader_until.filter(|_| self.by_word),
             has_lease: self.has_lease,
             ttl: self.view.as_ref().map_or(Duration::from_secs(5), |view| view.settings.ttl),
@@ -205,6 +205,14 @@ impl World {
     /// The lease ends in so many milliseconds.
     fn left(mut self, ms: u64) -> Self {
         self.leader_until = Some(NOW + Duration::from_millis(ms));
+        self
+    }
+
+    /// c was asked for its word in vain for so many milliseconds, most lately as long ago as that.
+    fn refused(mut self, ms: u64) -> Self {
+        let (since, until) = (NOW - Duration::from_millis(ms), self.leader_until.unwrap());
+        let why = "no promise from c".to_owned();
+        self.memory.failsafe_refused = Some(Refusal { since, at: since, until, why });
         self
     }
 
