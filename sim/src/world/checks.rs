@@ -295,7 +295,7 @@ impl World {
                 let gets_on = streams && data.wal.len() + KEPT_UP >= end;
                 let there = |slot: &String| match self.scenario.logical_slot() {
                     Some(name) if name == *slot => {
-                        let too_young = read_from(slot).is_some_and(|from| from < data.oldest);
+                        let too_young = read_from(slot).is_some_and(|from| from < data.copied_at);
                         logical.is_none() || !gets_on || too_young || data.can_decode(slot)
                     }
                     _ => data.slots.contains_key(slot),
@@ -427,16 +427,21 @@ impl World {
             let reader = reader.lock();
             (reader.slot.clone(), reader.made)
         });
-        let may_lead = |server: &&Server| self.scenario.nodes[server.host].priority > 0;
-        let has_it = |server: &Server, slot: &str| server.data.as_ref().is_some_and(|data| data.can_decode(slot));
-        let kept = slot.filter(|(slot, _)| {
-            self.stage.servers(|servers| servers.iter().filter(may_lead).all(|server| has_it(server, slot)))
+        let before = slot.map(|(slot, made)| {
+            let has_it = |server: &&Server| server.data.as_ref().is_some_and(|data| data.can_decode(&slot));
+            let names =
+                |servers: &mut Vec<Server>| servers.iter().filter(has_it).map(|server| server.name.0.clone()).collect();
+            (made, self.stage.servers(names))
         });
         self.check_switchover()?;
         self.check_reader()?;
-        let made_anew = |reader: &Reader| kept.as_ref().is_some_and(|(_, made)| reader.made > *made);
+        let made_anew = |reader: &Reader| {
+            let leader = self.stage.holder();
+            let had_it = |names: &Vec<String>| leader.as_ref().is_some_and(|leader| names.contains(leader));
+            before.as_ref().is_some_and(|(made, names)| reader.made > *made && had_it(names))
+        };
         if let Some(reader) = self.reader.as_ref().map(|reader| reader.lock()).filter(|reader| made_anew(reader)) {
-            let what = format!("the slot {} was made anew although everybody had it", reader.slot);
+            let what = format!("the slot {} was made anew although the new leader had it", reader.slot);
             self.stage.judge(|judge, now| judge.violation(now, what));
         }
         if self.scenario.always_synchronous() {

@@ -119,7 +119,9 @@ impl World {
             let as_far = |server: &Server| {
                 server.data.as_ref().is_some_and(|data| data.wal.len() == own.len() && own.is_prefix_of(&data.wal))
                     && server.running().is_some_and(|p| {
-                        p.role == PgRole::Standby && now > p.since.running + SETTLED && now > p.since.grown + SETTLED
+                        // What it has not replayed yet after its start it does not know of.
+                        let settled = now > p.since.running + SETTLED && now > p.since.grown + SETTLED;
+                        p.role == PgRole::Standby && p.replayed.is_none() && settled
                     })
             };
             let preferred = |server: &&Server| {
