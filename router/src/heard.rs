@@ -196,7 +196,7 @@ impl Heard {
                 };
             }
         }
-        // It takes no writes any more, and could not tell the DCS.
+        // It takes no writes any more, and the DCS has not said so (yet).
         let denies = |(name, answer): &Answer| *answer == Ok(false) && view.is_leader(name);
         if self.doubt.is_none()
             && answers.iter().any(denies)

@@ -122,8 +122,11 @@ fn address(api_url: &str) -> Result<(bool, &str, u16), String> {
 
 fn judge(answer: &[u8]) -> Result<bool, String> {
     let (status, body) = parts(answer)?;
-    if status != "200" {
-        return Ok(false);
+    match status.as_str() {
+        "200" => {}
+        "503" => return Ok(false),
+        // That is somebody else's answer.
+        other => return Err(format!("it answers {other}")),
     }
     let role = body?.get("role").and_then(Value::as_str).map(str::to_owned);
     Ok(matches!(role.as_deref(), Some("primary" | "master")))
@@ -161,12 +164,15 @@ mod tests {
             ("HTTP/1.0 200 OK\r\n\r\n{\"role\":\"replica\"}", false),
             ("HTTP/1.0 200 OK\r\n\r\n{\"role\":\"promoted\"}", false),
             ("HTTP/1.0 200 OK\r\n\r\n", false),
+            ("HTTP/1.1 502 Bad Gateway\r\n\r\n", false),
             ("HTTP/1.0 503 Service Unavailable\r\n\r\n{\"role\":\"primary\"}", false),
             ("SSH-2.0 200\r\n\r\n{\"role\":\"primary\"}", false),
             ("", false),
         ] {
             assert_eq!(judge(answer.as_bytes()) == Ok(true), proven, "{answer}");
         }
+        assert_eq!(judge(b"HTTP/1.0 503 Service Unavailable\r\n\r\n"), Ok(false));
+        assert!(judge(b"HTTP/1.1 502 Bad Gateway\r\n\r\n").is_err(), "something in between says nothing of the member");
     }
 
     #[test]
