@@ -556,7 +556,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             Err(error) => {
                 // A source that is not there (any more) says nothing about the data directory: tried again later.
                 let unreachable = matches!(self.postgres.diverged(upstream).await, Divergence::Unknown(_));
-                TaskEnd::Failed { why: error.to_string(), damaged: !unreachable }
+                TaskEnd::Failed { why: error.to_string(), damaged: !unreachable || self.postgres.half_rewound() }
             }
         }
     }

@@ -17,6 +17,9 @@ const ASK_LIMIT: Duration = Duration::from_secs(3);
 /// The bound on a checkpoint over there.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(300);
 
+/// What pg_rewind says before it writes anything.
+const REWINDING: &str = "rewinding from last common checkpoint";
+
 /// How the local WAL ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -157,6 +160,7 @@ impl Instance {
         conninfo::end_when_vanished(&mut settings);
         let mut command = Command::new(program::path(&config, "pg_rewind"));
         command.env("PGPASSFILE", &config.pgpass);
+        command.env_remove("LC_ALL").env_remove("LANGUAGE").env("LC_MESSAGES", "C");
         command.arg("--target-pgdata").arg(&config.data_dir);
         command.arg("--source-server").arg(conninfo::render(&settings));
         if version >= 13 {
@@ -179,8 +183,14 @@ impl Instance {
         tracing::info!("pg_rewind to {} at {}:{}", upstream.name, upstream.host, upstream.port);
         files::begin(Unfinished::Rewind, &config.data_dir)?;
         let result = program::run(&mut command).await;
-        // What it says of its own end is known; only one that was cut off with this agent leaves the mark behind.
-        files::end(Unfinished::Rewind, &config.data_dir)?;
+        // What it says of its own end is known. One that was cut off with this agent leaves the mark behind, and so does one whose source
+        // went away when it may have begun to write.
+        let begun = |error: &PgError| error.to_string().contains(REWINDING);
+        let cut_off =
+            result.as_ref().is_err_and(begun) && matches!(self.compare(upstream).await, Divergence::Unknown(_));
+        if !cut_off {
+            files::end(Unfinished::Rewind, &config.data_dir)?;
+        }
         if result.is_ok() {
             self.flush_upstream(upstream).await;
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -303,6 +304,29 @@ fn a_diverged_primary_is_rewound() {
         a.pg.promote(LIMIT, Vec::new()).await.expect("promote");
         a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
         assert!(matches!(a.pg.diverged(b.upstream()).await, Divergence::Rewind(_)));
+
+        // As it is left where pg_rewind fails, and where its source goes away meanwhile.
+        let config = a.pg.config();
+        let rewind_that = async |does: &str| {
+            let program = a.dir.join("broken_rewind");
+            let said = "pg_rewind: rewinding from last common checkpoint at 0/2000060 on timeline 1";
+            fs::write(&program, format!("#!/bin/sh\n{does}\necho '{said}' >&2\nexit 1\n")).expect("script");
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions");
+            let mut broken = config.clone();
+            broken.bin_name.insert("pg_rewind".to_owned(), program.display().to_string());
+            a.pg.configure(broken).await.expect("configure");
+            a.pg.rewind(b.upstream()).await.expect_err("it fails");
+        };
+        rewind_that("true").await;
+        assert!(!a.pg.half_rewound(), "the source is there: what it says is why it failed");
+        let process = b.pg.config().data_dir.join("postmaster.pid");
+        rewind_that(&format!("kill -QUIT $(head -n 1 {0}); while [ -e {0} ]; do sleep 0.1; done", process.display()))
+            .await;
+        assert!(a.pg.half_rewound(), "it may have begun to write");
+        b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect_err("neither old nor new");
+        a.pg.configure(config.clone()).await.expect("configure");
+        a.pg.rewind(b.upstream()).await.expect("rewind");
 
         // As an agent leaves it that dies while pg_rewind is at work.
         assert!(!a.pg.half_rewound());
