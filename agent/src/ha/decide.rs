@@ -10,6 +10,7 @@ pub mod restart;
 mod standby;
 
 pub use self::follower::DRY;
+pub use self::leader::trusted_until;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -43,7 +43,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 if kind == TaskKind::Start && self.memory.divergence == DivergenceState::NotAsked {
                     // PostgreSQL refuses to start on a timeline that it is no child of. A former primary that has come back as a
                     // standby since is no other than any standby to an agent that has just started.
-                    self.memory.divergence = DivergenceState::Check;
+                    self.memory.divergence = DivergenceState::DidNotStart;
                 }
                 if kind == TaskKind::Rewind {
                     self.memory.divergence = match damaged {
@@ -73,13 +73,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     DivergenceState::NotAsked => debug!("the local history is still a prefix of the leader's"),
                     _ => info!("the local history is a prefix of the leader's"),
                 }
-                if asked == DivergenceState::NotAsked && matches!(self.pg, PgStatus::Running(_)) {
+                let doubted = !matches!(asked, DivergenceState::NotAsked | DivergenceState::DidNotStart);
+                if !doubted && matches!(self.pg, PgStatus::Running(_)) {
                     // Asked because it does not stream, and that is not why: asking again at once would tell nothing new.
                     self.memory.retry_at = Some(now + self.settings().loop_wait.max(DRY));
                     self.memory.last_failure = Some("the server does not stream from the leader yet".to_owned());
                     return;
                 }
-                if self.memory.failures > 0 {
+                if asked == DivergenceState::DidNotStart {
                     // That is not why it did not start: once more at once, and then after longer and longer pauses.
                     self.memory.retry_at = None;
                     return;
@@ -94,8 +95,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::RewindFailed(why);
             }
             (_, TaskEnd::Compared(Divergence::Unknown(why))) => {
-                if self.memory.failures > 0 && !self.memory.was_primary && !self.memory.demoted {
-                    // Asked only because it did not start, and that may have had another reason.
+                if self.memory.divergence == DivergenceState::DidNotStart {
+                    // That may have had another reason.
                     self.memory.divergence = DivergenceState::NotAsked;
                 }
                 self.memory.retry_at = Some(now + Duration::from_millis(200));

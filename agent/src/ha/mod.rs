@@ -391,7 +391,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             leader_until: session.leader_until(),
             promised_until: session.failsafe,
             key_until: session.key_until(),
-            has_lease: session.lease.is_some(),
+            lease_until: session.lease.map(|lease| lease.until),
             ttl: self.ttl(),
             dcs_away: session.trouble.is_some(),
             pg: &self.pg,

@@ -34,8 +34,8 @@ pub struct Situation<'a> {
     pub key_until: Option<Instant>,
     /// Until when the other members have promised not to lead (failsafe mode), whatever has become of the key.
     pub promised_until: Option<Instant>,
-    /// Whether this process has a lease at all.
-    pub has_lease: bool,
+    /// Until when the lease of this process certainly lives, or did; `None`: it has none.
+    pub lease_until: Option<Instant>,
     /// How long a lease lasts: the setting, or what ours was granted with while that is shorter (the setting has just grown).
     pub ttl: Duration,
     /// The DCS does not answer at the moment.
@@ -57,8 +57,8 @@ pub struct Ground {
     pub memory: Memory,
     /// The cluster as it was seen.
     pub view: Option<Arc<ClusterView>>,
-    /// See [`Situation::has_lease`].
-    pub has_lease: bool,
+    /// See [`Situation::lease_until`].
+    pub lease_until: Option<Instant>,
     /// See [`Situation::ttl`].
     pub ttl: Duration,
     /// See [`Situation::dcs_away`].
@@ -83,7 +83,7 @@ impl Ground {
             leader_until: None,
             key_until: None,
             promised_until: None,
-            has_lease: self.has_lease,
+            lease_until: self.lease_until,
             ttl: self.ttl,
             dcs_away: self.dcs_away,
             pg,
@@ -256,6 +256,8 @@ pub enum DivergenceState {
     NotAsked,
     /// It must be answered before a stopped server follows anybody.
     Check,
+    /// A standby did not start, and that may be why. Where nobody can answer it is started again.
+    DidNotStart,
     /// It can't follow: rewind. The words name the positions compared.
     Rewind(String),
     /// pg_rewind failed; the words say why.
@@ -266,6 +268,11 @@ impl Situation<'_> {
     /// Whether the leader key is ours with time left on its lease.
     pub fn leads(&self) -> bool {
         self.leader_until.is_some_and(|until| self.now < until)
+    }
+
+    /// Whether this process has a lease at all.
+    pub fn has_lease(&self) -> bool {
+        self.lease_until.is_some()
     }
 
     /// Whether the leader key is certainly ours.

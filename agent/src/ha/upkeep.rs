@@ -410,7 +410,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 me: self.me.clone(),
                 memory: self.memory.clone(),
                 view: self.view.clone(),
-                has_lease: session.lease.is_some(),
+                lease_until: session.lease.map(|lease| lease.until),
                 ttl: self.ttl(),
                 dcs_away: session.trouble.is_some(),
             })),

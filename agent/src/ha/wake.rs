@@ -66,10 +66,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             }
             wake = wake.min(due.max(now + Duration::from_millis(50)));
         }
+        let session = self.lease.session();
+        let stopped = matches!(self.pg, PgStatus::Stopped(_)) && session.trouble.is_some();
+        let lease_until = session.lease.map(|lease| lease.until);
+        let trusted = stopped.then(|| decide::trusted_until(self.memory.down_since, lease_until)).flatten();
         let promise = self.memory.promise.as_ref().map(|promise| promise.until);
         let hold = self.settings().failsafe_mode.then_some(self.memory.started_at + self.settings().ttl);
         let (before, forgotten) = (self.memory.promised_before, self.memory.forgotten_until);
-        for at in [self.memory.retry_at, self.memory.abstain_until, promise, before, forgotten, hold]
+        for at in [self.memory.retry_at, self.memory.abstain_until, promise, before, forgotten, hold, trusted]
             .into_iter()
             .flatten()
             .filter(|at| *at > now)

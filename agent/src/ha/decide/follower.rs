@@ -93,6 +93,9 @@ fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
     }
     let ready = view.leader_member().is_some_and(|member| member.claims_primary());
     let Some(source) = leader_upstream(s.me, view).filter(|_| ready) else {
+        if *divergence == DivergenceState::DidNotStart {
+            return start(format!("PostgreSQL is down; starting it again to follow {leader}"));
+        }
         return is(Action::Wait, format!("waiting for {leader} to be promoted before following it"));
     };
     mend(s, view, source, divergence)
@@ -102,7 +105,7 @@ fn rejoin(s: &Situation, view: &ClusterView, leader: &str) -> Decision {
 pub fn mend(s: &Situation, view: &ClusterView, source: Upstream, divergence: &DivergenceState) -> Decision {
     let no_checkpoint = view.leader_member().is_some_and(|leader| leader.checkpoint_after_promote == Some(false));
     match divergence {
-        DivergenceState::NotAsked | DivergenceState::Check => {
+        DivergenceState::NotAsked | DivergenceState::Check | DivergenceState::DidNotStart => {
             let reason = comparing(s, source.name.as_str());
             is(Action::CheckDivergence(source), reason)
         }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use trunkline_common::ClusterView;
 use trunkline_common::cluster::FailoverRequest;
+use trunkline_common::{ClusterView, Instant};
 
 use super::{
     Action, Decision, DemoteMode, FAILSAFE_PAUSE, FIRST_PROOF, MAY_BE_LED, MAY_HAVE_PROMISED, failed_lately,
@@ -35,6 +35,10 @@ fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
         };
         return demote(format!("the lease could not be renewed and ends in {left:.1?}{word}"));
     }
+    if refusal.is_some() && !s.holds_key() && s.has_lease() && !s.dcs_away {
+        // The DCS is back, and the key is all that is needed.
+        return None;
+    }
     let members = s.failsafe_members(view)?;
     match refusal {
         // Whoever leads next may not have what is written from here on. As long as it would lead without this mode it leads with it.
@@ -62,7 +66,7 @@ pub fn by_word(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = hold_out(s, view) {
         return decision;
     }
-    if !s.has_lease || s.dcs_away {
+    if !s.has_lease() || s.dcs_away {
         return is(Action::Lead, GOING_ON);
     }
     leaderless::race(s, view)
@@ -74,7 +78,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
     if let Some(decision) = hold_out(s, view) {
         return decision;
     }
-    if !s.holds_key() && s.has_lease && !s.dcs_away {
+    if !s.holds_key() && s.has_lease() && !s.dcs_away {
         return is(Action::Confirm, "led by failsafe mode while the DCS was away");
     }
     if settings.standby_cluster.is_some() {
@@ -271,15 +275,25 @@ pub fn requested_handover(s: &Situation, view: &ClusterView, request: &FailoverR
 /// says no. A server that comes up as a standby sooner would be asked to take them.
 const ROUTERS_TRUST: Duration = Duration::from_secs(2);
 
+/// A router that has a DCS when this node has none goes by the key, which the DCS removes that much after the lease's end at the
+/// latest (etcd looks for leases that are over twice a second).
+const KEY_LINGERS: Duration = Duration::from_millis(700);
+
+/// Until when a router may take a stopped primary without DCS for the primary.
+pub fn trusted_until(down_since: Option<Instant>, lease_until: Option<Instant>) -> Option<Instant> {
+    down_since.map(|since| since + ROUTERS_TRUST).max(lease_until.map(|until| until + KEY_LINGERS))
+}
+
 const FOUND: &str = "the leader key bears our name";
 
 /// The key bears our name, but this process does not hold it: an agent restarted, or a lease was lost and found.
 pub fn named(s: &Situation, view: &ClusterView) -> Decision {
+    let trusted = |s: &Situation| trusted_until(s.memory.down_since, s.lease_until).is_some_and(|until| s.now < until);
     match s.pg {
         PgStatus::NoData | PgStatus::Broken(_) => {
             is(Action::Release, "the leader key bears our name, but there is no data")
         }
-        PgStatus::Stopped(_) if s.dcs_away && s.down_for() < ROUTERS_TRUST && !view.settings.pause => {
+        PgStatus::Stopped(_) if s.dcs_away && trusted(s) && !view.settings.pause => {
             is(Action::Wait, "the DCS does not answer; routers may still take this node for the primary")
         }
         PgStatus::Stopped(_) if s.dcs_away && !s.backing_off() && !view.settings.pause => {
@@ -290,7 +304,7 @@ pub fn named(s: &Situation, view: &ClusterView) -> Decision {
         }
         _ if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         _ if s.may_be_led() => is(Action::Wait, MAY_BE_LED),
-        _ if s.has_lease && !s.dcs_away => match election::overtaken(s, view) {
+        _ if s.has_lease() && !s.dcs_away => match election::overtaken(s, view) {
             Some(Verdict::Ask(members)) => is(Action::Ask(members), FOUND),
             Some(Verdict::Yield(why)) => is(Action::Release, format!("{FOUND}: {why}")),
             Some(Verdict::Race(_)) | None => is(Action::Confirm, FOUND),

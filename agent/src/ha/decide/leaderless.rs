@@ -25,7 +25,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Running(_) if s.may_be_led() => return is(Action::Wait, MAY_BE_LED),
         PgStatus::Running(_) => {}
     }
-    if !s.has_lease {
+    if !s.has_lease() {
         return match s.is_primary()
             && !view.settings.pause
             && s.now.since(s.memory.started_at) > view.settings.retry_timeout.min(FIRST_PROOF)
@@ -91,7 +91,7 @@ fn empty_and_leaderless(s: &Situation, view: &ClusterView) -> Decision {
         }
         Initialize::Absent if s.may_have_promised(view) => is(Action::Wait, MAY_HAVE_PROMISED),
         Initialize::Absent if s.may_be_led() => is(Action::Wait, MAY_BE_LED),
-        Initialize::Absent if !s.has_lease => is(Action::Wait, "waiting for a lease"),
+        Initialize::Absent if !s.has_lease() => is(Action::Wait, "waiting for a lease"),
         Initialize::Absent if s.backing_off() => is(Action::Wait, failed_lately(s, "the bootstrap failed")),
         Initialize::Absent => match has_data(s, view) {
             Some(name) => is(Action::Wait, format!("waiting for {name}, which has data, to lead")),

@@ -261,7 +261,7 @@ async fn an_operators_questions() {
         reclone_unrewindable: false,
     };
     let (memory, ttl) = (Memory::default(), Duration::from_secs(30));
-    let ground = Ground { me, memory, view: None, has_lease: true, ttl, dcs_away: false };
+    let ground = Ground { me, memory, view: None, lease_until: Some(Instant::default()), ttl, dcs_away: false };
     node_board.ground = Some(Arc::new(ground));
     let mut secured = local("pg-b");
     secured.restapi.authentication = Some(("u".into(), trunkline_config::Secret::new("p")));

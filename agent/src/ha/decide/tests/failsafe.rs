@@ -48,6 +48,10 @@ fn a_primary_that_leads_by_word_and_gets_it_no_more_waits_as_long_as_the_operato
     let mut holds = away.refused(2000);
     holds.by_word = false;
     assert!(asks(&holds), "without failsafe mode it would go on as well");
+    let mut back = holds;
+    (back.by_word, back.dcs_away) = (true, false);
+    assert_eq!(back.clone().left(1500).refused(3000).decide().action, Action::Confirm, "the DCS is back");
+    assert_eq!(back.left(900).refused(3000).decide().action, Action::Demote(DemoteMode::Offline), "too late");
 }
 
 #[test]

@@ -108,6 +108,18 @@ fn what_was_copied_in_pause_is_started() {
 }
 
 #[test]
+fn a_standby_that_did_not_start_is_compared_where_somebody_can_tell() {
+    let mut down = world();
+    down.pg = stopped(ControlState::ShutDownInRecovery, true);
+    down.memory.divergence = DivergenceState::DidNotStart;
+    assert!(matches!(down.decide().action, Action::CheckDivergence(source) if source.name == "a".into()));
+    down.view().members.get_mut(&"a".into()).unwrap().state = "starting".to_owned();
+    assert!(matches!(down.decide().action, Action::Start(StartAs::Standby(_))), "it may have had another reason");
+    down.memory.divergence = DivergenceState::Check;
+    assert_eq!(down.decide().action, Action::Wait);
+}
+
+#[test]
 fn a_half_rewound_directory_is_not_started() {
     let mut cut_off = world().leaderless();
     cut_off.pg = stopped(ControlState::InProduction, false);

@@ -182,3 +182,23 @@ fn without_the_dcs_a_found_primary_is_not_left_alone() {
     blind.memory.started_at = NOW - Duration::from_secs(3);
     assert_eq!(blind.decide().action, Action::Demote(DemoteMode::LostKey));
 }
+
+#[test]
+fn without_the_dcs_a_stopped_primary_comes_back_as_a_standby_once_no_router_takes_it_for_one() {
+    let mut away = world();
+    away.view().leader = Some(key("b"));
+    (away.dcs_away, away.pg) = (true, stopped(ControlState::ShutDown, false));
+    let waits = |down: u64, left: i64| {
+        let mut away = away.clone();
+        away.memory.down_since = Some(NOW - Duration::from_millis(down));
+        away.lease_until = Some(match u64::try_from(left) {
+            Ok(left) => NOW + Duration::from_millis(left),
+            Err(_) => NOW - Duration::from_millis(left.unsigned_abs()),
+        });
+        away.decide().action == Action::Wait
+    };
+    assert!(waits(1900, -5000), "they ask twice a second");
+    assert!(!waits(2000, -700));
+    assert!(waits(2000, -600), "the DCS may still have the key, for those who have a DCS");
+    assert!(waits(4000, 1000));
+}

@@ -31,6 +31,8 @@ struct World {
     /// The leadership is by the members' word, and the key is not known to be ours.
     by_word: bool,
     has_lease: bool,
+    /// Where it is not that of the leadership.
+    lease_until: Option<Instant>,
     dcs_away: bool,
     pg: PgStatus,
     memory: Memory,
@@ -74,6 +76,7 @@ fn world() -> World {
         leader_until: None,
         by_word: false,
         has_lease: true,
+        lease_until: None,
         dcs_away: false,
         pg: standby(1000),
         memory: Memory::default(),
@@ -149,7 +152,7 @@ impl World {
             leader_until: self.leader_until,
             key_until: self.leader_until.filter(|_| !self.by_word),
             promised_until: self.leader_until.filter(|_| self.by_word),
-            has_lease: self.has_lease,
+            lease_until: self.has_lease.then(|| self.lease_until.or(self.leader_until).unwrap_or(NOW)),
             ttl: self.view.as_ref().map_or(Duration::from_secs(5), |view| view.settings.ttl),
             dcs_away: self.dcs_away,
             pg: &self.pg,
