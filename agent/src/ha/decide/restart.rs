@@ -58,7 +58,8 @@ pub fn decide(s: &Situation, filter: &RestartFilter) -> Result<ComeBack, &'stati
 }
 
 /// Whether a stopped server that was a primary may be started as one: its node leads, or nobody does in a pause, in which only
-/// an operator makes primaries.
+/// an operator makes primaries. Not where the `sync` key names another one as the leader: whoever is on it may lead when the
+/// pause is over, and commits here would not wait for it.
 fn may_lead_again(s: &Situation, control: &ControlData) -> bool {
     let Some(view) = s.view.filter(|view| view.settings.standby_cluster.is_none()) else { return false };
     if s.leads() && view.is_leader(&s.me.name) {
@@ -69,5 +70,6 @@ fn may_lead_again(s: &Situation, control: &ControlData) -> bool {
         // One that handed over is down for another one to lead.
         None => view.failover.is_none() && !s.memory.demoted,
     };
-    view.settings.pause && nobody_else && !is_left_behind(Some(control.timeline), view)
+    let nobody_since = view.sync.leader.as_ref().is_none_or(|leader| *leader == s.me.name);
+    view.settings.pause && nobody_else && nobody_since && !is_left_behind(Some(control.timeline), view)
 }

@@ -58,6 +58,12 @@ fn a_stopped_primary_does_not_come_back_as_one_beside_another_leader() {
     assert!(unless(&|world| world.view().settings.pause = false).is_some(), "positions are compared first");
     assert!(unless(&|world| *world = world.clone().requested(None, Some("c"))).is_some(), "c is to lead");
     assert!(unless(&|world| world.memory.demoted = true).is_some(), "it has handed over");
+    let led = |name: &str| SyncState { leader: Some(name.into()), ..SyncState::default() };
+    assert!(
+        unless(&|world| world.view().sync = led("c")).is_some(),
+        "c was elected since, and commits need not be here"
+    );
+    assert_eq!(unless(&|world| world.view().sync = led("b")), None, "it was the last");
     let led = |world: &mut World| world.view = super::world().view.map(|mut view| (view.settings.pause = true, view).1);
     assert_eq!(unless(&led).as_deref(), Some("127.0.0.1"), "a leads");
     let promoted = |world: &mut World| {
