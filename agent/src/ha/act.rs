@@ -200,7 +200,11 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 info!("lost the race for the leader key, or the view was out of date");
                 Next::Wait
             }
-            Err(DcsError::LeaseLost) => Next::Wait,
+            Err(DcsError::LeaseLost) => {
+                // Known before the keeper's next renewal: another one is asked for at once.
+                self.lease.abandon(lease.id);
+                Next::Wait
+            }
             Err(error) => {
                 warn!("the leader key could not be acquired: {error}");
                 Next::Wait

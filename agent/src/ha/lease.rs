@@ -403,8 +403,8 @@ impl<D: Dcs, F: Fence, C: Clock> Keeper<D, F, C> {
             let now = self.clock.now();
             let renew_at = match renewed {
                 None => now,
-                Some((at, true)) => at + timing.pace(session.writes()),
-                Some((at, false)) => at + RETRY,
+                Some((at, true)) if session.lease.is_some() => at + timing.pace(session.writes()),
+                Some((at, _)) => at + RETRY,
             };
             if fence_at.is_some_and(|at| at <= now) {
                 self.fence(timing).await;

@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::etcd::EtcdDcs;
-use trunkline_common::{Clock, Instant, SystemClock};
+use trunkline_common::{Clock, Instant, LeaseId, SystemClock};
 use trunkline_config::local as config;
 use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, Gate, LIMIT, Lab, Program, Proxy, Scene, Spec, Timing, proxy, rest, wait};
@@ -460,16 +460,34 @@ async fn a_leader_whose_lease_is_revoked_is_gone_before_another_one_is_promoted(
     let (mut scene, gates) = gated_scene("revoked", spec).await?;
     let load = scene.load().await?;
     let old = scene.cluster.settled(LIMIT).await?;
+    let old_name = scene.cluster.nodes[old].name().to_owned();
     let config = config::Etcd {
         endpoints: scene.etcd.endpoints().iter().map(|endpoint| format!("http://{endpoint}")).collect(),
         ..config::Etcd::default()
     };
     let client = EtcdDcs::connect(&config, SystemClock, Duration::from_secs(5)).await?;
     let key = format!("/service/{}/leader", scene.cluster.spec().scope);
-    let lease = client.read(&key).await?.entries.first().context("there is no leader key")?.lease;
+    let lease = async || -> Result<LeaseId> {
+        Ok(client.read(&key).await?.entries.first().context("there is no leader key")?.lease)
+    };
     gates[old].slow(Duration::from_millis(300));
-    let fault = SystemClock.now();
-    client.revoke(lease).await?;
+    // The others wait for it while it runs. Mostly its renewal says that the lease is gone, which ends it; where its watch is
+    // faster, it may take the key back before that, and then the scene has not taken place.
+    let mut fault = SystemClock.now();
+    for _ in 0..5 {
+        let revoked = lease().await?;
+        fault = SystemClock.now();
+        client.revoke(revoked).await?;
+        let taken = wait::until("the key to be taken", LIMIT, async || {
+            let read = client.read(&key).await?;
+            let holder = read.entries.first().context("there is no leader key")?;
+            ensure!(holder.lease != revoked, "it still hangs on the revoked lease");
+            Ok(holder.value != old_name.as_bytes())
+        });
+        if taken.await? {
+            break;
+        }
+    }
     scene.cluster.leader_other_than(old, LIMIT).await?;
     load.writers.progress(100, LIMIT).await?;
     let outage = load.writers.record().outage(fault);
