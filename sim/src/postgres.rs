@@ -513,6 +513,9 @@ impl Postgres for ModelPostgres {
         if let Some(running) = self.seen.lock().as_ref().filter(|running| running.role == PgRole::Primary) {
             promises::check_lag(&self.stage, running, &names);
         }
+        if names.starts_with("ANY 0") || names.starts_with("0 ") {
+            self.stage.judge(|judge, now| judge.violation(now, format!("PostgreSQL does not start with '{names}'")));
+        }
         self.check_disk()?;
         self.server(|server| {
             if let Some(data) = &mut server.data {

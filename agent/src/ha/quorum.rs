@@ -146,7 +146,8 @@ impl Plan {
             }
             let new = without(&both(&self.state.voters, &active), &self.state.names);
             if !new.is_empty() {
-                self.set_names(signed(self.state.count), with(&self.state.names, &new))?;
+                // A leader that every vote needs may have waited for nobody so far.
+                self.set_names(signed(self.state.count.max(1)), with(&self.state.names, &new))?;
             }
         } else if voters.len() < names.len() && voters.is_subset(names) {
             let gone = without(names, &active);
@@ -303,6 +304,8 @@ impl Plan {
         if count > names.len() {
             return Err(End::Illegal);
         }
+        // Where none has to confirm nobody is named.
+        let names = if count == 0 { Names::new() } else { names };
         (self.state.count, self.state.names) = (count, names);
         self.check()?;
         self.steps.push(Step::Names { count, names: self.state.names.clone() });
@@ -394,6 +397,8 @@ mod tests {
                 ab(state("b", (1, "ac"), (1, "bc"), 0), "c", 1),
                 &["a: 1 of bc", "any 1 of c", "a: 1 of c"],
             ),
+            ("every vote needs it", ab(state("a", (1, "b"), (0, ""), 0), "b", 1), &["any 1 of b"]),
+            ("the same, and nobody is left", ab(state("a", (1, "b"), (0, ""), 0), "", 1), &["a: 0 of "]),
             ("a new leader alone", ab(state("b", (0, "a"), (1, "b"), 0), "", 1), &["a: 0 of b"]),
         ] {
             assert_eq!(text(&steps(&state)), expected, "{what}");

@@ -450,9 +450,10 @@ fn key(leader: &str, quorum: usize, standbys: &[String]) -> Value {
     json!({ "leader": leader, "quorum": quorum, "sync_standby": listed })
 }
 
-/// The text of `synchronous_standby_names` where any `count` of the names are enough.
+/// The text of `synchronous_standby_names` where any `count` of the names are enough. PostgreSQL takes no 0 there, neither at its start
+/// nor later.
 fn any_text(count: usize, names: &Names) -> String {
-    if names.is_empty() {
+    if names.is_empty() || count == 0 {
         return String::new();
     }
     format!("ANY {count} ({})", names.iter().map(|name| quoted(name)).collect::<Vec<_>>().join(","))

@@ -212,6 +212,7 @@ fn in_quorum_mode_any_of_them_confirm() {
 fn a_leader_by_votes_waits_for_as_many_as_leave_no_majority_without_one() {
     let names = |votes, standbys: &[&str], me: &str| names_on_promotion(&quorum("a", votes, standbys), &me.into(), "");
     assert_eq!(names(0, &["b"], "b"), "ANY 1 (a)");
+    assert_eq!(names(1, &["b"], "b"), "", "both had to agree, and PostgreSQL takes no ANY 0");
     assert_eq!(names(1, &["b", "c"], "b"), "ANY 1 (a,c)");
     assert_eq!(names(0, &["b", "c"], "b"), "ANY 2 (a,c)");
     assert_eq!(names(1, &["b", "c"], "d"), "ANY 2 (a,b,c)", "it was not among the voters");
@@ -223,6 +224,7 @@ fn a_leader_by_votes_waits_for_as_many_as_leave_no_majority_without_one() {
     assert_eq!(written(1, &["b", "c"], "a"), json!({ "leader": "a", "quorum": 1, "sync_standby": "b,c" }));
     let in_place = |view: ClusterView| names_in_key(&view, &"a".into(), "");
     assert_eq!(in_place(quorum("a", 1, &["b", "c"])), "ANY 1 (b,c)");
+    assert_eq!(in_place(quorum("a", 1, &["b"])), "", "b alone could not lead");
     assert_eq!(in_place(quorum("b", 1, &["a", "c"])), "ANY 1 (b,c)", "promoted, and not on the key yet");
     let mut strict = quorum("a", 0, &[]);
     strict.settings.synchronous_mode_strict = true;
