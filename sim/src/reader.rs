@@ -53,9 +53,11 @@ impl Reader {
     fn begin(&mut self, stage: &Stage, name: &str, slot: &Logical, data: &Data) {
         let confirmed = &data.wal.records()[..slot.confirmed.min(data.wal.len())];
         tracing::debug!("reading {} of {name} from {} on", self.slot, slot.confirmed);
-        // A copy of one from before that moves along with it is as good.
-        if self.made.is_none_or(|made| made < slot.made) {
-            self.made = Some(slot.made);
+        // A copy of one from before that moves along with it is as good, also where nobody has read from the new one.
+        let newest =
+            stage.judge(|judge, _| judge.slots_made.get(&self.slot).copied()).unwrap_or_default().max(slot.made);
+        if self.made.is_none_or(|made| made < newest) {
+            self.made = Some(newest);
             self.read.extend(changes(confirmed));
             return;
         }

@@ -201,6 +201,7 @@ impl ModelPostgres {
             match (job.work, data.logical.get_mut(&job.slot)) {
                 (Work::Create { .. }, None) if primary => {
                     let new = Logical { made, confirmed: end, restart: end };
+                    self.stage.judge(|judge, _| judge.slots_made.insert(job.slot.clone(), made));
                     data.logical.insert(job.slot, new);
                     None
                 }

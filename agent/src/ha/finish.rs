@@ -112,6 +112,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.was_primary = false;
                 self.memory.demoted = false;
                 self.memory.fresh_copy = true;
+                self.slots_copied = None;
             }
             (_, TaskEnd::Promoted(timeline)) => {
                 info!("promoted, on timeline {timeline}");

@@ -22,7 +22,7 @@ use crate::postgres::{PgError, PgRole, PgStatus, Postgres, SlotPlan};
 /// How long the watch may take to show what was written.
 const SHOWN_WITHIN: Duration = Duration::from_secs(1);
 
-/// Each copy of logical slots costs a restart: not again sooner.
+/// Each copy of logical slots costs a restart: not again sooner, but after a change of leader or with a new copy of its data.
 const COPY_AGAIN: Duration = Duration::from_secs(10);
 
 impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
@@ -350,6 +350,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// an answer, also because the turn is cut off meanwhile, or where the key is not what was seen any more, nothing is settled.
     pub(super) async fn put_sync(&mut self, write: SyncWrite) -> Result<Outcome, DcsError> {
         self.memory.sync_settled = false;
+        if self.unsaid().is_some() {
+            // Who notices the restore after this write would take it for one of the backup.
+            return Ok(Outcome::Conflict);
+        }
         let outcome = self.parts.store.put_sync(write).await;
         self.memory.sync_settled = matches!(outcome, Ok(Outcome::Done(_)));
         outcome
