@@ -48,6 +48,10 @@ pub struct ClusterView {
     pub claimed: TimelineId,
     /// Its revision; what a compare-and-set has to name.
     pub claimed_revision: Revision,
+    /// The `restored` key (ours), as the first agent wrote it that found the DCS gone back to an earlier state.
+    pub restored: RestoreRecord,
+    /// Its revision; what a compare-and-set has to name.
+    pub restored_revision: Revision,
     /// The `failsafe` key: members that must answer for a leader to survive the loss of the DCS.
     pub failsafe: Option<BTreeMap<MemberName, String>>,
     /// Its revision; what a compare-and-set has to name.
@@ -75,6 +79,16 @@ impl ClusterView {
         let begun = |line: &HistoryLine| TimelineId(line.timeline.0.saturating_add(1));
         self.history.last().map(begun).or(self.has_history.then_some(TimelineId(1)))
     }
+}
+
+/// The `restored` key. Revisions do not tell what was written since a restore from what came with the backup: whoever notices it late
+/// would take one for the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RestoreRecord {
+    /// How often that has happened. One more than anybody knew of before: a number that was seen earlier came with the backup.
+    pub count: u64,
+    /// The first revision that was seen after the last time. What has a later one was written since.
+    pub since: Revision,
 }
 
 /// The `initialize` key.

@@ -53,6 +53,9 @@ pub struct Judge {
     pub keeps_slots: bool,
     /// How far behind a new leader may be: the largest `maximum_lag_on_failover` that this world will have.
     pub lag_allowed: u64,
+    /// The logical slots that primaries have made, by the number of the newest: what was read from one before it says no more
+    /// where the copies of the name are.
+    pub slots_made: BTreeMap<String, u64>,
     /// The largest timeline that the store has shown.
     timeline: u32,
     /// The host whose key the store took away last, before its time, and when.
@@ -60,7 +63,7 @@ pub struct Judge {
 }
 
 /// The longest that a promotion takes on a healthy disk: nobody who hears meanwhile that the key is gone can end the server before it
-/// takes writes.
+/// takes writes. Nor one that is just about to have started.
 pub const PROMOTION: Duration = Duration::from_millis(40);
 
 /// After that many the world is not looked at any further.
@@ -117,7 +120,7 @@ impl Judge {
         self.revoked = Some((host, now));
     }
 
-    /// Whether the key by which `host` was told to promote, at `told`, has been taken away since, a moment ago.
+    /// Whether the key by which `host` was told to promote or started, at `told`, has been taken away since, a moment ago.
     pub fn was_just_revoked(&self, now: Duration, host: usize, told: Duration) -> bool {
         self.revoked.is_some_and(|(whose, at)| whose == host && told <= at && now - at <= PROMOTION)
     }

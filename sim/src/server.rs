@@ -311,11 +311,12 @@ pub fn spawn(stage: &Stage, host: usize) {
     stage.executor().spawn(process, async move {
         let stage = starting;
         let slow = stage.server(host, |server| server.disk_slow);
+        let told = stage.executor().now();
         stage.micros(if slow { 1_000_000..12_000_000 } else { 20_000..150_000 }).await;
         if is_primary_start(&stage, host, number) {
             // A restart in a pause is the operator's.
             let reign = stage.judge(|judge, _| judge.last_reign(host)).filter(|_| is_left_alone(&stage, host));
-            begin_writes(&stage, host, number, reign, None);
+            begin_writes(&stage, host, number, reign, told);
         }
         let replays_until = stage.server(host, |server| {
             let standby = server.postmaster(number).is_some_and(|postmaster| postmaster.role == PgRole::Standby);
@@ -365,17 +366,16 @@ pub fn is_forgotten(stage: &Stage, host: usize) -> bool {
     is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
 
-/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right. `told`: when it was told
-/// to promote.
-fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Option<Duration>) {
+/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right. `told`: when it was
+/// started or told to promote.
+fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Duration) {
     // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let just_revoked = |told| stage.judge(|judge, now| judge.was_just_revoked(now, host, told));
-    let goes_on =
-        again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || told.is_some_and(just_revoked);
+    let just_revoked = stage.judge(|judge, now| judge.was_just_revoked(now, host, told));
+    let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || just_revoked;
     let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
     // A switchover may have to do with a candidate that is behind.
@@ -452,7 +452,7 @@ pub fn promote(
             Some(timeline)
         });
         let Some(timeline) = timeline else { return };
-        begin_writes(&stage, host, number, None, Some(told));
+        begin_writes(&stage, host, number, None, told);
         stage.server(host, |server| server.touch());
         // Nobody waits any more: it is promoted all the same.
         let _ = done.send(timeline);

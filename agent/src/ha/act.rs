@@ -148,6 +148,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let (Some(view), Some(lease)) = (self.view.clone(), self.lease.session().lease) else { return Next::Wait };
         let seen = Seen::of(&view);
         let PgStatus::Running(running) = &self.pg else { return Next::Wait };
+        if write.is_some() && self.unsaid().is_some() {
+            // Who notices the restore after this write would take it for one of the backup.
+            return Next::Wait;
+        }
         // Whoever leads first after the DCS was lost, or in it for the first time, says which cluster it is.
         let system = running.system_id;
         let initialize = (view.initialize != Initialize::Done(system)).then_some(system);
@@ -172,6 +176,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.count("acquire", "no_leader");
                 self.memory.elected = Some(revision);
                 self.memory.leading_since = revision;
+                if claims.is_some() {
+                    self.memory.claimed_at = revision;
+                }
                 self.memory.sync_before = write.as_ref().map(|_| unwritten(&view.sync, revision));
                 if !view.settings.router_lease.is_zero() {
                     // Which routers there are must have been seen after that: the next view shows it, and the key.
@@ -187,7 +194,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     view.initialize = Initialize::Done(system);
                     view.initialize_revision = revision;
                 }
-                view.claimed = claims.unwrap_or(view.claimed);
+                if let Some(number) = claims {
+                    (view.claimed, view.claimed_revision) = (number, revision);
+                }
                 if let Some(write) = write {
                     view.sync = written(&write, revision);
                     self.memory.sync_settled = true;
@@ -365,23 +374,22 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
         let hands = self.hands();
         let left_out = timelines::left_out(claimed, running.timeline);
-        let (knowledge, name, since) = (self.parts.knowledge.clone(), self.me.name.clone(), view.revision);
-        let lost = move || {
-            let known = knowledge.borrow();
-            known.view.as_ref().is_some_and(|view| view.revision > since && !view.is_leader(&name))
-        };
-        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out, lost));
+        self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out));
         Next::Wait
     }
 
-    /// The number of the timeline that is begun now. A leader that has come back as a standby, or was one in a standby
-    /// cluster, has claimed none with its key. `None`: it could not be claimed.
+    /// The number of the timeline that is begun now. A leader that has come back as a standby, was one in a standby
+    /// cluster, or has its key from a backup, has claimed none with its key. `None`: it could not be claimed.
     async fn claim(&mut self, view: &ClusterView, running: &Running) -> Option<TimelineId> {
-        let number = timelines::claim(view, running).filter(|_| Some(view.claimed) <= running.timeline);
+        let ours = view.claimed_revision == self.memory.claimed_at && Some(view.claimed) > running.timeline;
+        let number = timelines::claim(view, running).filter(|_| !ours);
         let Some(number) = number else { return Some(view.claimed) };
         let lease = self.lease.session().lease?.id;
         match self.parts.store.put_claim(&self.me.name, lease, number, view.claimed_revision).await {
-            Ok(Outcome::Done(_)) => return Some(number),
+            Ok(Outcome::Done(revision)) => {
+                self.memory.claimed_at = revision;
+                return Some(number);
+            }
             Ok(Outcome::Conflict) => info!("the timeline key has changed; not promoting on an old one"),
             Err(error) => warn!("the timeline key could not be written; not promoting: {error}"),
         }

@@ -288,6 +288,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.memory.must_not_lead = self.parts.guard.status().must_not_lead;
             if next == Next::Again {
                 self.take_view();
+                self.tell_of_restore().await;
                 self.tell_forgotten_timelines().await;
                 self.apply_settings().await;
                 self.start_scheduled_restart();
@@ -448,6 +449,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     fn hands(&self) -> Hands<D, P, C, R> {
+        let by_key = self.lease.session().leading && !self.settings.pause;
+        let shown = self.view.as_ref().filter(|view| by_key && view.is_leader(&self.me.name));
         Hands {
             store: self.parts.store.clone(),
             postgres: self.parts.postgres.clone(),
@@ -455,6 +458,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             peers: self.parts.peers.clone(),
             lease: self.lease.clone(),
             name: self.me.name.clone(),
+            knowledge: self.parts.knowledge.clone(),
+            leads_since: shown.map(|view| view.revision),
         }
     }
 

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{info, warn};
-use trunkline_common::cluster::Initialize;
+use trunkline_common::cluster::{Initialize, RestoreRecord};
 use trunkline_common::dcs::Dcs;
+use trunkline_common::dcs::store::Outcome;
 use trunkline_common::{Clock, ClusterView};
 use trunkline_config::{PostgresConfig, tags};
 
@@ -32,6 +33,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if restored || self.view.as_ref().is_some_and(|ours| leader(ours) != leader(&view)) {
             // What failed under another leader may work under this one, and a verdict was about the other's history.
             self.memory.retry_at = None;
+            self.slots_copied = None;
             if self.memory.failures == 0 && matches!(self.memory.divergence, DivergenceState::Rewind(_)) {
                 self.memory.divergence = DivergenceState::Check;
             }
@@ -54,6 +56,29 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             (self.config_kept, self.published.upkept, self.published.status) = (None, None, None);
         }
         self.view = Some(view);
+    }
+
+    /// A DCS that has gone back to an earlier state is told so, by whoever notices first, before anything is written that the others
+    /// have to tell from what came with the backup.
+    pub(super) async fn tell_of_restore(&mut self) {
+        let (Some(record), Some(view)) = (self.unsaid(), self.view.clone()) else { return };
+        let told = self.parts.store.put_restored(record, view.restored_revision);
+        match self.parts.clock.within(TOLD_WITHIN, told).await {
+            Some(Ok(Outcome::Done(revision))) => {
+                let mut view = (*view).clone();
+                (view.restored, view.restored_revision, view.revision) = (record, revision, revision);
+                self.view = Some(Arc::new(view));
+            }
+            // Somebody else was faster, and the next view shows it.
+            Some(Ok(Outcome::Conflict)) => {}
+            Some(Err(error)) => warn!("the DCS could not be told that it went back to an earlier state: {error}"),
+            None => warn!("the DCS could not be told within {TOLD_WITHIN:?} that it went back to an earlier state"),
+        }
+    }
+
+    /// What is still to be told of a restore: until then nobody knows which keys are newer than the backup.
+    pub(super) fn unsaid(&self) -> Option<RestoreRecord> {
+        self.restored.as_ref().zip(self.view.as_ref()).and_then(|(restored, view)| restored.unsaid(view))
     }
 
     /// Of timelines that were begun since the backup, a DCS that was restored from it is told before anything else is done: a

@@ -6,6 +6,9 @@
 //! and how far the last leader was cannot be asked back: until a leader has written it anew, what was seen last before the DCS
 //! went back is newer than what it says.
 //!
+//! "Anew" is after the revision at which the first agent noticed, and that is said in the key `restored` before anybody writes of who has every
+//! commit ([`Restored::unsaid`]): whoever was away then finds keys that may be of the backup or written since.
+//!
 //! Timelines only grow. So of those that were begun since the backup the DCS is told at once, by whoever knows of them
 //! ([`Restored::untold`]): the leader of the backup, if it has slept since, knows of nobody after it.
 //!
@@ -13,7 +16,7 @@
 
 use std::sync::Arc;
 
-use trunkline_common::cluster::{Initialize, SyncState};
+use trunkline_common::cluster::{Initialize, RestoreRecord, SyncState};
 use trunkline_common::{ClusterView, Revision};
 use trunkline_config::dynamic::SynchronousMode;
 
@@ -22,8 +25,8 @@ use trunkline_config::dynamic::SynchronousMode;
 pub struct Restored {
     /// The cluster as it was seen last before.
     before: Arc<ClusterView>,
-    /// The first revision that was seen since.
-    since: Revision,
+    /// The first revision that this node saw since.
+    noticed: Revision,
     /// It knows fewer timelines than `before`, and has not been told yet.
     untold: bool,
 }
@@ -33,7 +36,18 @@ impl Restored {
     pub fn new(before: Arc<ClusterView>, now: &ClusterView) -> Self {
         let same = matches!(now.initialize, Initialize::Done(_)) && now.initialize == before.initialize;
         let untold = same && (before.timeline() > now.timeline() || before.claimed > now.claimed);
-        Self { before, since: now.revision, untold }
+        Self { before, noticed: now.revision, untold }
+    }
+
+    /// What nobody has said yet of this restore. A record with a number that was seen before came with the backup.
+    pub fn unsaid(&self, view: &ClusterView) -> Option<RestoreRecord> {
+        let before = self.before.restored.count;
+        (view.restored.count <= before).then(|| RestoreRecord { count: before.saturating_add(1), since: self.noticed })
+    }
+
+    /// The revision after which everything was written since.
+    fn since(&self, view: &ClusterView) -> Revision {
+        self.unsaid(view).unwrap_or(view.restored).since.min(self.noticed)
     }
 
     /// What the DCS has to be told: the cluster as it was before, whose timelines it has forgotten.
@@ -48,22 +62,22 @@ impl Restored {
 
     /// Whether the `sync` key is as old as the backup where commits wait by it: of whoever writes it the others would take it for new.
     pub fn is_old(&self, view: &ClusterView) -> bool {
-        view.settings.synchronous_mode != SynchronousMode::Off && view.sync.revision <= self.since
+        view.settings.synchronous_mode != SynchronousMode::Off && view.sync.revision <= self.since(view)
     }
 
     /// `view` with what it has forgotten: who has every commit, the last leader's position, and the numbers of timelines.
     pub fn complete(&self, view: &ClusterView) -> ClusterView {
-        let (before, mut view) = (&self.before, view.clone());
-        if view.sync.revision <= self.since {
+        let (before, since, mut view) = (&self.before, self.since(view), view.clone());
+        if view.sync.revision <= since {
             view.sync = SyncState { revision: view.sync.revision, ..before.sync.clone() };
         }
-        if view.status_revision <= self.since {
+        if view.status_revision <= since {
             view.status.optime = view.status.optime.max(before.status.optime);
         }
-        if view.history_revision <= self.since && view.timeline() < before.timeline() {
+        if view.history_revision <= since && view.timeline() < before.timeline() {
             (view.has_history, view.history) = (before.has_history, before.history.clone());
         }
-        if view.claimed_revision <= self.since {
+        if view.claimed_revision <= since {
             view.claimed = view.claimed.max(before.claimed);
         }
         view
@@ -98,6 +112,29 @@ mod tests {
         assert_eq!(empty, view(1, ("a", "b", 0), (500, 0), (3, 0)));
         let written = view(54, ("b", "d", 51), (510, 53), (4, 52));
         assert_eq!(restored.complete(&written), written);
+    }
+
+    #[test]
+    fn who_notices_late_goes_by_what_the_first_one_said() {
+        let said = |count, since, view| {
+            let restored = RestoreRecord { count, since: Revision(since) };
+            ClusterView { restored, ..view }
+        };
+        let before = Arc::new(said(1, 7, view(100, ("a", "b", 90), (500, 99), (3, 80))));
+        let since = view(64, ("a", "c", 58), (700, 60), (4, 59));
+        for (what, now, unsaid, sync) in [
+            ("nobody has said it", said(0, 0, since.clone()), Some((2, 64)), "b"),
+            ("an earlier restore was in the backup", said(1, 7, since.clone()), Some((2, 64)), "b"),
+            ("said before the key was written", said(2, 52, since.clone()), None, "c"),
+            ("said after it", said(2, 61, since.clone()), None, "b"),
+            ("another one since", said(3, 52, since.clone()), None, "c"),
+            ("a revision that is none", said(2, i64::MAX, since), None, "b"),
+        ] {
+            let restored = Restored::new(before.clone(), &now);
+            let said = unsaid.map(|(count, since)| RestoreRecord { count, since: Revision(since) });
+            assert_eq!(restored.unsaid(&now), said, "{what}");
+            assert_eq!(restored.complete(&now).sync.standbys, [sync], "{what}");
+        }
     }
 
     #[test]

@@ -192,6 +192,9 @@ pub struct Memory {
     pub heard: BTreeMap<MemberName, Lsn>,
     /// Revision at which the leader key was found or made ours: an older view says nothing about what we hold.
     pub leading_since: Revision,
+    /// The revision at which this node claimed the number of a timeline; 0 where it has claimed none. What the `timeline` key says at
+    /// another one is not ours to begin.
+    pub claimed_at: Revision,
     /// The DCS has gone back to an earlier state: until then somebody may lead by what it has forgotten.
     pub forgotten_until: Option<Instant>,
 }
@@ -201,7 +204,7 @@ impl Memory {
     /// of before means anything now. Whoever led by what it has forgotten does so no longer than `until`.
     pub fn start_over(&mut self, until: Instant) {
         self.forgotten_until = self.forgotten_until.max(Some(until));
-        self.leading_since = Revision(0);
+        (self.leading_since, self.claimed_at) = (Revision(0), Revision(0));
         self.sync_settled = false;
         (self.elected, self.key_held, self.unfulfilled) = (None, None, None);
         (self.sync_before, self.failsafe_attempt) = (None, None);

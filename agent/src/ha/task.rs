@@ -7,13 +7,14 @@ use std::future::Future;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, Status};
 use trunkline_common::dcs::codec;
+use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::{ClusterStore, Outcome, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError, Lease};
-use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, SystemId, TimelineId};
+use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, Revision, SystemId, TimelineId};
 use trunkline_config::dynamic::{Settings, SynchronousMode};
 
 use super::decide::restart::ComeBack;
@@ -131,6 +132,10 @@ pub struct Hands<D, P, C, R> {
     pub lease: LeaseHandle,
     /// This member.
     pub name: MemberName,
+    /// What the DCS shows meanwhile.
+    pub knowledge: watch::Receiver<Knowledge>,
+    /// The revision at which the DCS showed the leader key as ours; `None` where it did not, and in a pause.
+    pub leads_since: Option<Revision>,
 }
 
 /// Longest time a primary's start is waited for, and a promotion that does not get any further. Recovery may take longer;
@@ -344,10 +349,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             let done = tokio::select! {
                 biased;
                 () = self.lease.must_not_write(&self.clock) => None,
+                () = self.key_gone() => None,
                 done = work => Some(done),
             };
             if let Some(done) = done
                 && self.lease.may_write(self.clock.now())
+                && !self.shows_no_key(&self.knowledge.borrow())
             {
                 return done;
             }
@@ -356,15 +363,23 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         Err(PgError::Failed("this node has lost its right to take writes".to_owned()))
     }
 
+    /// Returns once the DCS shows that our leader key is gone: the keeper learns it with its next renewal, and the loop, which would look
+    /// into it, decides nothing while a task runs.
+    async fn key_gone(&self) {
+        let gone = self.knowledge.clone().wait_for(|known| self.shows_no_key(known)).await.is_ok();
+        if !gone {
+            std::future::pending().await
+        }
+    }
+
+    fn shows_no_key(&self, known: &Knowledge) -> bool {
+        let shown = self.leads_since.zip(known.view.as_ref());
+        shown.is_some_and(|(since, view)| view.revision > since && !view.is_leader(&self.name))
+    }
+
     /// Promotes, the key being ours. Lease and key are looked at again right before the point of no return: time may have
-    /// passed since it was decided. `lost`: the DCS has shown the key without this node's name since.
-    pub async fn promote(
-        self,
-        names: String,
-        current_names: String,
-        left_out: Vec<TimelineId>,
-        lost: impl Fn() -> bool,
-    ) -> TaskEnd {
+    /// passed since it was decided.
+    pub async fn promote(self, names: String, current_names: String, left_out: Vec<TimelineId>) -> TaskEnd {
         let allowed = tokio::select! {
             biased;
             () = self.lease.must_not_write(&self.clock) => {
@@ -385,7 +400,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             return error.into();
         }
         let until = self.lease.session().leader_until();
-        if until.is_none_or(|until| until <= self.clock.now()) || lost() {
+        if until.is_none_or(|until| until <= self.clock.now()) || self.shows_no_key(&self.knowledge.borrow()) {
             return TaskEnd::Failed { why: "the leader key was lost before the promotion".to_owned(), damaged: false };
         }
         match self.postgres.promote(START_LIMIT, left_out).await {

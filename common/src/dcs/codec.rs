@@ -12,7 +12,7 @@ use trunkline_config::dynamic::{MAX_ROUTER_LEASE, Settings};
 use super::paths::Paths;
 use super::{KeyValue, Snapshot};
 use crate::cluster::{
-    ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, RouterRecord, Status, SyncState,
+    ConfigRecord, FailoverRequest, HistoryLine, Initialize, LeaderKey, RestoreRecord, RouterRecord, Status, SyncState,
 };
 use crate::{ClusterView, LeaseId, Lsn, Member, MemberName, Revision, SystemId, TimelineId};
 
@@ -51,6 +51,10 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
             "timeline" => {
                 view.claimed = reader.read(entry, claimed, || before.claimed);
                 view.claimed_revision = entry.modified;
+            }
+            "restored" => {
+                view.restored = reader.read(entry, restored, || before.restored);
+                view.restored_revision = entry.modified;
             }
             "status" => {
                 view.status = reader.read(entry, status, || before.status.clone());
@@ -124,6 +128,11 @@ pub fn encode_member(member: &Member) -> Value {
     put("scheduled_restart", member.scheduled_restart.clone());
     put("pause", flag(member.pause));
     Value::Object(map)
+}
+
+/// The value of the `restored` key.
+pub fn encode_restored(record: RestoreRecord) -> Value {
+    json!({ "count": record.count, "since": record.since.0 })
 }
 
 /// The value of the `status` key.
@@ -437,6 +446,13 @@ fn history(value: &[u8]) -> Result<Vec<HistoryLine>, Malformed> {
 fn claimed(value: &[u8]) -> Result<TimelineId, Malformed> {
     let number = std::str::from_utf8(value).ok().and_then(|text| text.trim().parse().ok());
     number.map(TimelineId).ok_or_else(|| "it is not the number of a timeline".into())
+}
+
+fn restored(value: &[u8]) -> Result<RestoreRecord, Malformed> {
+    let map = json_object(value)?;
+    let number = |field: &str| map.get(field).and_then(lenient_u64).ok_or(format!("{field} is not a number"));
+    let since = i64::try_from(number("since")?).map_err(|e| e.to_string())?;
+    Ok(RestoreRecord { count: number("count")?, since: Revision(since) })
 }
 
 fn failsafe(value: &[u8]) -> Result<BTreeMap<MemberName, String>, Malformed> {

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::codec;
 use super::paths::Paths;
 use super::{Compare, Dcs, DcsError, KeyValue, Lease, Op, Txn, TxnResult};
-use crate::cluster::RouterRecord;
+use crate::cluster::{RestoreRecord, RouterRecord};
 use crate::{ClusterView, LeaseId, MemberName, Revision, SystemId, TimelineId};
 
 /// The keys of one cluster.
@@ -360,6 +360,11 @@ impl<D: Dcs> ClusterStore<D> {
         let mut then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
         then.extend(status.map(|status| self.status_op(status)));
         Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+    }
+
+    /// Says that the store has gone back to an earlier state, if nobody has said so since `seen` (0 = absent).
+    pub async fn put_restored(&self, record: RestoreRecord, seen: Revision) -> Result<Outcome, DcsError> {
+        self.put_json("restored", &codec::encode_restored(record), Some(seen)).await
     }
 
     /// Writes the timelines of `before` into a store that has gone back to before them: `history`, the highest number that was claimed,
