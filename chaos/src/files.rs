@@ -3,17 +3,54 @@
 use std::net::Ipv4Addr;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::world::{POSTGRES_PORT, READ_ONLY_PORT, READ_WRITE_PORT, REST_PORT, ROUTER_ADMIN_PORT, SCOPE};
 
 /// What a run is started with; the schedule may change some of it meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// `synchronous_mode`.
-    pub synchronous: bool,
+    /// How commits are confirmed.
+    pub mode: Mode,
     /// `failsafe_mode`.
     pub failsafe: bool,
+}
+
+/// How commits are confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// By nobody but the primary.
+    Asynchronous,
+    /// By the standby that the `sync` key names, while there is one.
+    Synchronous,
+    /// By a standby in any case.
+    Strict,
+    /// By any standbys, as many as leave no majority without one.
+    Quorum,
+}
+
+impl Mode {
+    /// Whether no acknowledged commit may be lost.
+    pub fn is_synchronous(self) -> bool {
+        self != Mode::Asynchronous
+    }
+
+    /// What the summary calls it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Mode::Asynchronous => "asynchronous",
+            Mode::Synchronous => "synchronous",
+            Mode::Strict => "strictly synchronous",
+            Mode::Quorum => "quorum",
+        }
+    }
+
+    fn setting(self) -> Value {
+        match self {
+            Mode::Quorum => "quorum".into(),
+            mode => mode.is_synchronous().into(),
+        }
+    }
 }
 
 /// `patroni.yml` of one node.
@@ -40,7 +77,8 @@ pub(crate) fn agent(
                 "retry_timeout": 1,
                 "maximum_lag_on_failover": 1_048_576,
                 "primary_start_timeout": 0,
-                "synchronous_mode": settings.synchronous,
+                "synchronous_mode": settings.mode.setting(),
+                "synchronous_mode_strict": settings.mode == Mode::Strict,
                 "failsafe_mode": settings.failsafe,
                 "postgresql": {
                     "use_pg_rewind": true,

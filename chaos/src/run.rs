@@ -11,7 +11,7 @@ use trunkline_agent::lab::wait;
 
 use crate::check::{self, Findings, Kind, Promises};
 use crate::faults;
-use crate::files::Settings;
+use crate::files::{Mode, Settings};
 use crate::history::{Call, Micros};
 use crate::report::{Played, Report};
 use crate::schedule::{self, Allowed, Draw, Episode, NODES, ROUTERS};
@@ -46,6 +46,12 @@ pub struct Args {
     /// Without synchronous replication: acknowledged writes may be lost then, within the lag limit
     #[arg(long)]
     pub asynchronous: bool,
+    /// In mode quorum: any standby may confirm a commit
+    #[arg(long, conflicts_with = "asynchronous")]
+    pub quorum: bool,
+    /// In strict synchronous mode: without a standby commits wait
+    #[arg(long, conflicts_with_all = ["asynchronous", "quorum"])]
+    pub strict: bool,
     /// With failsafe mode: the primary goes on without etcd while every member answers
     #[arg(long)]
     pub failsafe: bool,
@@ -58,6 +64,15 @@ pub struct Args {
 }
 
 impl Args {
+    fn mode(&self) -> Mode {
+        match (self.asynchronous, self.quorum, self.strict) {
+            (true, ..) => Mode::Asynchronous,
+            (_, true, _) => Mode::Quorum,
+            (_, _, true) => Mode::Strict,
+            _ => Mode::Synchronous,
+        }
+    }
+
     fn allowed(&self, fenced: bool) -> Allowed {
         Allowed { clock: !self.no_clock, synchronous_mode: self.asynchronous, frozen_nodes: fenced }
     }
@@ -87,14 +102,14 @@ pub async fn run(args: Args) -> Result<bool> {
         Some(path) => format!("schedule {}", path.display()),
         None => format!("seed {seed}, {} min", args.minutes),
     };
-    let mode = if args.asynchronous { "asynchronous" } else { "synchronous" };
+    let mode = args.mode().label();
     let failsafe = if args.failsafe { ", failsafe mode" } else { "" };
     println!("chaos: {what}, {mode} replication{failsafe}; building three nodes, three etcd members, two routers");
     if preload.is_none() && !args.no_clock {
         println!("chaos: no libfaketime here (package libfaketime): clocks stay as they are");
     }
 
-    let settings = Settings { synchronous: !args.asynchronous, failsafe: args.failsafe };
+    let settings = Settings { mode: args.mode(), failsafe: args.failsafe };
     let world = World::build(settings, preload.as_deref())?;
     if args.keep {
         world.lab().keep();
@@ -121,7 +136,7 @@ async fn play(
     scheduled: Option<Vec<Episode>>,
     args: &Args,
 ) -> Result<Report> {
-    let start = wait::until("a whole cluster", START_LIMIT, async || world.whole(settings.synchronous).await);
+    let start = wait::until("a whole cluster", START_LIMIT, async || world.whole(settings.mode.is_synchronous()).await);
     let leader = start.await?;
     let ready = wait::until("the routers", START_LIMIT, async || routed(world).await);
     ready.await?;
@@ -186,7 +201,7 @@ async fn play(
             workload::finals(world.address(HostKind::Node(recorder.leader()), POSTGRES_PORT)).await.unwrap_or_default()
         }
     };
-    let promises = Promises { synchronous: settings.synchronous, lag_limit: LAG_LIMIT };
+    let promises = Promises { synchronous: settings.mode.is_synchronous(), lag_limit: LAG_LIMIT };
     let judged = check::check(&calls, &finals, promises);
     findings.violations.extend(judged.violations);
     findings.notes.extend(judged.notes);
@@ -218,7 +233,7 @@ async fn one_episode(
     let healed = world.journal().now();
     world.journal().note("HEALED");
     let whole = wait::until("a whole cluster after all faults ended", WHOLE_LIMIT, async || {
-        world.whole(settings.synchronous).await?;
+        world.whole(settings.mode.is_synchronous()).await?;
         routed(world).await?;
         ensure!(recorder.last_ack() > healed, "no client wrote since");
         Ok(())
@@ -244,7 +259,8 @@ async fn routed(world: &World) -> Result<()> {
 
 /// What the leader holds, once the standbys hold the same.
 async fn last_read(world: &World, settings: Settings, findings: &mut Findings) -> Result<crate::history::Finals> {
-    let leader = wait::until("a leader at the end", WHOLE_LIMIT, async || world.whole(settings.synchronous).await);
+    let leader =
+        wait::until("a leader at the end", WHOLE_LIMIT, async || world.whole(settings.mode.is_synchronous()).await);
     let leader = leader.await?;
     let address = |node| world.address(HostKind::Node(node), POSTGRES_PORT);
     let finals = workload::finals(address(leader)).await?;
