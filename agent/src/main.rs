@@ -1,5 +1,6 @@
 //! `trunkline-agent`: arguments, configuration, runtime and signals. What it does is in the library.
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,6 +48,9 @@ struct Args {
     /// Not for people: the agent starts itself with this as the guard of a data directory.
     #[arg(long, hide = true, value_name = "DATA_DIR")]
     guard: Option<PathBuf>,
+    /// Not for people: what the server's program is called where that is not `postgres…`.
+    #[arg(long, hide = true, value_name = "FILE_NAME")]
+    guard_program: Option<OsString>,
     /// Not for people: an address that the guard gives up.
     #[arg(long, hide = true, value_name = "INTERFACE=ADDRESS")]
     guard_vip: Vec<String>,
@@ -58,7 +62,7 @@ const COMMANDS: usize = 64;
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(data_dir) = &args.guard {
-        return guard::run(data_dir, guard::vip::Vip::of_arguments(&args.guard_vip));
+        return guard::run(data_dir, args.guard_program.clone(), guard::vip::Vip::of_arguments(&args.guard_vip));
     }
     if init::is_needed() {
         return contain();
@@ -217,24 +221,30 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         let _ = rest_stopped.wait_for(|stop| *stop).await;
     }));
     tokio::spawn(tell_rto(etcd.clone(), knowledge.clone(), postgres.clone()));
+    tokio::spawn(tell_of_one_endpoint(etcd.clone(), knowledge.clone(), local.etcd.endpoints.clone()));
     tokio::spawn(apply_retry_timeout(etcd.clone(), knowledge.clone()));
     tokio::spawn(tell_systemd(board_seen));
 
     let (reload_env, peers) = (env.clone(), api.peers());
-    let reload = move || {
+    let reload = move |running: &Local| {
         // For Type=notify-reload: from here to READY.
         let now = NotifyState::monotonic_usec_now();
         let _ = now.and_then(|now| sd_notify::notify(&[NotifyState::Reloading, now]));
         let _ready = Readier;
-        let (local, notices) = Local::load(path.as_deref(), &reload_env).map_err(|errors| errors.to_string())?;
+        let (mut local, notices) = Local::load(path.as_deref(), &reload_env).map_err(|errors| errors.to_string())?;
         for notice in notices {
             warn!("{notice}");
+        }
+        for key in local.keep_until_restart(running) {
+            warn!("{key} has changed, which takes effect when the agent is restarted: it stays as it was until then");
         }
         if let Err(error) = log.set_level(&local.log.level) {
             warn!("the log keeps its level: {error}");
         }
         if let Err(error) = api.reload(&local) {
             warn!("the REST API keeps its old settings: {error}");
+            // Members must not be sent to where nobody listens.
+            local.restapi = running.restapi.clone();
         }
         match etcd.reload(&local.etcd) {
             Ok(true) => info!("etcd is asked as etcd3 says now"),
@@ -295,7 +305,8 @@ async fn obey(signals: Signals, stop: watch::Sender<bool>, commands: mpsc::Sende
 
 /// Before anything can take writes. A deadline that was left behind is good for the server that was left with it.
 fn start_guard(postgres: &Instance, local: &Local) -> Arc<HostGuard> {
-    let guard = HostGuard::start(&postgres.config().data_dir, local.guard.egress, &local.watchdog, local.vip.as_ref());
+    let (data_dir, program) = (postgres.config().data_dir, postgres.server().program);
+    let guard = HostGuard::start(&data_dir, program, local.guard.egress, &local.watchdog, local.vip.as_ref());
     if guard.deadline().is_some() && !postgres.has_processes() {
         guard.disarm();
     }
@@ -325,6 +336,28 @@ async fn apply_retry_timeout<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::R
             etcd.set_retry_timeout(timeout);
             current = wanted;
         }
+    }
+}
+
+/// The members of etcd are those of the configuration: where it names one of several, all depends on that one.
+async fn tell_of_one_endpoint<C: Clock>(
+    etcd: EtcdDcs<C>,
+    mut knowledge: watch::Receiver<Knowledge>,
+    endpoints: Vec<String>,
+) {
+    let [only] = endpoints.as_slice() else { return };
+    if knowledge.wait_for(|knowledge| knowledge.view.is_some()).await.is_err() {
+        return;
+    }
+    match etcd.members().await {
+        Ok(members) if members.len() > 1 => warn!(
+            "etcd has {} members, and etcd3 names {only} alone: without that one this node has no etcd. Name all of them in \
+             etcd3.hosts ({}), unless it stands for all of them",
+            members.len(),
+            members.iter().flatten().map(String::as_str).collect::<Vec<_>>().join(", ")
+        ),
+        Ok(_) => {}
+        Err(error) => info!("how many members etcd has is not known: {error}"),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Plain data and look-ups. How the values are written in the DCS is the business of `dcs::codec`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::{Map, Value};
@@ -52,6 +52,8 @@ pub struct ClusterView {
     pub restored: RestoreRecord,
     /// Its revision; what a compare-and-set has to name.
     pub restored_revision: Revision,
+    /// What this node knows of a restore and `restored` does not say. Nothing that was read: an agent adds it to what it read.
+    pub unsaid: Option<RestoreRecord>,
     /// The `failsafe` key: members that must answer for a leader to survive the loss of the DCS.
     pub failsafe: Option<BTreeMap<MemberName, String>>,
     /// Its revision; what a compare-and-set has to name.
@@ -60,6 +62,9 @@ pub struct ClusterView {
     pub routers: BTreeMap<String, RouterRecord>,
     /// Keys whose value makes no sense, with the revision at which it doesn't: what this view has for them is older.
     pub malformed: BTreeMap<String, Revision>,
+    /// Of those the ones, without the cluster's prefix, that have been malformed for as long as this process has read them: no good value
+    /// stays in force.
+    pub unknown: BTreeSet<String>,
 }
 
 impl ClusterView {
@@ -71,6 +76,11 @@ impl ClusterView {
     /// Whether `name` holds the leader key. By name, as Patroni does: a restarted agent finds its own key again.
     pub fn is_leader(&self, name: &MemberName) -> bool {
         self.leader.as_ref().is_some_and(|leader| leader.name == *name)
+    }
+
+    /// `restored` has been written.
+    pub fn has_said(&mut self, record: RestoreRecord, revision: Revision) {
+        (self.restored, self.restored_revision, self.unsaid) = (record, revision, None);
     }
 
     /// The cluster's timeline as `history` tells it: one past the last finished one, 1 for an empty history,

@@ -43,6 +43,18 @@ async fn one_member_keeps_the_contract() {
 }
 
 #[tokio::test]
+async fn whoever_knows_one_member_can_ask_for_all() {
+    let cluster = Cluster::start(3).await;
+    let config = Etcd { endpoints: vec![cluster.members[0].url.clone()], ..Etcd::default() };
+    let dcs = EtcdDcs::connect(&config, SystemClock, RETRY_TIMEOUT).await.unwrap();
+    let mut told = dcs.members().await.unwrap();
+    let mut all: Vec<_> = cluster.members.iter().map(|member| vec![member.url.clone()]).collect();
+    told.sort();
+    all.sort();
+    assert_eq!(told, all);
+}
+
+#[tokio::test]
 async fn three_members_keep_the_contract() {
     check_contract(&Cluster::start(3).await).await;
 }

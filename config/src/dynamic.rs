@@ -146,19 +146,27 @@ impl Settings {
         self.primary_stop_timeout.unwrap_or(STOP_LIMIT)
     }
 
-    /// Reads the value of the `config` key. What is absent, or not what it should be, has Patroni's default; the latter is
-    /// told. Never fails: a mistyped setting must not stop a cluster.
+    /// [`Settings::after`] nothing: where a value is not what it should be there is nothing but the default.
     pub fn from_value(value: &Value) -> (Self, Vec<Notice>) {
+        Self::after(value, &Self::default())
+    }
+
+    /// Reads the value of the `config` key. What is absent has Patroni's default; what is not what it should be stays as it
+    /// was `before`, and is told. Never fails: a mistyped setting must not stop a cluster, nor change what it promises.
+    pub fn after(value: &Value, before: &Self) -> (Self, Vec<Notice>) {
         let report = Report::new(Origins::new("dynamic configuration"));
-        let Value::Object(map) = value else {
-            if !value.is_null() {
-                report.notice("", "is no map; the defaults are used");
+        let settings = match value {
+            Value::Object(map) => {
+                let root = Section::root(map, &report);
+                let times = read_times(&root, before);
+                read(&root, before, times)
             }
-            return (Self::default(), report.into_notices());
+            Value::Null => Self::default(),
+            _ => {
+                report.notice("", "is no map, and ignored");
+                before.clone()
+            }
         };
-        let root = Section::root(map, &report);
-        let times = read_times(&root, &Self::default());
-        let settings = read(&root, times);
         (settings, report.into_notices())
     }
 }
@@ -203,57 +211,75 @@ pub(crate) fn check(root: &Section<'_>) {
         root.wrong_with::<()>("ttl", expected, Some("make ttl longer, or the others shorter"));
     }
     let default = Settings::default();
-    read(root, (default.ttl, default.loop_wait, default.retry_timeout));
+    read(root, &default, (default.ttl, default.loop_wait, default.retry_timeout));
 }
 
-fn read(root: &Section<'_>, (ttl, loop_wait, retry_timeout): (Duration, Duration, Duration)) -> Settings {
+fn read(
+    root: &Section<'_>,
+    before: &Settings,
+    (ttl, loop_wait, retry_timeout): (Duration, Duration, Duration),
+) -> Settings {
     root.unknown(KNOWN);
     if let Some(postgresql) = root.section("postgresql") {
         postgres::unknown_keys(&postgresql);
     }
     let default = Settings::default();
-    let strict = root.boolean("synchronous_mode_strict").unwrap_or(false);
-    let standby_cluster = read_standby_cluster(root);
+    // What counts where no value was read: a value that is given is a wrong one.
+    let else_of = |key: &str| if root.has(key) { before } else { &default };
+    let boolean = |key, field: fn(&Settings) -> bool| root.boolean(key).unwrap_or_else(|| field(else_of(key)));
+    let time = |key, field: fn(&Settings) -> Duration| seconds(root, key).unwrap_or_else(|| field(else_of(key)));
+    let count = |key, most, field: fn(&Settings) -> usize| {
+        let count = root.integer(key, 0..=most, None).and_then(|count| usize::try_from(count).ok());
+        count.unwrap_or_else(|| field(else_of(key)))
+    };
+    let strict = boolean("synchronous_mode_strict", |s| s.synchronous_mode_strict);
+    let standby_cluster = read_standby_cluster(root, else_of("standby_cluster"));
     let synchronous_mode = match &standby_cluster {
         // Commits come from elsewhere.
         Some(_) => SynchronousMode::Off,
-        None => root.choice("synchronous_mode", SYNCHRONOUS).unwrap_or_default(),
+        None => {
+            let mode = root.choice("synchronous_mode", SYNCHRONOUS);
+            mode.unwrap_or_else(|| else_of("synchronous_mode").synchronous_mode)
+        }
     };
-    let count = root.integer("synchronous_node_count", 0..=1000, None).and_then(|count| usize::try_from(count).ok());
+    let stop = either(root, "primary_stop_timeout", "master_stop_timeout");
     Settings {
         ttl,
         loop_wait,
         retry_timeout,
-        maximum_lag_on_failover: bytes(root, "maximum_lag_on_failover").unwrap_or(default.maximum_lag_on_failover),
-        maximum_lag_on_syncnode: root
-            .integer("maximum_lag_on_syncnode", -1..=i64::MAX, Some("B"))
-            .filter(|lag| *lag > 0)
-            .map(i64::unsigned_abs),
-        max_timelines_history: root
-            .integer("max_timelines_history", 0..=1_000_000, None)
-            .and_then(|lines| usize::try_from(lines).ok())
-            .unwrap_or(default.max_timelines_history),
-        primary_start_timeout: seconds(root, either(root, "primary_start_timeout", "master_start_timeout"))
-            .unwrap_or(default.primary_start_timeout),
-        primary_stop_timeout: seconds(root, either(root, "primary_stop_timeout", "master_stop_timeout"))
-            .filter(|limit| !limit.is_zero()),
-        switchover_grace: seconds(root, "switchover_grace").unwrap_or(default.switchover_grace),
-        primary_race_backoff: seconds(root, "primary_race_backoff").unwrap_or(default.primary_race_backoff),
+        maximum_lag_on_failover: root
+            .integer("maximum_lag_on_failover", 0..=i64::MAX, Some("B"))
+            .map_or_else(|| else_of("maximum_lag_on_failover").maximum_lag_on_failover, i64::unsigned_abs),
+        maximum_lag_on_syncnode: root.integer("maximum_lag_on_syncnode", -1..=i64::MAX, Some("B")).map_or_else(
+            || else_of("maximum_lag_on_syncnode").maximum_lag_on_syncnode,
+            |lag| (lag > 0).then_some(lag.unsigned_abs()),
+        ),
+        max_timelines_history: count("max_timelines_history", 1_000_000, |s| s.max_timelines_history),
+        primary_start_timeout: time(either(root, "primary_start_timeout", "master_start_timeout"), |s| {
+            s.primary_start_timeout
+        }),
+        primary_stop_timeout: seconds(root, stop)
+            .map_or_else(|| else_of(stop).primary_stop_timeout, |limit| (!limit.is_zero()).then_some(limit)),
+        switchover_grace: time("switchover_grace", |s| s.switchover_grace),
+        primary_race_backoff: time("primary_race_backoff", |s| s.primary_race_backoff),
         router_lease: root
             .seconds("router_lease", 0..=MAX_ROUTER_LEASE, Some("s"))
             .map(|lease| if lease.is_zero() { lease } else { lease.max(Duration::from_secs(MIN_TTL.unsigned_abs())) })
-            .unwrap_or(default.router_lease),
+            .unwrap_or_else(|| else_of("router_lease").router_lease),
         synchronous_mode,
         synchronous_mode_strict: strict,
-        synchronous_node_count: count.unwrap_or(default.synchronous_node_count).max(usize::from(strict)),
-        failsafe_mode: root.boolean("failsafe_mode").unwrap_or(false),
-        check_timeline: root.boolean("check_timeline").unwrap_or(false),
-        pause: root.boolean("pause").unwrap_or(false),
-        member_slots_ttl: seconds(root, "member_slots_ttl").unwrap_or(default.member_slots_ttl),
-        slots: read_slots(root),
-        ignore_slots: read_ignored_slots(root),
+        synchronous_node_count: count("synchronous_node_count", 1000, |s| s.synchronous_node_count)
+            .max(usize::from(strict)),
+        failsafe_mode: boolean("failsafe_mode", |s| s.failsafe_mode),
+        check_timeline: boolean("check_timeline", |s| s.check_timeline),
+        pause: boolean("pause", |s| s.pause),
+        member_slots_ttl: time("member_slots_ttl", |s| s.member_slots_ttl),
+        slots: read_slots(root, before),
+        ignore_slots: read_ignored_slots(root, before),
         standby_cluster,
-        postgresql: root.copy("postgresql"),
+        postgresql: root
+            .section("postgresql")
+            .map_or_else(|| else_of("postgresql").postgresql.clone(), |section| section.map().clone()),
     }
 }
 
@@ -270,10 +296,6 @@ pub(crate) const SYNCHRONOUS: &[(&str, SynchronousMode)] = &[
     ("quorum", SynchronousMode::Quorum),
 ];
 
-fn bytes(root: &Section<'_>, key: &str) -> Option<u64> {
-    root.integer(key, 0..=i64::MAX, Some("B")).map(i64::unsigned_abs)
-}
-
 fn seconds(root: &Section<'_>, key: &str) -> Option<Duration> {
     root.seconds(key, 0..=MAX_SECONDS, Some("s"))
 }
@@ -285,16 +307,19 @@ fn either<'k>(root: &Section<'_>, name: &'k str, old: &'k str) -> &'k str {
 
 /// `ttl`, `loop_wait`, `retry_timeout`, adjusted so that `loop_wait + 2 × retry_timeout ≤ ttl`: a leader must have had two
 /// tries at renewing before its lease ends.
-fn read_times(root: &Section<'_>, default: &Settings) -> (Duration, Duration, Duration) {
-    let at_least = |key: &str, minimum: i64, default: Duration| {
-        let Some(seconds) = root.integer(key, i64::MIN..=MAX_SECONDS, Some("s")) else { return default };
+fn read_times(root: &Section<'_>, before: &Settings) -> (Duration, Duration, Duration) {
+    let default = Settings::default();
+    let at_least = |key: &str, minimum: i64, field: fn(&Settings) -> Duration| {
+        let Some(seconds) = root.integer(key, i64::MIN..=MAX_SECONDS, Some("s")) else {
+            return field(if root.has(key) { before } else { &default });
+        };
         if seconds < minimum {
             root.notice(key, format!("{seconds} s is too short; {minimum} s is used"));
         }
         Duration::from_secs(seconds.max(minimum).unsigned_abs())
     };
-    let ttl = at_least("ttl", MIN_TTL, default.ttl);
-    let given = (at_least("loop_wait", 1, default.loop_wait), at_least("retry_timeout", 1, default.retry_timeout));
+    let ttl = at_least("ttl", MIN_TTL, |s| s.ttl);
+    let given = (at_least("loop_wait", 1, |s| s.loop_wait), at_least("retry_timeout", 1, |s| s.retry_timeout));
     let (loop_wait, retry_timeout) = fit(ttl, given.0, given.1);
     if (loop_wait, retry_timeout) != given {
         root.notice(
@@ -322,8 +347,8 @@ fn fit(ttl: Duration, loop_wait: Duration, retry_timeout: Duration) -> (Duration
 }
 
 /// Present only where it says whom to follow.
-fn read_standby_cluster(root: &Section<'_>) -> Option<Map<String, Value>> {
-    let section = root.section("standby_cluster")?;
+fn read_standby_cluster(root: &Section<'_>, otherwise: &Settings) -> Option<Map<String, Value>> {
+    let Some(section) = root.section("standby_cluster") else { return otherwise.standby_cluster.clone() };
     section.unknown(&[
         "host",
         "port",
@@ -341,12 +366,12 @@ fn read_standby_cluster(root: &Section<'_>) -> Option<Map<String, Value>> {
     None
 }
 
-/// The first of the three names that has any. A bad entry is no slot at all, as with Patroni: one that was meant to be logical
-/// and is made physical keeps WAL for nobody.
-fn read_slots(root: &Section<'_>) -> Map<String, Value> {
+/// The first of the three names that has any. A bad entry is the slot that it was before, or none at all, as with Patroni: one
+/// that was meant to be logical and is made physical keeps WAL for nobody.
+fn read_slots(root: &Section<'_>, before: &Settings) -> Map<String, Value> {
     let names = ["permanent_replication_slots", "permanent_slots", "slots"];
     let Some(key) = names.into_iter().find(|key| root.get(key).is_some_and(tags::truthy)) else { return Map::new() };
-    let Some(section) = root.section(key) else { return Map::new() };
+    let Some(section) = root.section(key) else { return before.slots.clone() };
     let mut slots = Map::new();
     for (name, definition) in section.map() {
         if !is_slot_name(name) {
@@ -354,6 +379,7 @@ fn read_slots(root: &Section<'_>) -> Map<String, Value> {
         } else if let Err(why) = check_slot(&section, name, definition) {
             // Patroni's words: operators look for them.
             section.wrong::<()>(name, format!("Bad value for slot '{name}': {why}"));
+            slots.extend(before.slots.get(name).map(|definition| (name.clone(), definition.clone())));
         } else {
             slots.insert(name.clone(), definition.clone());
         }
@@ -397,7 +423,7 @@ fn is_slot_name(name: &str) -> bool {
 /// every slot.
 const SLOT_FIELDS: &[&str] = &["name", "type", "database", "plugin"];
 
-fn read_ignored_slots(root: &Section<'_>) -> Vec<Map<String, Value>> {
+fn read_ignored_slots(root: &Section<'_>, before: &Settings) -> Vec<Map<String, Value>> {
     match root.get("ignore_slots") {
         Some(Value::Array(items)) if items.iter().all(Value::is_object) => {
             let matchers: Vec<_> = items.iter().filter_map(Value::as_object).cloned().collect();
@@ -408,7 +434,8 @@ fn read_ignored_slots(root: &Section<'_>) -> Vec<Map<String, Value>> {
             matchers
         }
         Some(value) if tags::truthy(value) => {
-            root.wrong("ignore_slots", "a list of maps (name, type, database, plugin) is expected").unwrap_or_default()
+            root.wrong::<()>("ignore_slots", "a list of maps (name, type, database, plugin) is expected");
+            before.ignore_slots.clone()
         }
         _ => Vec::new(),
     }
@@ -430,7 +457,7 @@ mod tests {
         for value in [json!({}), Value::Null] {
             assert_eq!(Settings::from_value(&value), (Settings::default(), vec![]));
         }
-        assert_eq!(notices(json!([1])), ["dynamic configuration: is no map; the defaults are used"]);
+        assert_eq!(notices(json!([1])), ["dynamic configuration: is no map, and ignored"]);
     }
 
     #[test]
@@ -490,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_values_keep_their_defaults_and_are_told() {
+    fn bad_values_are_told() {
         let value = json!({
             "ttl": "soon", "maximum_lag_on_failover": -1, "pause": [],
             "slots": {
@@ -520,6 +547,34 @@ mod tests {
                 "dynamic configuration: ignore_slots: \"x\" is ignored: a list of maps (name, type, database, plugin) is expected",
             ]
         );
+    }
+
+    #[test]
+    fn bad_values_stay_as_they_were() {
+        let good = json!({
+            "ttl": 20, "loop_wait": 3, "retry_timeout": 4, "maximum_lag_on_failover": 5, "maximum_lag_on_syncnode": 6,
+            "max_timelines_history": 7, "master_start_timeout": 8, "primary_stop_timeout": 9, "switchover_grace": 10,
+            "primary_race_backoff": 11, "router_lease": 12, "synchronous_mode": "quorum", "synchronous_mode_strict": true,
+            "synchronous_node_count": 2, "failsafe_mode": true, "check_timeline": true, "pause": true,
+            "member_slots_ttl": 13, "slots": {"a": {"database": "d", "plugin": "p"}}, "ignore_slots": [{"name": "b"}],
+            "postgresql": {"parameters": {"work_mem": "1MB"}},
+        });
+        let Value::Object(keys) = &good else { panic!("no map") };
+        let (before, notices) = Settings::from_value(&good);
+        assert_eq!(notices, []);
+        let bad: Map<String, Value> = keys.keys().map(|key| (key.clone(), json!("onn"))).collect();
+        let (settings, notices) = Settings::after(&Value::Object(bad.clone()), &before);
+        assert_eq!((&settings, notices.len()), (&before, keys.len()));
+        assert_eq!(Settings::after(&Value::Object(bad), &settings).0, before, "however often it is read");
+        assert_eq!(Settings::after(&json!([1]), &before).0, before);
+        // What is not given is not wrong.
+        assert_eq!(Settings::after(&json!({}), &before).0, Settings::default());
+
+        let slots = |value| Settings::after(&json!({ "slots": value }), &before).0.slots;
+        assert_eq!(slots(json!({"a": "onn", "c": "onn"})), before.slots);
+        assert_eq!(slots(json!({"c": "onn"})), Map::new());
+        let outside = Settings::from_value(&json!({"standby_cluster": {"host": "h"}})).0;
+        assert_eq!(Settings::after(&json!({"standby_cluster": "onn"}), &outside).0, outside);
     }
 
     #[test]

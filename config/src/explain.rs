@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use crate::dynamic::{self, Settings, SynchronousMode};
-use crate::local::{self, Local};
+use crate::local::{self, Local, is_read_at_start};
 use crate::postgres::{self, PostgresConfig};
 use crate::report::Notice;
 use crate::{Env, document, guc, protected, section};
@@ -47,6 +47,8 @@ pub struct Node<'a> {
     pub loaded: Option<&'a Local>,
     /// The dynamic configuration; `None`: there is none.
     pub dynamic: Option<&'a Value>,
+    /// What the node goes by, also where a value there can't be used; `None`: not known.
+    pub in_force: Option<&'a Settings>,
     /// `primary`, `replica` or `standby_leader`.
     pub role: &'a str,
 }
@@ -102,7 +104,8 @@ pub fn parameter(key: &str) -> Option<String> {
 /// Explains `key`: a dotted path (`ttl`, `restapi.listen`, `postgresql.parameters.work_mem`), or the bare name of a parameter of
 /// PostgreSQL.
 pub fn explain(key: &str, node: &Node<'_>) -> Explanation {
-    let (settings, notices) = Settings::from_value(node.dynamic.unwrap_or(&Value::Null));
+    let (dynamic, default) = (node.dynamic.unwrap_or(&Value::Null), Settings::default());
+    let (settings, notices) = Settings::after(dynamic, node.in_force.unwrap_or(&default));
     let look = Look { node, settings: &settings };
     let mut told = match place(key) {
         Place::Dynamic(path) => look.dynamic(&path),
@@ -482,6 +485,9 @@ impl Look<'_> {
         if let Some(((layer, value), verdict)) = hidden {
             told.line(&layer, &full, &value, &verdict);
         }
+        if is_read_at_start(&full) {
+            told.notes.push("read at the start of the agent only".to_owned());
+        }
         self.changed(&mut told, &full);
         told
     }
@@ -493,8 +499,7 @@ impl Look<'_> {
             told.line(DYNAMIC, path, value, "no effect: it belongs to the node's own file");
         }
         let first = path.split('.').next().unwrap_or_default();
-        let at_start = ["scope", "name", "namespace", "guard", "watchdog", "vip"];
-        if at_start.contains(&first) || first == "log" && path != "log.level" {
+        if is_read_at_start(path) || first == "log" && path != "log.level" {
             told.notes.push("read at the start of the agent only".to_owned());
         }
         if first == "bootstrap" {
@@ -511,8 +516,9 @@ impl Look<'_> {
         let then = get(loaded, path);
         if self.node.layers.is_some() && now.as_ref() != then {
             let then = then.map_or_else(|| "nothing".to_owned(), |value| shown(path, value));
+            let remedy = if is_read_at_start(path) { "restart the agent" } else { "trunklinectl reload, or SIGHUP" };
             told.notes.push(format!(
-                "the node's own configuration has changed since the agent read it, which goes by {then}: trunklinectl reload, or SIGHUP"
+                "the node's own configuration has changed since the agent read it, which goes by {then}: {remedy}"
             ));
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! Reads a file and the environment it is given, nothing else: no socket, no DCS, no clock.
 
-mod address;
+pub mod address;
 mod client;
 mod document;
 pub mod dynamic;

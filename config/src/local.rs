@@ -1,6 +1,7 @@
 //! `patroni.yml`: what belongs to one node.
 
 mod read;
+mod start;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,6 +11,7 @@ use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 pub(crate) use self::read::{KNOWN, read_ctl, read_log, read_namespace, read_root};
+pub(crate) use self::start::is_read_at_start;
 use crate::env::Env;
 use crate::report::{Errors, Notice};
 use crate::{Secret, document};

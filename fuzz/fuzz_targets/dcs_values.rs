@@ -22,6 +22,7 @@ const KEYS: &[&str] = &[
     "history",
     "failsafe",
     "timeline",
+    "restored",
     "routers/r",
 ];
 

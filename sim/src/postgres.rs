@@ -445,6 +445,10 @@ impl Postgres for ModelPostgres {
         self.server(|server| server.data.as_ref().is_some_and(|data| data.damage == Some(HALF_REWOUND)))
     }
 
+    fn is_set_to_follow(&self) -> bool {
+        self.server(|server| server.data.as_ref().is_some_and(|data| data.standby))
+    }
+
     fn half_made(&self) -> bool {
         self.server(|server| server.data.as_ref().is_some_and(|data| data.half_made))
     }

@@ -378,8 +378,8 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, t
     let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || just_revoked;
     let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
-    // A switchover may have to do with a candidate that is behind.
-    let requested = stage.key("failover").is_some_and(|request| request != json!({}));
+    // An operator may ask for somebody who is behind.
+    let requested = stage.key("failover").is_some_and(|request| request != json!({}) && request["leader"].is_null());
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
     stage.servers(|servers| {
         let server = &mut servers[host];

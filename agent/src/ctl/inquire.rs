@@ -302,7 +302,7 @@ pub(super) async fn explain(context: &Context, args: &ExplainArgs) -> Result<()>
     if documents.is_empty() {
         complain("No member could be asked; this is what the dynamic configuration alone says.");
         let dynamic = cluster.view.config.as_ref().map(|config| &config.value);
-        let asked = Asked { layers: None, loaded: None, dynamic, role: "primary" };
+        let asked = Asked { layers: None, loaded: None, dynamic, in_force: None, role: "primary" };
         documents.push(explain::explain(&args.key, &asked).document());
     }
     let format: Format = args.of.history.format.into();

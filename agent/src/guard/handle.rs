@@ -3,6 +3,7 @@
 //! Guards share the page with the deadline, so any number of them does the same: a new one is started before an old one
 //! is ended, and there is no moment without.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +28,9 @@ use crate::postgres::{has_ended, own_session};
 /// The hidden option that makes the agent's program a guard.
 pub const OPTION: &str = "--guard";
 
+/// The one that says what the server's program is called where that is not `postgres…`.
+pub const PROGRAM_OPTION: &str = "--guard-program";
+
 /// The one that names an address for it to give up: `eth0=10.0.0.100/24`.
 pub const VIP_OPTION: &str = "--guard-vip";
 
@@ -50,6 +54,7 @@ pub struct GuardProcess {
 #[derive(Debug)]
 struct Shared {
     data_dir: PathBuf,
+    program: Option<OsString>,
     vip: Option<Vip>,
     fd: OwnedFd,
     memory: &'static Memory,
@@ -69,11 +74,12 @@ struct Running {
 
 impl GuardProcess {
     /// Starts a guard for the server in `data_dir`, and takes the deadline over from one that an earlier agent left
-    /// behind. Returns when it is up, or could not be started: then that is tried again and again.
+    /// behind. `program`: what the server's is called where that is not `postgres…`. Returns when it is up, or could not
+    /// be started: then that is tried again and again.
     ///
     /// # Errors
     /// No shared memory or no thread.
-    pub fn start(data_dir: &Path, vip: Option<Vip>) -> io::Result<Self> {
+    pub fn start(data_dir: &Path, program: Option<OsString>, vip: Option<Vip>) -> io::Result<Self> {
         let data_dir = stable_name(data_dir);
         let found = find(&data_dir);
         let armed = found.iter().position(|(_, _, memory)| memory.kill_at().is_some());
@@ -88,9 +94,8 @@ impl GuardProcess {
         }
         let (fd, memory) = inherited.map_or_else(Memory::create, Ok)?;
         let state = Mutex::new(Err("not started yet".to_owned()));
-        let shared =
-            Shared { data_dir, vip, fd, memory, wake: Mutex::new(None), state, ending: AtomicBool::new(false) };
-        let shared = Arc::new(shared);
+        let (wake, ending) = (Mutex::new(None), AtomicBool::new(false));
+        let shared = Arc::new(Shared { data_dir, program, vip, fd, memory, wake, state, ending });
         let (up, first) = mpsc::channel();
         let (running, ended) = mpsc::channel();
         let kept = shared.clone();
@@ -193,6 +198,9 @@ impl Shared {
         let mut command = Command::new("/proc/self/exe");
         command.arg(OPTION).arg(&self.data_dir).env_clear();
         command.stdin(Stdio::from(read)).stdout(Stdio::from(self.fd.try_clone()?));
+        if let Some(program) = &self.program {
+            command.arg(PROGRAM_OPTION).arg(program);
+        }
         for argument in self.vip.iter().flat_map(Vip::arguments) {
             command.arg(VIP_OPTION).arg(argument);
         }

@@ -19,6 +19,7 @@ mod process;
 pub mod vip;
 mod watchdog;
 
+use std::ffi::OsString;
 use std::fmt::{self, Debug, Display};
 use std::path::Path;
 use std::sync::Arc;
@@ -156,10 +157,17 @@ pub struct HostGuard {
 
 impl HostGuard {
     /// Starts what can be started for the server in `data_dir`, and takes over what an earlier agent left behind. What
-    /// does not work is in the status, and in the log. `egress`: with a fence, where the system permits it.
-    pub fn start(data_dir: &Path, egress: bool, watchdog: &local::Watchdog, vip: Option<&local::Vip>) -> Self {
+    /// does not work is in the status, and in the log. `program`: what its processes are known by where that is not
+    /// `postgres…`. `egress`: with a fence, where the system permits it.
+    pub fn start(
+        data_dir: &Path,
+        program: Option<OsString>,
+        egress: bool,
+        watchdog: &local::Watchdog,
+        vip: Option<&local::Vip>,
+    ) -> Self {
         let vip = vip.map(Vip::new);
-        let process = GuardProcess::start(data_dir, vip.clone()).map_err(|error| error.to_string());
+        let process = GuardProcess::start(data_dir, program, vip.clone()).map_err(|error| error.to_string());
         if let Err(why) = &process {
             error!("there is no guard process: {why}");
         }

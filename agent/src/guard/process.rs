@@ -5,6 +5,7 @@
 //! deadline. It goes on without its agent until the deadline is met or removed. The leader's address (`vip`) has a time of its
 //! own there, a little later: who is connected by it shall see the server end.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -19,7 +20,7 @@ use trunkline_common::{Clock, Instant, SystemClock};
 
 use super::memory::Memory;
 use super::vip::Vip;
-use crate::postgres::{kill_processes_of, real_path};
+use crate::postgres::{Server, kill_processes_of, real_path};
 
 /// Between two looks at what is dying. Each begins with the deadline: it may have been removed, and what is started then
 /// must live.
@@ -29,9 +30,10 @@ const RECHECK: Duration = Duration::from_millis(1);
 /// this often.
 const SWEEP: Duration = Duration::from_millis(20);
 
-/// Runs the guard of the server in `data_dir`, and of the addresses of its leader.
-pub fn run(data_dir: &Path, vip: Option<Vip>) -> ExitCode {
-    match guard(data_dir, vip) {
+/// Runs the guard of the server in `data_dir`, and of the addresses of its leader. `program`: what the server's is called
+/// where that is not `postgres…`.
+pub fn run(data_dir: &Path, program: Option<OsString>, vip: Option<Vip>) -> ExitCode {
+    match guard(data_dir, program, vip) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("the guard of {} ends: {error}", data_dir.display());
@@ -40,20 +42,20 @@ pub fn run(data_dir: &Path, vip: Option<Vip>) -> ExitCode {
     }
 }
 
-fn guard(data_dir: &Path, vip: Option<Vip>) -> std::io::Result<()> {
+fn guard(data_dir: &Path, program: Option<OsString>, vip: Option<Vip>) -> std::io::Result<()> {
     let (stdin, stdout) = (std::io::stdin(), std::io::stdout());
     let memory = Memory::open(stdout.as_fd())?;
     let timer = rustix::time::timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::NONBLOCK)?;
     harden();
     let mut agent_lives = true;
-    let mut dir = real_path(data_dir);
+    let mut server = Server { dir: real_path(data_dir), program };
     let mut met = None;
     memory.set_ready(std::process::id());
     loop {
         let now = SystemClock.now();
         // The server first: it is what can do harm, and nothing may keep the guard from ending it.
         let deadline = memory.kill_at();
-        let killed = deadline.filter(|at| *at <= now).map(|_| kill(&dir));
+        let killed = deadline.filter(|at| *at <= now).map(|_| kill(&server));
         let address = vip.as_ref().and_then(|vip| give_up_address(vip, memory, now));
         let done = !agent_lives && address.is_none();
         let look = match (deadline, killed) {
@@ -85,7 +87,7 @@ fn guard(data_dir: &Path, vip: Option<Vip>) -> std::io::Result<()> {
         if waits.get(1).is_some_and(|wait| !wait.revents().is_empty()) {
             agent_lives = rustix::io::read(&stdin, &mut [0u8; 64]) != Ok(0);
             // Looked up now, while the server is well: at the deadline its disk may not answer any more.
-            dir = real_path(data_dir);
+            server.dir = real_path(data_dir);
         }
     }
 }
@@ -104,8 +106,8 @@ fn give_up_address(vip: &Vip, memory: &Memory, now: Instant) -> Option<Instant> 
 }
 
 /// Kills everything of the server that is there now; whether there was anything.
-fn kill(dir: &Path) -> bool {
-    !kill_processes_of(dir, SystemClock.now(), |_| {})
+fn kill(server: &Server) -> bool {
+    !kill_processes_of(server, SystemClock.now(), |_| {})
 }
 
 /// Only where nobody else is left to tell it, and after it was done: this may block.

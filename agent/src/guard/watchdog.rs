@@ -8,16 +8,13 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tracing::{info, warn};
 use trunkline_common::{Clock, Instant, SystemClock};
 use trunkline_config::local::{self, WatchdogDriver, WatchdogMode};
-
-/// Deadlines that wait for a device that is slow; more than these are not needed.
-const QUEUE: usize = 4;
 
 /// How long an agent that ends waits for the device to be closed in order.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
@@ -38,15 +35,27 @@ type Open = Box<dyn Fn() -> io::Result<Box<dyn Device>> + Send>;
 #[derive(Debug)]
 pub(super) struct Watchdog {
     required: bool,
-    state: Arc<Mutex<State>>,
-    orders: Mutex<Option<SyncSender<Option<Instant>>>>,
+    shared: Arc<Shared>,
     ended: Mutex<Receiver<()>>,
+}
+
+/// With the thread that talks to the device.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    ordered: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
     works: Result<(), String>,
+    /// The end of the lease; `None`: nobody counts.
     until: Option<Instant>,
+    /// The device has not been told that yet. Only the last word counts: it may be slow, and need none of those before.
+    ordered: bool,
+    ending: bool,
+    /// When the keepalive that it is at has taken too long.
+    slow_at: Option<Instant>,
 }
 
 impl Watchdog {
@@ -67,54 +76,52 @@ impl Watchdog {
             warn!("the watchdog is required but does not work, so this node will not lead: {why}");
         }
         let on = settings.mode != WatchdogMode::Off && (required || usable.is_ok());
-        let state = Arc::new(Mutex::new(State { works: usable, until: None }));
-        let (orders, received) = sync_channel(QUEUE);
+        let state = State { works: usable, until: None, ordered: false, ending: false, slow_at: None };
+        let shared = Arc::new(Shared { state: Mutex::new(state), ordered: Condvar::new() });
         let (running, ended) = sync_channel::<()>(0);
         if on {
             let keeper = Keeper { open, device: None, timeout: 0, required, margin: settings.safety_margin };
-            let told = state.clone();
+            let told = shared.clone();
             let keep = move || {
-                keeper.run(&received, &told);
+                keeper.run(&told);
                 drop(running);
             };
             std::thread::Builder::new().name("watchdog".to_owned()).spawn(keep)?;
         }
-        Ok(Self { required, state, orders: Mutex::new(Some(orders)), ended: Mutex::new(ended) })
+        Ok(Self { required, shared, ended: Mutex::new(ended) })
     }
 
     /// The lease lasts until then. Only a later end is a proof, and worth a keepalive.
     pub fn arm(&self, until: Instant) {
-        let mut state = self.state.lock();
-        if state.until.is_some_and(|before| until <= before) {
-            return;
+        let mut state = self.shared.state.lock();
+        if state.until.is_none_or(|before| until > before) {
+            state.until = Some(until);
+            state.ordered = true;
+            self.shared.ordered.notify_one();
         }
-        state.until = Some(until);
-        drop(state);
-        self.order(Some(until));
     }
 
     /// Nobody counts.
     pub fn disarm(&self) {
-        if self.state.lock().until.take().is_some() {
-            self.order(None);
-        }
-    }
-
-    fn order(&self, until: Option<Instant>) {
-        if let Some(orders) = &*self.orders.lock() {
-            // Full: the device hangs. Gone: there is none.
-            let _ = orders.try_send(until);
+        let mut state = self.shared.state.lock();
+        if state.until.take().is_some() {
+            state.ordered = true;
+            self.shared.ordered.notify_one();
         }
     }
 
     /// Whether it works, or why not.
     pub fn works(&self) -> Result<(), String> {
-        self.state.lock().works.clone()
+        let state = self.shared.state.lock();
+        match state.slow_at {
+            Some(at) if at <= SystemClock.now() => Err("it has not answered for a third of its timeout".to_owned()),
+            _ => state.works.clone(),
+        }
     }
 
     /// Whether it counts.
     pub fn is_armed(&self) -> bool {
-        self.state.lock().until.is_some()
+        self.shared.state.lock().until.is_some()
     }
 
     /// Why this node may not lead.
@@ -124,8 +131,24 @@ impl Watchdog {
 
     /// The agent ends: what was ordered is done first.
     pub fn end(&self) {
-        *self.orders.lock() = None;
+        self.shared.state.lock().ending = true;
+        self.shared.ordered.notify_one();
         let _ = self.ended.lock().recv_timeout(CLOSE_LIMIT);
+    }
+}
+
+impl Shared {
+    /// Waits for the next order; `None`: there will be none.
+    fn next(&self) -> Option<Option<Instant>> {
+        let mut state = self.state.lock();
+        while !state.ordered {
+            if state.ending {
+                return None;
+            }
+            self.ordered.wait(&mut state);
+        }
+        state.ordered = false;
+        Some(state.until)
     }
 }
 
@@ -139,14 +162,23 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn run(mut self, orders: &Receiver<Option<Instant>>, told: &Mutex<State>) {
-        while let Ok(until) = orders.recv() {
+    fn run(mut self, shared: &Shared) {
+        while let Some(until) = shared.next() {
             let Some(until) = until else {
                 self.close();
                 continue;
             };
-            let works = self.keep(until.since(SystemClock.now()));
-            let mut state = told.lock();
+            let now = SystemClock.now();
+            let seconds = timeout(until.since(now), self.margin);
+            let slow_at = now + Duration::from_secs(seconds.unsigned_abs().into()) / 3;
+            shared.state.lock().slow_at = Some(slow_at);
+            let works = self.keep(seconds);
+            let late = SystemClock.now().since(slow_at);
+            if !late.is_zero() && works.is_ok() {
+                warn!("a keepalive of the watchdog took {late:.0?} longer than a third of its {seconds} s");
+            }
+            let mut state = shared.state.lock();
+            state.slow_at = None;
             if state.works != works {
                 match &works {
                     Ok(()) => info!("the watchdog resets this machine {} s after the last renewal", self.timeout),
@@ -158,12 +190,11 @@ impl Keeper {
         // Where there still is a deadline the device goes on counting, as the guard does.
     }
 
-    /// A keepalive for a lease that lasts `left` from now.
-    fn keep(&mut self, left: Duration) -> Result<(), String> {
-        let seconds = timeout(left, self.margin);
+    /// A keepalive: the machine is reset after so many seconds without another one.
+    fn keep(&mut self, seconds: i32) -> Result<(), String> {
         if seconds < 1 {
             let advice = "choose a longer ttl, or safety_margin -1 for half of ttl";
-            return Err(format!("safety_margin leaves no time of a lease of {left:.0?}: {advice}"));
+            return Err(format!("safety_margin leaves no time of the lease: {advice}"));
         }
         let fresh = self.device.is_none();
         let mut device = match self.device.take() {
@@ -346,6 +377,15 @@ mod tests {
         (Watchdog::with(settings, Ok(()), open).expect("thread"), done)
     }
 
+    /// Waits: a thread does it.
+    fn until(what: impl Fn() -> bool) {
+        let deadline = SystemClock.now() + Duration::from_secs(10);
+        while !what() {
+            assert!(SystemClock.now() < deadline, "not in time");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn lease() -> Instant {
         SystemClock.now() + Duration::from_millis(10_900)
     }
@@ -353,11 +393,13 @@ mod tests {
     #[test]
     fn renewals_are_keepalives_and_the_end_is_a_magic_close() {
         let (watchdog, done) = fake(&settings(WatchdogMode::Automatic, 5), 1);
-        let until = lease();
-        watchdog.arm(until);
-        watchdog.arm(until);
-        watchdog.arm(until - Duration::from_secs(1));
-        watchdog.arm(until + Duration::from_millis(1));
+        let end = lease();
+        watchdog.arm(end);
+        watchdog.arm(end);
+        watchdog.arm(end - Duration::from_secs(1));
+        until(|| done.lock().len() == 2);
+        watchdog.arm(end + Duration::from_millis(1));
+        until(|| done.lock().len() == 3);
         assert!(watchdog.is_armed());
         watchdog.disarm();
         watchdog.disarm();
@@ -372,10 +414,37 @@ mod tests {
         let driver = WatchdogDriver::Testing;
         let settings = local::Watchdog { device: file.path().into(), driver, ..settings(WatchdogMode::Required, 5) };
         let watchdog = Watchdog::start(&settings).expect("thread");
+        let told = || std::fs::read_to_string(file.path()).expect("told");
         watchdog.arm(lease());
+        until(|| told().ends_with('1'));
         watchdog.disarm();
         watchdog.end();
-        assert_eq!(std::fs::read_to_string(file.path()).expect("told"), "Ctimeout=6\n1V");
+        assert_eq!(told(), "Ctimeout=6\n1V");
+    }
+
+    #[test]
+    fn a_slow_device_does_not_work_and_misses_no_end() {
+        let settings = settings(WatchdogMode::Required, 0);
+        let (done, busy): (Arc<Mutex<Vec<String>>>, Arc<Mutex<()>>) = Default::default();
+        let (seen, waits) = (done.clone(), busy.clone());
+        let open: Open = Box::new(move || {
+            drop(waits.lock());
+            Ok(Box::new(Fake(seen.clone(), 1..=i32::MAX)))
+        });
+        let watchdog = Watchdog::with(&settings, Ok(()), open).expect("thread");
+        let slow = busy.lock();
+        let begun = SystemClock.now();
+        for i in 0..10 {
+            watchdog.arm(begun + Duration::from_millis(2000 + i));
+        }
+        assert_eq!(watchdog.missing(), None);
+        until(|| watchdog.missing().is_some());
+        let took = SystemClock.now().since(begun);
+        assert!(took >= Duration::from_millis(333), "a third of one second or two is not over after {took:?}");
+        watchdog.disarm();
+        drop(slow);
+        watchdog.end();
+        assert_eq!((watchdog.missing(), done.lock().last().map(String::as_str)), (None, Some("close")));
     }
 
     #[test]

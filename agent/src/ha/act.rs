@@ -148,10 +148,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let (Some(view), Some(lease)) = (self.view.clone(), self.lease.session().lease) else { return Next::Wait };
         let seen = Seen::of(&view);
         let PgStatus::Running(running) = &self.pg else { return Next::Wait };
-        if write.is_some() && self.unsaid().is_some() {
-            // Who notices the restore after this write would take it for one of the backup.
-            return Next::Wait;
-        }
         // Whoever leads first after the DCS was lost, or in it for the first time, says which cluster it is.
         let system = running.system_id;
         let initialize = (view.initialize != Initialize::Done(system)).then_some(system);
@@ -180,13 +176,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                     self.memory.claimed_at = revision;
                 }
                 self.memory.sync_before = write.as_ref().map(|_| unwritten(&view.sync, revision));
+                self.memory.sync_settled |= write.is_some();
                 if !view.settings.router_lease.is_zero() {
                     // Which routers there are must have been seen after that: the next view shows it, and the key.
-                    self.memory.sync_settled |= write.is_some();
                     return Next::Wait;
                 }
-                let mut view = (*view).clone();
-                view.revision = revision;
+                let mut view = match &write {
+                    Some(write) => with(&view, write, revision),
+                    None => ClusterView { revision, ..(*view).clone() },
+                };
                 let key =
                     LeaderKey { name: self.me.name.clone(), lease: lease.id, created: revision, modified: revision };
                 view.leader = Some(key);
@@ -196,10 +194,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 }
                 if let Some(number) = claims {
                     (view.claimed, view.claimed_revision) = (number, revision);
-                }
-                if let Some(write) = write {
-                    view.sync = written(&write, revision);
-                    self.memory.sync_settled = true;
                 }
                 // A request that this fulfils is cleared once writes go on: the leader finds it out of date.
                 self.view = Some(Arc::new(view));
@@ -351,14 +345,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if let Some(write) = write.or_else(|| self.unsettled(&view)) {
             match self.put_sync(write.clone()).await {
                 Ok(Outcome::Done(revision)) => {
-                    let mut written_view = (*view).clone();
-                    written_view.sync = written(&write, revision);
                     let before = self.memory.sync_before.take().map_or_else(
                         || unwritten(&view.sync, revision),
                         |before| SyncWrite { seen: revision, ..before },
                     );
                     self.memory.sync_before = Some(before);
-                    self.view = Some(Arc::new(written_view));
+                    self.view = Some(Arc::new(with(&view, &write, revision)));
                 }
                 Ok(Outcome::Conflict) => {
                     info!("the sync key has changed; not promoting on an old list");
@@ -374,6 +366,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
         let hands = self.hands();
         let left_out = timelines::left_out(claimed, running.timeline);
+        self.memory.promoting = true;
         self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out));
         Next::Wait
     }
@@ -495,11 +488,20 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 /// The write that takes the one of `revision` back.
 fn unwritten(before: &SyncState, revision: Revision) -> SyncWrite {
     let encoded = codec::encode_sync(before.leader.as_ref(), before.quorum, &before.standbys);
-    SyncWrite { value: (before.revision > Revision(0)).then_some(encoded), seen: revision }
+    SyncWrite { value: (before.revision > Revision(0)).then_some(encoded), seen: revision, restored: None }
+}
+
+/// `view` once `write` is done, at `revision`.
+pub(super) fn with(view: &ClusterView, write: &SyncWrite, revision: Revision) -> ClusterView {
+    let mut view = ClusterView { revision, sync: written(write, revision), ..view.clone() };
+    if let Some(record) = write.restored {
+        view.has_said(record, revision);
+    }
+    view
 }
 
 /// The `sync` key as we have just written it.
-pub(super) fn written(write: &SyncWrite, revision: Revision) -> SyncState {
+fn written(write: &SyncWrite, revision: Revision) -> SyncState {
     let Some(value) = &write.value else { return SyncState::default() };
     let leader = value.get("leader").and_then(|name| name.as_str()).map(MemberName::from);
     let listed = value.get("sync_standby").and_then(|names| names.as_str()).unwrap_or_default();

@@ -104,12 +104,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     }
 
     async fn reload(&mut self) {
-        match (self.parts.reload)() {
+        match (self.parts.reload)(&self.parts.local) {
             Ok(local) => {
                 info!("reloaded the configuration");
-                // What can't change in a running agent stays as it is; everything else is applied by the next turn.
+                // Applied by the next turn.
                 self.parts.local = local;
-                (self.applied, self.configured) = (None, None);
+                (self.applied, self.configured, self.unapplied) = (None, None, None);
                 // Whoever asks after the reload sees the tags of the file, also while the rest is being applied.
                 self.me = me(&self.parts.local, &self.parts.postgres.config());
                 self.publish_board();

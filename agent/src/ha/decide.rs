@@ -185,7 +185,7 @@ fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
     if s.leads() && view.is_leader(&s.me.name) {
         return leader::decide(s, view);
     }
-    if s.leads() && s.is_primary() && view.leader.is_none() {
+    if s.leads() && s.may_take_writes() && view.leader.is_none() {
         return leader::by_word(s, view);
     }
     if view.is_leader(&s.me.name) {

@@ -14,6 +14,9 @@ use super::situation::{PeerAnswers, Situation};
 use crate::peer::PeerStatus;
 use crate::postgres::PgStatus;
 
+/// The keys that say who may lead.
+const BY_WHICH_TO_LEAD: [&str; 4] = ["failsafe", "history", "status", "sync"];
+
 /// The answer to "may this node lead now?", with the numbers compared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
@@ -83,6 +86,12 @@ fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {
     if !is_in_failsafe(view, &s.me.name) {
         return Verdict::Yield("not in the failsafe key, so a leader without DCS would not ask this node".to_owned());
     }
+    let unknown = BY_WHICH_TO_LEAD.iter().find(|key| view.unknown.contains(**key));
+    if let Some(key) = unknown {
+        return Verdict::Yield(format!(
+            "the {key} key is malformed, and this agent has not seen a good one: mend or delete it"
+        ));
+    }
     let asked_for = view.failover.as_ref().filter(|request| request.scheduled_at.is_none());
     if settings.pause && asked_for.is_none() {
         return match s.is_primary() {
@@ -98,7 +107,7 @@ fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {
     if s.me.failover_priority() <= 0 {
         return Verdict::Yield("following a different leader because I am not allowed to promote".to_owned());
     }
-    let manual = view.failover.as_ref().filter(|request| request.leader.is_none());
+    let manual = asked_for.filter(|request| request.leader.is_none());
     if manual.is_some_and(|request| request.candidate.as_ref() == Some(&s.me.name)) {
         // An operator's word, also for a node outside the synchronous set or on an older timeline: that is what `failover`
         // is for.
@@ -118,17 +127,19 @@ fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {
     if s.is_primary() {
         return Verdict::Race("this node already runs as primary".to_owned());
     }
+    // Also for a switchover, maybe one of next week: whoever leads may have died before it stepped down.
+    if is_far_behind(s.lsn(), view) {
+        return Verdict::Yield(format!(
+            "{} bytes behind the last position of the leader ({}), more than maximum_lag_on_failover allows ({})",
+            s.lsn().lag_behind(view.status.optime),
+            view.status.optime,
+            settings.maximum_lag_on_failover
+        ));
+    }
     if let Some(request) = &view.failover {
         let verdict = requested(s, view, request.candidate.as_ref(), request.leader.as_ref(), synchronous);
         // Who was asked for may not have been there to the end: a request is no vote.
         return if synchronous && by_votes(view) { with_votes(s, view, verdict) } else { verdict };
-    }
-    let lag = s.lsn().lag_behind(view.status.optime);
-    if lag > settings.maximum_lag_on_failover {
-        return Verdict::Yield(format!(
-            "{lag} bytes behind the last position of the leader ({}), more than maximum_lag_on_failover allows ({})",
-            view.status.optime, settings.maximum_lag_on_failover
-        ));
     }
     healthiest(s, view, synchronous, |_| true)
 }
@@ -162,7 +173,9 @@ fn requested(
                 ask.insert(candidate.clone(), api_url);
                 return Verdict::Ask(ask);
             };
-            if answer(peers, candidate).is_some_and(|peer| can_lead(peer, view)) {
+            // An operator's failover asks for a node whatever it lacks.
+            let near = |peer: &PeerStatus| old_leader.is_none() || !is_far_behind(peer.lsn, view);
+            if answer(peers, candidate).is_some_and(|peer| can_lead(peer, view) && near(peer)) {
                 return Verdict::Yield(format!("{candidate} is the requested candidate"));
             }
         }
@@ -215,9 +228,7 @@ fn healthiest(s: &Situation, view: &ClusterView, synchronous: bool, counts: impl
             Ordering::Less => continue,
             Ordering::Equal => {}
             // It would not lead either.
-            Ordering::Greater if peer.lsn.lag_behind(view.status.optime) > view.settings.maximum_lag_on_failover => {
-                continue;
-            }
+            Ordering::Greater if is_far_behind(peer.lsn, view) => continue,
             Ordering::Greater => {
                 let [theirs, ours] = [peer.timeline, s.timeline()].map(Option::unwrap_or_default);
                 return Verdict::Yield(format!("{name} is on timeline {theirs}, this node on {ours}"));
@@ -412,6 +423,11 @@ pub(super) fn is_left_behind(timeline: Option<TimelineId>, view: &ClusterView) -
     let known = view.timeline().filter(|known| *known > TimelineId(1) || view.settings.check_timeline);
     // The timelines of a standby cluster are made elsewhere.
     view.settings.standby_cluster.is_none() && timeline.unwrap_or_default() < known.unwrap_or_default()
+}
+
+/// Whether a node at `lsn` lacks more of what the last leader had than an asynchronous failover may lose.
+fn is_far_behind(lsn: Lsn, view: &ClusterView) -> bool {
+    lsn.lag_behind(view.status.optime) > view.settings.maximum_lag_on_failover
 }
 
 fn left_behind(timeline: Option<TimelineId>, view: &ClusterView) -> String {

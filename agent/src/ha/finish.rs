@@ -23,6 +23,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if kind == TaskKind::Promote && !matches!(end, TaskEnd::Refused(_)) {
             self.memory.sync_before = None;
         }
+        if kind == TaskKind::Promote && matches!(end, TaskEnd::Refused(_) | TaskEnd::Promoted(_)) {
+            self.memory.promoting = false;
+        }
         match (kind, end) {
             (TaskKind::CopySlots, end) => {
                 // The server runs on, or is started like any that was stopped.
@@ -51,7 +54,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                         false => DivergenceState::Check,
                     };
                 }
-                if kind == TaskKind::Demote && self.lease.session().leading {
+                if matches!(kind, TaskKind::Demote | TaskKind::HandOver | TaskKind::DemoteCluster)
+                    && self.lease.session().leading
+                {
                     // Processes that wait for a disk can't be killed before that answers; nor can they acknowledge
                     // anything any more. The key is for others once its lease is over.
                     warn!("PostgreSQL could not be stopped; the leader key is left to run out");

@@ -160,11 +160,10 @@ impl LeaseHandle {
     /// until it looks again nothing would be fenced here while somebody else is elected.
     pub async fn hear_of_ends_of_pauses(self, mut knowledge: watch::Receiver<Knowledge>) {
         while knowledge.changed().await.is_ok() {
-            let over = knowledge
-                .borrow_and_update()
-                .view
-                .as_ref()
-                .is_some_and(|view| view.config.is_some() && !view.settings.pause);
+            let over =
+                knowledge.borrow_and_update().view.as_ref().is_some_and(|view| {
+                    view.config.is_some() && !view.unknown.contains("config") && !view.settings.pause
+                });
             let timing = *self.timing.borrow();
             if over && timing.pause {
                 self.set_timing(Timing { pause: false, ..timing });

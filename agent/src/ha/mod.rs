@@ -70,6 +70,9 @@ pub enum Exit {
     Refused(String),
 }
 
+/// Reads this node's configuration again, for an agent that goes by the one it is given; the error is for people.
+pub type Reload = Box<dyn Fn(&Local) -> Result<Local, String> + Send>;
+
 /// What the loop is made of.
 pub struct Parts<D, P, C, R> {
     /// The cluster's keys.
@@ -87,7 +90,7 @@ pub struct Parts<D, P, C, R> {
     /// This node's configuration.
     pub local: Local,
     /// Reads it again.
-    pub reload: Box<dyn Fn() -> Result<Local, String> + Send>,
+    pub reload: Reload,
     /// Where state is published.
     pub board: watch::Sender<Board>,
     /// What REST and signals ask for.
@@ -122,6 +125,8 @@ pub struct Ha<D, P, C, R> {
     applied: Option<Settings>,
     /// What of them was last handed to PostgreSQL.
     configured: Option<PostgresConfig>,
+    /// It could not be: when it is tried again, and why, as it was told.
+    unapplied: Option<(Instant, String)>,
     published: Published,
     slots_seen: slots::Seen,
     /// Permanent logical slots that are called like a member's, as they were told.
@@ -208,7 +213,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let config = parts.postgres.config();
         Self {
             me: me(&parts.local, &config),
-            urls: urls(&parts.local, &config),
+            urls: urls(&parts.local, &parts.postgres),
             lease,
             memory,
             view: None,
@@ -223,6 +228,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             beside_a_primary: false,
             applied: None,
             configured: None,
+            unapplied: None,
             published: Published::default(),
             slots_seen: slots::Seen::new(),
             slots_clashing: BTreeSet::new(),
@@ -291,6 +297,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.tell_of_restore().await;
                 self.tell_forgotten_timelines().await;
                 self.apply_settings().await;
+                self.urls = urls(&self.parts.local, &self.parts.postgres);
                 self.start_scheduled_restart();
                 if self.task.is_some() {
                     self.publish_member().await;
@@ -332,6 +339,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let session = self.lease.session();
         let Some(deadline) = session.deadline.filter(|_| !self.settings.pause) else { return true };
         if deadline.fence_at <= self.parts.clock.now() {
+            // Nothing else is decided until that is done, which may take as long as a disk does not answer.
+            let reason = "the right to take writes is over; PostgreSQL is being ended";
+            self.last = Decision { action: Action::Wait, reason: reason.to_owned() };
+            self.note("fence", reason);
             return false;
         }
         let given_up = session.leader_until().is_none() && !session.bootstrapping;
@@ -525,11 +536,12 @@ fn me(local: &Local, config: &PostgresConfig) -> Me {
     }
 }
 
-fn urls(local: &Local, config: &PostgresConfig) -> Urls {
+fn urls(local: &Local, server: &impl Postgres) -> Urls {
+    let config = server.config();
     let scheme = if local.restapi.certfile.is_some() { "https" } else { "http" };
     let postgres = |address: &str| format!("postgres://{address}/{}", config.database);
     Urls {
-        connection: postgres(&config.connect_address),
+        connection: postgres(&server.connect_address()),
         api: format!("{scheme}://{}/patroni", local.restapi.connect_address),
         proxy: config.proxy_address.as_deref().map(postgres),
     }

@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::{info, warn};
-use trunkline_common::cluster::{Initialize, RestoreRecord};
+use trunkline_common::cluster::{ConfigRecord, Initialize};
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::store::Outcome;
 use trunkline_common::{Clock, ClusterView};
+use trunkline_config::dynamic::Settings;
 use trunkline_config::{PostgresConfig, tags};
 
 use super::restored::Restored;
 use super::situation::{self, DivergenceState};
 use super::task::TaskKind;
-use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing, urls};
+use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing};
 use crate::peer::Peers;
 use crate::postgres::{PgRole, PgStatus, Postgres};
 
@@ -45,10 +46,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.restored = self.view.take().map(|before| Restored::new(before, &view)).or(self.restored.take());
         }
         let mut view = self.restored.as_ref().map_or(view.clone(), |restored| Arc::new(restored.complete(&view)));
-        if view.config.is_none() {
-            let config = first_config(&self.parts.local, self.cached_config.as_ref());
-            Arc::make_mut(&mut view).settings = settings_of(config.as_ref());
-        }
+        self.settle_settings(&mut view);
         if restored {
             // A lease of before may be as long as the settings of before, or of now, say.
             let longest = self.settings.ttl.max(view.settings.ttl);
@@ -58,15 +56,42 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.view = Some(view);
     }
 
-    /// A DCS that has gone back to an earlier state is told so, by whoever notices first, before anything is written that the others
-    /// have to tell from what came with the backup.
+    /// What is not there, or not what it should be, stays as it was in force last, also where that was before this process: by the copy
+    /// that is kept on disk.
+    fn settle_settings(&self, view: &mut Arc<ClusterView>) {
+        let kept = || first_config(&self.parts.local, self.cached_config.as_ref());
+        let config = view.config.as_ref().filter(|_| !view.unknown.contains("config"));
+        let Some(config) = config else {
+            let config = kept();
+            let view = Arc::make_mut(view);
+            view.settings = settings_of(config.as_ref());
+            view.config =
+                view.config.take().map(|unknown| ConfigRecord { value: config.unwrap_or(unknown.value), ..unknown });
+            return;
+        };
+        let same =
+            |ours: &&Arc<ClusterView>| ours.config.as_ref().is_some_and(|before| before.revision == config.revision);
+        let settings = match (self.view.as_ref().filter(same), &self.view) {
+            (Some(ours), _) => ours.settings.clone(),
+            (None, Some(before)) => Settings::after(&config.value, &before.settings).0,
+            (None, None) => Settings::after(&config.value, &settings_of(kept().as_ref())).0,
+        };
+        if settings != view.settings {
+            Arc::make_mut(view).settings = settings;
+        }
+    }
+
+    /// A DCS that has gone back to an earlier state is told so at once by whoever notices first. If that fails, it goes with the next
+    /// write of `sync`.
     pub(super) async fn tell_of_restore(&mut self) {
-        let (Some(record), Some(view)) = (self.unsaid(), self.view.clone()) else { return };
+        let Some(view) = self.view.clone() else { return };
+        let Some(record) = view.unsaid else { return };
         let told = self.parts.store.put_restored(record, view.restored_revision);
         match self.parts.clock.within(TOLD_WITHIN, told).await {
             Some(Ok(Outcome::Done(revision))) => {
                 let mut view = (*view).clone();
-                (view.restored, view.restored_revision, view.revision) = (record, revision, revision);
+                view.revision = revision;
+                view.has_said(record, revision);
                 self.view = Some(Arc::new(view));
             }
             // Somebody else was faster, and the next view shows it.
@@ -74,11 +99,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             Some(Err(error)) => warn!("the DCS could not be told that it went back to an earlier state: {error}"),
             None => warn!("the DCS could not be told within {TOLD_WITHIN:?} that it went back to an earlier state"),
         }
-    }
-
-    /// What is still to be told of a restore: until then nobody knows which keys are newer than the backup.
-    pub(super) fn unsaid(&self) -> Option<RestoreRecord> {
-        self.restored.as_ref().zip(self.view.as_ref()).and_then(|(restored, view)| restored.unsaid(view))
     }
 
     /// Of timelines that were begun since the backup, a DCS that was restored from it is told before anything else is done: a
@@ -102,8 +122,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     /// What an agent goes by where the DCS has lost its content, also one that is started then.
     pub(super) fn keep_config(&mut self) {
-        let Some(config) = self.view.as_ref().and_then(|view| view.config.clone()) else { return };
-        if self.config_kept == Some(config.revision) {
+        let Some(view) = &self.view else { return };
+        let Some(config) = view.config.clone().filter(|config| self.config_kept != Some(config.revision)) else {
+            return;
+        };
+        if settings_of(Some(&config.value)) != view.settings {
+            // Something in it is mistyped. The copy goes on saying what is in force instead.
+            self.config_kept = Some(config.revision);
             return;
         }
         let there = !matches!(self.pg, PgStatus::NoData | PgStatus::Broken(_));
@@ -155,7 +180,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             None => settings_of(first_config(&self.parts.local, self.cached_config.as_ref()).as_ref()),
         };
         self.lease.set_timing(timing(&self.settings));
-        if self.applied.as_ref() == Some(&self.settings) {
+        let now = self.parts.clock.now();
+        let failed_before = self.unapplied.take_if(|(again, _)| *again <= now);
+        if self.unapplied.is_some() || self.applied.as_ref() == Some(&self.settings) {
             return;
         }
         let (mut config, notices) = PostgresConfig::effective(&self.parts.local, &self.settings);
@@ -170,15 +197,20 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if self.configured.as_ref() == Some(&config) {
             return;
         }
-        for notice in notices {
-            warn!("{notice}");
+        if failed_before.is_none() {
+            notices.iter().for_each(|notice| warn!("{notice}"));
         }
         self.me = me(&self.parts.local, &config);
-        self.urls = urls(&self.parts.local, &config);
-        if let Err(error) = self.parts.postgres.configure(config.clone()).await {
-            warn!("PostgreSQL's configuration could not be applied: {error}");
+        match self.parts.postgres.configure(config.clone()).await {
+            Ok(()) => self.configured = Some(config),
+            Err(error) => {
+                let words = error.to_string();
+                if failed_before.is_none_or(|(_, told)| told != words) {
+                    warn!("PostgreSQL's configuration could not be applied, which is tried again: {words}");
+                }
+                (self.applied, self.unapplied) = (None, Some((now + self.settings.loop_wait, words)));
+            }
         }
-        self.configured = Some(config);
     }
 
     pub(super) async fn observe(&mut self) {
@@ -190,6 +222,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.memory.dry_since = dry.then(|| self.memory.dry_since.unwrap_or(now));
         match &pg {
             PgStatus::Running(running) => {
+                self.memory.promoting &= running.role == PgRole::Standby;
                 self.memory.was_primary = running.role == PgRole::Primary;
                 self.memory.demoted = false;
                 self.memory.fresh_copy = false;
@@ -199,6 +232,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             _ => {
                 self.memory.down_since.get_or_insert(now);
             }
+        }
+        match &pg {
+            PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_) => {
+                // Who has started it, and as what, this agent may not have seen.
+                self.memory.was_primary |= !self.parts.postgres.is_set_to_follow();
+            }
+            PgStatus::Stopped(_) | PgStatus::NoData | PgStatus::Broken(_) => self.memory.promoting = false,
+            PgStatus::Running(_) | PgStatus::Stopping => {}
         }
         if let PgStatus::Stopped(control) = &pg
             && !matches!(self.pg, PgStatus::Stopped(_))

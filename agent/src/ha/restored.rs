@@ -6,8 +6,8 @@
 //! and how far the last leader was cannot be asked back: until a leader has written it anew, what was seen last before the DCS
 //! went back is newer than what it says.
 //!
-//! "Anew" is after the revision at which the first agent noticed, and that is said in the key `restored` before anybody writes of who has every
-//! commit ([`Restored::unsaid`]): whoever was away then finds keys that may be of the backup or written since.
+//! "Anew" is after the revision at which the first agent noticed, and that is said in the key `restored`: at once, or at the latest with
+//! the first word of who has every commit ([`ClusterView::unsaid`]). Whoever was away then finds keys that may be of the backup or written since.
 //!
 //! Timelines only grow. So of those that were begun since the backup the DCS is told at once, by whoever knows of them
 //! ([`Restored::untold`]): the leader of the backup, if it has slept since, knows of nobody after it.
@@ -40,7 +40,7 @@ impl Restored {
     }
 
     /// What nobody has said yet of this restore. A record with a number that was seen before came with the backup.
-    pub fn unsaid(&self, view: &ClusterView) -> Option<RestoreRecord> {
+    fn unsaid(&self, view: &ClusterView) -> Option<RestoreRecord> {
         let before = self.before.restored.count;
         (view.restored.count <= before).then(|| RestoreRecord { count: before.saturating_add(1), since: self.noticed })
     }
@@ -65,9 +65,10 @@ impl Restored {
         view.settings.synchronous_mode != SynchronousMode::Off && view.sync.revision <= self.since(view)
     }
 
-    /// `view` with what it has forgotten: who has every commit, the last leader's position, and the numbers of timelines.
+    /// `view` with what is to be said of the restore, and what it has forgotten: who has every commit, the last leader's position, and the numbers of timelines.
     pub fn complete(&self, view: &ClusterView) -> ClusterView {
         let (before, since, mut view) = (&self.before, self.since(view), view.clone());
+        view.unsaid = self.unsaid(&view);
         if view.sync.revision <= since {
             view.sync = SyncState { revision: view.sync.revision, ..before.sync.clone() };
         }
@@ -106,12 +107,16 @@ mod tests {
         let before = Arc::new(view(100, ("a", "b", 90), (500, 99), (3, 80)));
         let backup = view(50, ("c", "d", 40), (200, 49), (2, 30));
         let restored = Restored::new(before.clone(), &backup);
-        assert_eq!(restored.complete(&backup), view(50, ("a", "b", 40), (500, 49), (3, 30)));
+        let unsaid = |since, view| {
+            let unsaid = Some(RestoreRecord { count: 1, since: Revision(since) });
+            ClusterView { unsaid, ..view }
+        };
+        assert_eq!(restored.complete(&backup), unsaid(50, view(50, ("a", "b", 40), (500, 49), (3, 30))));
         let anew = ClusterView { revision: Revision(1), ..ClusterView::default() };
         let empty = Restored::new(before, &anew).complete(&anew);
-        assert_eq!(empty, view(1, ("a", "b", 0), (500, 0), (3, 0)));
+        assert_eq!(empty, unsaid(1, view(1, ("a", "b", 0), (500, 0), (3, 0))));
         let written = view(54, ("b", "d", 51), (510, 53), (4, 52));
-        assert_eq!(restored.complete(&written), written);
+        assert_eq!(restored.complete(&written), unsaid(50, written));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use trunkline_common::Clock;
 use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::store::Outcome;
 
+use super::decide::Action;
 use super::lease::LeaseHandle;
 use super::prepare::LONGEST_CHECKPOINT;
 use super::task::{HandOverPlan, TaskEnd, TaskKind};
@@ -57,6 +58,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let leads = self.lease.session().leading;
         let stopped = match (leads, self.hand_over_plan(None)) {
             (true, Some(plan)) => {
+                self.note(Action::HandOver.label(), "this agent is to end");
+                self.count(Action::HandOver.label(), "shutdown");
                 // As a switchover: routers hear of it once the checkpoint is done.
                 if matches!(self.pg, PgStatus::Running(_))
                     && let Err(error) = self.parts.postgres.checkpoint(LONGEST_CHECKPOINT).await

@@ -132,6 +132,8 @@ pub struct Memory {
     pub half_made: bool,
     /// It is down because this node demoted it.
     pub demoted: bool,
+    /// It was told to promote itself, and may do so yet: that can't be taken back.
+    pub promoting: bool,
     /// What this node was last said to be while it ran as a standby: `replica` or `standby_leader`.
     pub standby_role: Option<&'static str>,
     /// It is down because its data directory was made just now.
@@ -300,7 +302,7 @@ impl Situation<'_> {
         let others = view.failsafe.iter().flat_map(BTreeMap::keys).any(|name| *name != self.me.name);
         let young = self.now.since(self.memory.started_at) < view.settings.ttl;
         let kept = self.memory.promised_before.is_some_and(|until| self.now < until);
-        others && !self.is_primary() && (young || kept)
+        !self.is_primary() && (kept || others && young)
     }
 
     /// Whether somebody may still lead by what the DCS knew before it went back to an earlier state. Whoever takes writes now
@@ -328,6 +330,13 @@ impl Situation<'_> {
             PgStatus::Running(running) => Some(running),
             _ => None,
         }
+    }
+
+    /// Whether the server takes writes, as far as anybody can tell: one that does not answer, or only with an error, goes on with the
+    /// sessions that it has.
+    pub fn may_take_writes(&self) -> bool {
+        let silent = matches!(self.pg, PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_));
+        self.is_primary() || silent && self.memory.was_primary && !self.memory.demoted
     }
 
     /// Whether the server takes writes.

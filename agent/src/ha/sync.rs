@@ -41,24 +41,23 @@ pub enum SyncStep {
 /// where the key says just that, so that nothing older can be carried out any more (see [`settle`]). `None`: nothing to
 /// write, or written with the leader key.
 pub fn on_promotion(view: &ClusterView, me: &MemberName) -> Option<SyncWrite> {
-    let seen = view.sync.revision;
     if view.settings.synchronous_mode == SynchronousMode::Off {
-        return (seen.0 != 0).then_some(SyncWrite { value: None, seen });
+        return (view.sync.revision.0 != 0).then(|| SyncWrite::new(view, None));
     }
     if view.settings.synchronous_mode == SynchronousMode::Quorum && view.sync.is_active() {
         // The same votes, and the one before is one of the voters now. Left as it was, the key would say that the one
         // before has every commit, which ends with the first commit of this one.
         let others: Vec<String> = before(view).into_iter().filter(|name| !me.matches(name)).collect();
         let unchanged = view.sync.leader.as_ref() == Some(me) && written_in_this_reign(view);
-        let value = || Some(key(me.as_str(), view.sync.quorum as usize, &others));
-        return (!unchanged).then(|| SyncWrite { value: value(), seen });
+        let value = || key(me.as_str(), view.sync.quorum as usize, &others);
+        return (!unchanged).then(|| SyncWrite::new(view, Some(value())));
     }
     // What mode `quorum` left behind: not each of those named has every commit.
     let by_votes = view.sync.quorum > 0;
     let standbys = if by_votes { Vec::new() } else { inherited(view, me) };
     let unchanged =
         view.sync.leader.as_ref() == Some(me) && view.sync.standbys == standbys && written_in_this_reign(view);
-    (!unchanged).then(|| SyncWrite { value: Some(key(me.as_str(), 0, &standbys)), seen })
+    (!unchanged).then(|| SyncWrite::new(view, Some(key(me.as_str(), 0, &standbys))))
 }
 
 fn written_in_this_reign(view: &ClusterView) -> bool {
@@ -76,7 +75,7 @@ pub fn settle(view: &ClusterView) -> Option<SyncWrite> {
 pub fn again(view: &ClusterView) -> Option<SyncWrite> {
     let sync = &view.sync;
     let value = codec::encode_sync(sync.leader.as_ref(), sync.quorum, &sync.standbys);
-    (sync.revision > Revision(0)).then_some(SyncWrite { value: Some(value), seen: sync.revision })
+    (sync.revision > Revision(0)).then(|| SyncWrite::new(view, Some(value)))
 }
 
 /// `synchronous_standby_names` at the moment of promotion: whom the first commits wait for.
@@ -163,13 +162,13 @@ pub fn step(
     let (settings, sync) = (&view.settings, &view.sync);
     let in_force = running.synchronous_standby_names.as_str();
     let write = |standbys: &[String], why: String| {
-        Some(SyncStep::Key(SyncWrite { value: Some(key(me.as_str(), 0, standbys)), seen: sync.revision }, why))
+        Some(SyncStep::Key(SyncWrite::new(view, Some(key(me.as_str(), 0, standbys))), why))
     };
     let set = |names: String, why: String| (names != in_force).then_some(SyncStep::Names(names, why));
 
     if settings.synchronous_mode == SynchronousMode::Off {
         if sync.revision.0 != 0 {
-            let gone = SyncWrite { value: None, seen: sync.revision };
+            let gone = SyncWrite::new(view, None);
             return Some(SyncStep::Key(gone, "synchronous mode is off".to_owned()));
         }
         return set(configured.to_owned(), "synchronous mode is off".to_owned());
@@ -246,7 +245,7 @@ fn quorum_step(
         // A commit may be with those alone: of the others as many have to agree as before. Where there are not as many, nobody
         // is known to have every commit.
         let (quorum, kept) = if sync.quorum as usize >= kept.len() { (0, Vec::new()) } else { (sync.quorum, kept) };
-        let write = SyncWrite { value: Some(key(me.as_str(), quorum as usize, &kept)), seen: sync.revision };
+        let write = SyncWrite::new(view, Some(key(me.as_str(), quorum as usize, &kept)));
         return Some(SyncStep::Key(write, format!("{} is made anew", lost.join(", "))));
     }
     if active.is_empty() && ours && settings.synchronous_mode_strict {
@@ -275,7 +274,7 @@ fn quorum_step(
         Some(quorum::Step::Key { leader, quorum, voters }) => {
             let list: Vec<String> = voters.into_iter().collect();
             let why = format!("Setting leader to {leader}, quorum to {quorum} of ({})", list.join(", "));
-            let write = SyncWrite { value: Some(key(&leader, quorum, &list)), seen: sync.revision };
+            let write = SyncWrite::new(view, Some(key(&leader, quorum, &list)));
             Some(SyncStep::Key(write, why))
         }
         Some(quorum::Step::Names { count, names }) => set(any_text(count, &names), "quorum commit"),
@@ -439,7 +438,7 @@ fn spelled(view: &ClusterView, name: &str) -> String {
 
 /// Whether `synchronous_standby_names` mentions a standby.
 pub fn mentions(names: &str, standby: &str) -> bool {
-    names.split(['(', ')', ',', ' ']).any(|name| name.trim_matches('"').eq_ignore_ascii_case(standby))
+    crate::postgres::standby_names(names).iter().any(|name| name.eq_ignore_ascii_case(standby))
 }
 
 /// The `sync` key's value. `quorum` is 0 in mode `on`: each listed node has everything.

@@ -354,7 +354,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             };
             if let Some(done) = done
                 && self.lease.may_write(self.clock.now())
-                && !self.shows_no_key(&self.knowledge.borrow())
+                && !self.leads_no_more(&self.knowledge.borrow())
             {
                 return done;
             }
@@ -366,10 +366,15 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// Returns once the DCS shows that our leader key is gone: the keeper learns it with its next renewal, and the loop, which would look
     /// into it, decides nothing while a task runs.
     async fn key_gone(&self) {
-        let gone = self.knowledge.clone().wait_for(|known| self.shows_no_key(known)).await.is_ok();
+        let gone = self.knowledge.clone().wait_for(|known| self.leads_no_more(known)).await.is_ok();
         if !gone {
             std::future::pending().await
         }
+    }
+
+    /// The key is gone, and whoever could take it has not given its word either: a DCS may come back from an outage without it.
+    fn leads_no_more(&self, known: &Knowledge) -> bool {
+        self.shows_no_key(known) && self.lease.session().failsafe.is_none_or(|until| until <= self.clock.now())
     }
 
     fn shows_no_key(&self, known: &Knowledge) -> bool {

@@ -79,8 +79,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if view.config.is_none() {
             let config = first_config(&self.parts.local, self.cached_config.as_ref());
             let config = config.unwrap_or_else(|| new_cluster(&Default::default()));
-            match self.parts.store.put_config(&config, None).await {
-                Ok(_) => info!("wrote the config key, which was missing"),
+            match self.parts.store.put_missing_config(&self.me.name, &config).await {
+                Ok(Outcome::Done(_)) => info!("wrote the config key, which was missing"),
+                Ok(Outcome::Conflict) => info!("the config key is there by now, or this node leads no more"),
                 Err(error) => warn!("the config key could not be written: {error}"),
             }
         }
@@ -331,8 +332,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 // The watch would show us nothing new, and a server that has to be started before it does must already wait
                 // for whom the key names.
                 let Some(view) = &self.view else { return Next::Wait };
-                let sync = act::written(&write, revision);
-                self.view = Some(Arc::new(ClusterView { revision, sync, ..(**view).clone() }));
+                self.view = Some(Arc::new(act::with(view, &write, revision)));
                 Next::Again
             }
             Ok(Outcome::Conflict) => {
@@ -350,10 +350,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// an answer, also because the turn is cut off meanwhile, or where the key is not what was seen any more, nothing is settled.
     pub(super) async fn put_sync(&mut self, write: SyncWrite) -> Result<Outcome, DcsError> {
         self.memory.sync_settled = false;
-        if self.unsaid().is_some() {
-            // Who notices the restore after this write would take it for one of the backup.
-            return Ok(Outcome::Conflict);
-        }
         let outcome = self.parts.store.put_sync(write).await;
         self.memory.sync_settled = matches!(outcome, Ok(Outcome::Done(_)));
         outcome

@@ -11,6 +11,7 @@ use trunkline_config::postgres::Credentials;
 
 use super::files::{self, Unfinished};
 use super::instance::Instance;
+use super::listening::Listening;
 use super::pidfile::PidFile;
 use super::settings::{self, Managed};
 use super::start::{Way, check_version};
@@ -51,6 +52,7 @@ impl Instance {
         let data_dir = config.data_dir.clone();
         self.in_pool(move |_| {
             files::create_private_dir(&data_dir)?;
+            files::end(Unfinished::Copy, &data_dir)?;
             files::begin(Unfinished::Bootstrap, &data_dir)
         })
         .await?;
@@ -88,6 +90,7 @@ impl Instance {
             command.arg(format!("--datadir={}", config.data_dir.display()));
         }
         files::remove_empty(&config.data_dir);
+        files::end(Unfinished::Copy, &config.data_dir)?;
         files::begin(Unfinished::Bootstrap, &config.data_dir)?;
         tracing::info!("running custom bootstrap script: {}", method.name);
         program::run_within(RESTORE_LIMIT, &mut command).await?;
@@ -165,11 +168,11 @@ async fn role(client: &Client, user: &Credentials, attributes: &str) -> Result<(
 }
 
 async fn run_post_bootstrap(config: &PostgresConfig, command: &str) -> Result<(), PgError> {
-    let pid_file = PidFile::read(&config.data_dir);
-    let host = query::local_host(config, config.use_unix_socket, pid_file.as_ref());
+    let listening = Listening::of(config, PidFile::read(&config.data_dir).as_ref());
+    let host = listening.local_host(config.use_unix_socket);
     let superuser = Credentials { username: query::user(config).to_owned(), ..config.superuser.clone() };
     let entry = if host.starts_with('/') { "localhost" } else { &host };
-    let text = conninfo::with_local(String::new(), &[entry], config.port, &[&superuser]);
+    let text = conninfo::with_local(String::new(), &[entry], listening.port, &[&superuser]);
     if !text.is_empty() {
         files::replace(&config.pgpass, &text).map_err(|error| files::unwritable(&config.pgpass, &error))?;
     }
@@ -177,7 +180,7 @@ async fn run_post_bootstrap(config: &PostgresConfig, command: &str) -> Result<()
         ("dbname", config.database.clone()),
         ("user", superuser.username),
         ("host", host),
-        ("port", config.port.to_string()),
+        ("port", listening.port.to_string()),
     ];
     let settings = settings.map(|(key, value)| (key.to_owned(), value)).into();
     let mut process = program::shell_words(command)?;

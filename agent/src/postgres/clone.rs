@@ -7,8 +7,9 @@ use tokio::process::Command;
 use trunkline_common::{Clock, SystemClock};
 use trunkline_config::PostgresConfig;
 
+use super::files::{self, Unfinished};
 use super::instance::Instance;
-use super::{PgError, Upstream, conninfo, files, program};
+use super::{PgError, Upstream, conninfo, program};
 
 /// How often pg_basebackup is tried, and the pause between (ha-loop §21).
 const TRIES: u32 = 2;
@@ -104,6 +105,7 @@ impl Instance {
             command.arg(format!("--datadir={}", config.data_dir.display()));
             command.arg(format!("--connstring={connstring}"));
         }
+        files::begin(Unfinished::Copy, &config.data_dir)?;
         let result = program::run_within(CUSTOM_LIMIT, &mut command).await;
         if result.is_err() && !flag("keep_data") {
             self.empty_data_dir().await?;

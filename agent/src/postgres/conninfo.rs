@@ -70,6 +70,10 @@ pub fn to_upstream(upstream: &Upstream, credentials: &Credentials, passfile: &Pa
     if version >= 17 {
         set("sslnegotiation", "postgres");
     }
+    // Of several hosts whichever is the primary: they stand for a cluster (`standby_cluster.host`).
+    if upstream.host.contains(',') {
+        set("target_session_attrs", "read-write");
+    }
     for (key, value) in credentials.options.iter().filter(|(key, _)| CREDENTIAL_KEYS.contains(&key.as_str())) {
         set(key, value);
     }

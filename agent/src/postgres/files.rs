@@ -15,7 +15,7 @@ use super::{PgError, Upstream, conninfo, query};
 pub enum DataDir {
     /// Not there, or nothing in it.
     Empty,
-    /// A base backup that was cut off: it can never be started, and nothing is lost with it.
+    /// A copy that was cut off: it must never be started, and nothing is lost with it.
     Unfinished,
     /// There, and ours.
     Present,
@@ -37,6 +37,9 @@ pub fn look(data_dir: &Path) -> DataDir {
     if !entries.flatten().any(|entry| counts(&entry.file_name().to_string_lossy())) {
         return DataDir::Empty;
     }
+    if is_unfinished(Unfinished::Copy, data_dir) || is_unfinished_base_backup(data_dir) {
+        return DataDir::Unfinished;
+    }
     let mode = metadata.permissions().mode() & 0o7777;
     if mode & 0o027 != 0 {
         return DataDir::Refused(format!(
@@ -44,12 +47,12 @@ pub fn look(data_dir: &Path) -> DataDir {
             data_dir.display()
         ));
     }
-    if is_unfinished_copy(data_dir) { DataDir::Unfinished } else { DataDir::Present }
+    DataDir::Present
 }
 
 /// pg_basebackup sends `backup_label` first and `global/pg_control` last; before the first of them there is only the WAL
 /// that it streams beside.
-fn is_unfinished_copy(data_dir: &Path) -> bool {
+fn is_unfinished_base_backup(data_dir: &Path) -> bool {
     let only_wal = || {
         let entries = fs::read_dir(data_dir).into_iter().flatten().flatten();
         entries.map(|entry| entry.file_name()).all(|name| name == "pg_wal" || !counts(&name.to_string_lossy()))
@@ -172,7 +175,8 @@ pub fn remove_data(data_dir: &Path) -> Result<(), PgError> {
     for target in outside(data_dir) {
         clear(&target).map_err(|error| unwritable(&target, &error))?;
     }
-    clear(data_dir).map_err(|error| unwritable(data_dir, &error))
+    clear(data_dir).map_err(|error| unwritable(data_dir, &error))?;
+    end(Unfinished::Copy, data_dir)
 }
 
 /// What is said beside a data directory (pg_rewind removes what it does not know inside) while it is neither the old one
@@ -183,6 +187,8 @@ pub enum Unfinished {
     Rewind,
     /// It belongs to a cluster that is being made, and that nobody has been told of.
     Bootstrap,
+    /// A method of the user's own copies into it, in an order that nobody knows.
+    Copy,
 }
 
 /// Says so, durably.
@@ -205,6 +211,7 @@ pub fn end(what: Unfinished, data_dir: &Path) -> Result<(), PgError> {
 /// The data directory is another one now.
 pub fn end_all(data_dir: &Path) -> Result<(), PgError> {
     end(Unfinished::Rewind, data_dir)?;
+    end(Unfinished::Copy, data_dir)?;
     end(Unfinished::Bootstrap, data_dir)
 }
 
@@ -218,6 +225,7 @@ fn marker(what: Unfinished, data_dir: &Path) -> PathBuf {
     name.push(match what {
         Unfinished::Rewind => ".rewinding",
         Unfinished::Bootstrap => ".bootstrapping",
+        Unfinished::Copy => ".copying",
     });
     data_dir.with_file_name(name)
 }

@@ -17,8 +17,9 @@ use trunkline_config::PostgresConfig;
 use super::callback::Callbacks;
 use super::control::{ControlError, ControlFile, has_standby_signal};
 use super::files::{self, DataDir, Unfinished};
+use super::listening::Listening;
 use super::pidfile::{PidFile, PidFileStatus};
-use super::process::{Postmaster, Supervisor};
+use super::process::{Postmaster, Server, Supervisor};
 use super::query::{self, Connection, Session, Sessions};
 use super::settings::{self, Managed};
 use super::slots::Decoding;
@@ -28,6 +29,12 @@ use super::{
     Upstream, WantedSlot, program, promise,
 };
 use crate::guard::Egress;
+
+/// How long after a server could not be asked it is asked again what waits for a restart.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// The bound on asking it right after a change of the configuration.
+const PENDING_LIMIT: Duration = Duration::from_secs(5);
 
 /// Patroni's name for the file in the data directory.
 const CACHED_CONFIG: &str = "patroni.dynamic.json";
@@ -53,6 +60,8 @@ pub(super) struct Inner {
     /// Whether a callback has said what the server is.
     introduced: AtomicBool,
     pub(super) pending_restart: Mutex<BTreeMap<String, Value>>,
+    /// When that is to be asked for: it may be another.
+    ask_pending_at: Mutex<Option<Instant>>,
     took: Mutex<Took>,
     /// Of the WAL last received, by which postmaster: a standby forgets it with its WAL receiver.
     pub(super) received: Mutex<Option<(i32, TimelineId)>>,
@@ -95,7 +104,7 @@ impl Instance {
             name,
             clock,
             version,
-            process: Supervisor::new(&config.data_dir),
+            process: Supervisor::new(&config.data_dir, program::unusual_name(&config)),
             config: RwLock::new(Arc::new(config)),
             managed: Mutex::new(managed),
             sessions: Sessions::default(),
@@ -103,6 +112,7 @@ impl Instance {
             told: Mutex::default(),
             introduced: AtomicBool::new(false),
             pending_restart: Mutex::default(),
+            ask_pending_at: Mutex::new(Some(clock.now())),
             took: Mutex::default(),
             received: Mutex::default(),
             mute: Mutex::default(),
@@ -122,7 +132,12 @@ impl Instance {
 
     /// Whether any process of the server is there, be it one that a postmaster left behind.
     pub fn has_processes(&self) -> bool {
-        super::process::has_processes(&self.config_now().data_dir)
+        super::process::has_processes(&self.server())
+    }
+
+    /// What the processes of the server are known by.
+    pub fn server(&self) -> Server {
+        self.process().server()
     }
 
     pub(super) fn config_now(&self) -> Arc<PostgresConfig> {
@@ -211,6 +226,21 @@ impl Instance {
         }
     }
 
+    /// Learns what waits for a restart, where the configuration has changed since it was asked, or this agent has not asked yet.
+    pub(super) async fn learn_pending_restart(&self, limit: Duration) {
+        let now = self.inner.clock.now();
+        if self.inner.ask_pending_at.lock().take_if(|at| *at <= now).is_none() {
+            return;
+        }
+        let error = match tokio::time::timeout(limit, self.pending_restart()).await {
+            Ok(Ok(pending)) => return self.set_pending_restart(pending),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {limit:?}"),
+        };
+        self.inner.ask_pending_at.lock().get_or_insert(now + ASK_AGAIN);
+        tracing::warn!("PostgreSQL can't be asked which settings wait for a restart: {error}; again in {ASK_AGAIN:?}");
+    }
+
     pub(super) fn role(&self) -> &'static str {
         self.inner.managed.lock().role
     }
@@ -266,9 +296,37 @@ impl Instance {
         self.callback(event, role.as_deref().unwrap_or_else(|| self.role()));
     }
 
-    async fn run_configure(&self, config: PostgresConfig) -> Result<(), PgError> {
+    /// The server is known by the name of its program, to the guard as well, and from the start on.
+    fn keep_program(&self, config: &mut PostgresConfig) {
+        if program::unusual_name(config) != self.server().program {
+            tracing::warn!(
+                "postgresql.bin_dir and bin_name stay as they were: PostgreSQL's processes would get another name. \
+                 Restart the agent, with PostgreSQL stopped"
+            );
+            let before = self.config_now();
+            config.bin_dir.clone_from(&before.bin_dir);
+            config.bin_name.clone_from(&before.bin_name);
+        }
+    }
+
+    async fn run_configure(&self, mut config: PostgresConfig) -> Result<(), PgError> {
+        self.keep_program(&mut config);
         let config = Arc::new(config);
         let before = std::mem::replace(&mut *self.inner.config.write(), config.clone());
+        if let Err(error) = self.write_configuration(&before, &config).await {
+            // What is not in the files is not in force, and is new to them the next time.
+            *self.inner.config.write() = before;
+            return Err(error);
+        }
+        *self.inner.ask_pending_at.lock() = Some(self.inner.clock.now());
+        // At once where it can be asked: an answer also shows that the postmaster has read the files.
+        if self.pid_file().is_some_and(|f| matches!(f.status, PidFileStatus::Ready | PidFileStatus::Standby)) {
+            self.learn_pending_restart(PENDING_LIMIT).await;
+        }
+        Ok(())
+    }
+
+    async fn write_configuration(&self, before: &PostgresConfig, config: &PostgresConfig) -> Result<(), PgError> {
         {
             let mut managed = self.inner.managed.lock();
             managed.rejected.clear();
@@ -276,9 +334,9 @@ impl Instance {
             if !managed.recovery.is_empty() {
                 let upstream = settings::upstream_in(&managed.recovery);
                 if let Some(upstream) = &upstream {
-                    files::write_pgpass(&config, upstream)?;
+                    files::write_pgpass(config, upstream)?;
                 }
-                managed.recovery = settings::recovery(&config, upstream.as_ref(), &self.inner.name, self.version());
+                managed.recovery = settings::recovery(config, upstream.as_ref(), &self.inner.name, self.version());
             }
         }
         let postmaster = self.process().find();
@@ -292,12 +350,6 @@ impl Instance {
             if changed {
                 tracing::info!("configuration files changed, reloaded");
             }
-        }
-        if postmaster.is_some()
-            && self.pid_file().is_some_and(|f| matches!(f.status, PidFileStatus::Ready | PidFileStatus::Standby))
-        {
-            let pending = self.pending_restart().await?;
-            self.set_pending_restart(pending);
         }
         Ok(())
     }
@@ -318,6 +370,11 @@ impl Postgres for Instance {
 
     fn config(&self) -> PostgresConfig {
         (*self.config_now()).clone()
+    }
+
+    fn connect_address(&self) -> String {
+        let config = self.config_now();
+        Listening::of(&config, self.pid_file().as_ref()).connect_address(&config)
     }
 
     async fn initdb(&self, options: Vec<String>, hba: Vec<String>) -> Result<(), PgError> {
@@ -446,6 +503,10 @@ impl Postgres for Instance {
 
     fn half_rewound(&self) -> bool {
         files::is_unfinished(Unfinished::Rewind, &self.config_now().data_dir)
+    }
+
+    fn is_set_to_follow(&self) -> bool {
+        has_standby_signal(&self.config_now().data_dir)
     }
 
     fn half_made(&self) -> bool {

@@ -4,7 +4,7 @@
 //! module obeys: it has no opinion about who leads and never looks into the DCS.
 //!
 //! * `instance` keeps what belongs together; `observe`, `start`, `stop`, `role` are what it does.
-//! * `process`, `pidfile`, `ready`: the postmaster, its end, and waiting for it to get somewhere.
+//! * `process`, `pidfile`, `listening`, `ready`: the postmaster, its end, where it listens, and waiting for it to get somewhere.
 //! * `control`, `wal`: what the data directory says while no server answers.
 //! * `query`, `slots`, `sync_names`, `guc`: local SQL. `walsender`, `tls`: another member's.
 //! * `settings`, `conninfo` are texts, `files` writes them.
@@ -19,6 +19,7 @@ mod control;
 mod files;
 mod guc;
 mod instance;
+mod listening;
 mod observe;
 mod pidfile;
 mod process;
@@ -41,6 +42,7 @@ pub(crate) mod walsender;
 
 pub(crate) use clone::needs_no_leader;
 pub use instance::Instance;
+pub use process::Server;
 pub(crate) use process::{has_ended, kill_processes_of, own_session, real_path};
 pub(crate) use sync_names::members as standby_names;
 
@@ -386,6 +388,12 @@ pub trait Postgres: Clone + Send + Sync + 'static {
     /// The settings in force.
     fn config(&self) -> PostgresConfig;
 
+    /// `host:port` where others reach the server that runs, or the next one: after an edit that takes a restart, the two are
+    /// different.
+    fn connect_address(&self) -> String {
+        self.config().connect_address
+    }
+
     /// initdb with the given options, and `hba` appended to its pg_hba.conf. Leaves the server stopped.
     fn initdb(&self, options: Vec<String>, hba: Vec<String>) -> impl Future<Output = Result<(), PgError>> + Send;
 
@@ -508,6 +516,9 @@ pub trait Postgres: Clone + Send + Sync + 'static {
 
     /// pg_rewind of a stopped server to `upstream`. After an error the data directory may be unusable.
     fn rewind(&self, upstream: Upstream) -> impl Future<Output = Result<(), PgError>> + Send;
+
+    /// Whether the data directory says that its server follows another one, or recovers to be told what it is.
+    fn is_set_to_follow(&self) -> bool;
 
     /// Whether the stopped server's data directory is half rewound: pg_rewind was cut off with an earlier agent.
     fn half_rewound(&self) -> bool {

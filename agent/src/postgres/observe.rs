@@ -7,11 +7,12 @@ use trunkline_common::{Clock, Instant, TimelineId};
 use super::control::{ControlFile, has_standby_signal};
 use super::files::{self, DataDir};
 use super::instance::Instance;
+use super::listening::Listening;
 use super::pidfile::{PidFile, PidFileStatus};
 use super::process::Postmaster;
 use super::query::NoAnswer;
 use super::walsender::{Purpose, Wire};
-use super::{PgError, PgRole, PgStatus, Running, Upstream, program, query, wal};
+use super::{PgError, PgRole, PgStatus, Running, Upstream, program, wal};
 
 impl Instance {
     pub(super) async fn look(&self, deadline: Duration) -> PgStatus {
@@ -43,6 +44,7 @@ impl Instance {
                 }
                 let replayed = tokio::time::timeout(left, self.replayed_timeline(&running, &control, &pid_file)).await;
                 let running = Running { timeline: running.timeline.max(replayed.unwrap_or_default()), ..running };
+                self.learn_pending_restart(until.since(self.inner.clock.now())).await;
                 PgStatus::Running(self.complete(running, &postmaster, &control))
             }
             Ok(Err(no_answer)) => self.without_answer(&postmaster, no_answer, until).await,
@@ -100,10 +102,11 @@ impl Instance {
         if !unknown || wal::newest_history(&config.data_dir) <= known {
             return None;
         }
+        let listening = Listening::of(&config, Some(pid_file));
         let own = Upstream {
             name: self.inner.name.clone(),
-            host: query::local_host(&config, config.use_unix_socket_repl, Some(pid_file)),
-            port: config.port,
+            host: listening.local_host(config.use_unix_socket_repl),
+            port: listening.port,
             slot: None,
         };
         let ask = async { Wire::connect(&own, &config.replication, Purpose::Replication).await?.identify().await };

@@ -13,6 +13,8 @@ pub struct PidFile {
     pub port: u16,
     /// Line 5: the first unix socket directory; `None` where there is no socket.
     pub socket_dir: Option<String>,
+    /// Line 6: the first address it listens on, as configured; `None` where there is none.
+    pub address: Option<String>,
     /// Line 8: how far it is.
     pub status: PidFileStatus,
 }
@@ -43,14 +45,15 @@ impl PidFile {
         lines.next();
         let started = lines.next().and_then(|line| line.trim().parse().ok()).unwrap_or(0);
         let port = lines.next().and_then(|line| line.trim().parse().ok()).unwrap_or(0);
-        let socket_dir = lines.next().map(str::trim).filter(|dir| !dir.is_empty()).map(str::to_owned);
-        let status = match lines.nth(2).map(str::trim) {
+        let mut text = || lines.next().map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned);
+        let (socket_dir, address) = (text(), text());
+        let status = match lines.nth(1).map(str::trim) {
             Some("ready") => PidFileStatus::Ready,
             Some("standby") => PidFileStatus::Standby,
             Some("stopping") => PidFileStatus::Stopping,
             _ => PidFileStatus::Starting,
         };
-        Some(Self { pid, started, port, socket_dir, status })
+        Some(Self { pid, started, port, socket_dir, address, status })
     }
 }
 
@@ -64,7 +67,7 @@ mod tests {
         let text = "11803\n/tmp/d\n1763646226\n54321\n/tmp\n127.0.0.1\n  3178614     32769\nready   \n";
         let file = PidFile::parse(text).expect("parses");
         assert_eq!((file.pid, file.started, file.port), (11803, 1763646226, 54321));
-        assert_eq!(file.socket_dir.as_deref(), Some("/tmp"));
+        assert_eq!((file.socket_dir.as_deref(), file.address.as_deref()), (Some("/tmp"), Some("127.0.0.1")));
         assert_eq!(file.status, PidFileStatus::Ready);
         for (status, expected) in [("standby ", PidFileStatus::Standby), ("stopping", PidFileStatus::Stopping)] {
             assert_eq!(PidFile::parse(&text.replace("ready   ", status)).map(|f| f.status), Some(expected));

@@ -4,8 +4,10 @@
 //! signal and no `kill_on_drop`. Its end is a pidfd becoming readable, watched by a thread of its own: noticing must not
 //! depend on how busy the async runtime is.
 
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -35,9 +37,21 @@ const ORPHAN_LIMIT: Duration = Duration::from_secs(5);
 /// Ticks per second in `/proc/*/stat` (USER_HZ): 100 on every architecture PostgreSQL is built for on Linux.
 const TICKS_PER_SECOND: u64 = 100;
 
+/// What the processes of one server are known by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Server {
+    /// Its data directory with links resolved, which all of them work in: a postmaster changes into it, and every child
+    /// inherits it.
+    pub dir: PathBuf,
+    /// What the file of their program is called where that is not `postgres…` ([`program::unusual_name`]). A person's
+    /// shell in the directory is neither.
+    pub program: Option<OsString>,
+}
+
 /// Knows the postmaster of one data directory.
 pub struct Supervisor {
     data_dir: PathBuf,
+    program: Option<OsString>,
     exits: watch::Sender<u64>,
     current: Mutex<Option<Arc<Postmaster>>>,
     egress: OnceLock<Arc<Egress>>,
@@ -51,10 +65,15 @@ pub struct Postmaster {
 }
 
 impl Supervisor {
-    /// For the postmaster of `data_dir`, whoever started it.
-    pub fn new(data_dir: &Path) -> Self {
+    /// For the postmaster of `data_dir`, whoever started it. `program`: that of [`Server`].
+    pub fn new(data_dir: &Path, program: Option<OsString>) -> Self {
         let (exits, current, egress) = (watch::Sender::new(0), Mutex::new(None), OnceLock::new());
-        Self { data_dir: data_dir.to_owned(), exits, current, egress }
+        Self { data_dir: data_dir.to_owned(), program, exits, current, egress }
+    }
+
+    /// What its processes are known by.
+    pub fn server(&self) -> Server {
+        Server { dir: real_path(&self.data_dir), program: self.program.clone() }
     }
 
     /// From now on postmasters are started behind this fence; one that is there already is taken in where that can be.
@@ -87,7 +106,7 @@ impl Supervisor {
         let pid = Pid::from_raw(file.pid)?;
         // The descriptor first, the questions after: what /proc says then is about the process that we hold.
         let fd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        if !is_postmaster(pid, &file, &real_path(&self.data_dir)) || has_ended(&fd, Some(Duration::ZERO)) {
+        if !is_postmaster(pid, &file, &self.server()) || has_ended(&fd, Some(Duration::ZERO)) {
             return None;
         }
         tracing::info!(pid = file.pid, "found a running postmaster");
@@ -122,17 +141,17 @@ impl Supervisor {
     /// Kills everything of the server: SIGQUIT, after `grace` SIGKILL, and returns when no process is left. Blocks the
     /// thread; needs no runtime.
     pub fn kill(&self, grace: Duration, limit: Duration) -> Result<(), PgError> {
-        let deadline = SystemClock.now() + limit;
+        let (deadline, server) = (SystemClock.now() + limit, self.server());
         if let Some(postmaster) = self.find() {
             // A stopped process takes no signal but SIGKILL (and SIGCONT, which would let it finish what it was doing).
             let quit = !postmaster.is_frozen() && postmaster.signal(Signal::QUIT);
             if !(quit && has_ended(&postmaster.fd, Some(grace))) {
                 postmaster.signal(Signal::KILL);
-                kill_all(&self.data_dir, deadline);
+                kill_all(&server, deadline);
                 has_ended(&postmaster.fd, Some(deadline.since(SystemClock.now())));
             }
         }
-        if kill_all(&self.data_dir, deadline) {
+        if kill_all(&server, deadline) {
             return Ok(());
         }
         Err(PgError::Timeout { what: "killing PostgreSQL".to_owned(), limit })
@@ -140,14 +159,15 @@ impl Supervisor {
 
     fn watch(&self, pid: Pid, fd: OwnedFd, child: Option<Child>) -> Option<Arc<Postmaster>> {
         let postmaster = Arc::new(Postmaster { pid, fd, gone: watch::Sender::new(false) });
-        let (watched, exits, data_dir) = (postmaster.clone(), self.exits.clone(), self.data_dir.clone());
+        let (watched, exits) = (postmaster.clone(), self.exits.clone());
+        let (data_dir, program) = (self.data_dir.clone(), self.program.clone());
         let wait = move || {
             has_ended(&watched.fd, None);
             let status = child.and_then(|mut child| child.wait().ok());
             // A postmaster that ends by itself waits for its children and removes its pid file last. One that was killed
             // leaves backends that may still be committing; the end is not reported before they are dead.
             if PidFile::read(&data_dir).is_some_and(|file| file.pid == watched.pid.as_raw_pid()) {
-                kill_all(&data_dir, SystemClock.now() + ORPHAN_LIMIT);
+                kill_all(&Server { dir: real_path(&data_dir), program }, SystemClock.now() + ORPHAN_LIMIT);
             }
             let status = status.map_or("unknown status".to_owned(), |status| status.to_string());
             tracing::info!(pid = watched.pid.as_raw_pid(), "postmaster ended: {status}");
@@ -197,23 +217,23 @@ pub fn fence_grace(limit: Duration) -> Duration {
     (limit / 4).min(QUIT_GRACE)
 }
 
-/// Kills every process of the server in `data_dir` and waits until none is left; false if that is not so at `deadline`.
-pub fn kill_all(data_dir: &Path, deadline: Instant) -> bool {
-    kill_processes_of(&real_path(data_dir), deadline, |pid| {
+/// Kills every process of the server and waits until none is left; false if that is not so at `deadline`.
+pub fn kill_all(server: &Server, deadline: Instant) -> bool {
+    kill_processes_of(server, deadline, |pid| {
         tracing::debug!(pid = pid.as_raw_pid(), "killed a process of the server");
     })
 }
 
-/// The same for a data directory by its real path, without a look at the disk; tells `killed` of each.
-pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(Pid)) -> bool {
+/// The same; tells `killed` of each. Without a look at the disk.
+pub fn kill_processes_of(server: &Server, deadline: Instant, mut killed: impl FnMut(Pid)) -> bool {
     loop {
-        let left = processes_in(dir);
+        let left = processes_of(server);
         if left.is_empty() {
             return true;
         }
         for pid in left {
             let Ok(fd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
-            if is_server_process(pid, dir) && rustix::process::pidfd_send_signal(&fd, Signal::KILL).is_ok() {
+            if is_server_process(pid, server) && rustix::process::pidfd_send_signal(&fd, Signal::KILL).is_ok() {
                 killed(pid);
             }
         }
@@ -224,33 +244,34 @@ pub fn kill_processes_of(dir: &Path, deadline: Instant, mut killed: impl FnMut(P
     }
 }
 
-/// What the processes of a data directory call themselves, such as `postgres: demo: walwriter`.
-pub fn titles(data_dir: &Path) -> Vec<String> {
+/// What the processes of a server call themselves, such as `postgres: demo: walwriter`.
+pub fn titles(server: &Server) -> Vec<String> {
     let title = |pid: &Pid| {
         let text = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_pid())).ok()?;
         let text = String::from_utf8_lossy(&text).replace('\0', " ");
         // The postmaster has its whole command line there.
         Some(format!("{} (pid {})", text.split(" -").next().unwrap_or_default().trim(), pid.as_raw_pid()))
     };
-    processes_in(&real_path(data_dir)).iter().filter_map(title).collect()
+    processes_of(server).iter().filter_map(title).collect()
 }
 
 /// Removes the `postmaster.pid` of a postmaster that is a zombie. PostgreSQL only asks whether there is a process of that
 /// number, and would refuse to start, and pg_rewind with it, until the parent or the init of a container cleans up. Any
 /// other doubt is PostgreSQL's to judge: the file may be that of a server in another container.
-pub fn remove_stale_lock(data_dir: &Path) -> std::io::Result<()> {
-    let Some(file) = PidFile::read(data_dir) else { return Ok(()) };
-    let dead = |stat: Stat| stat.state == 'Z' && stat.program == "postgres" && stat.began(&file) == Some(true);
+pub fn remove_stale_lock(server: &Server) -> std::io::Result<()> {
+    let Some(file) = PidFile::read(&server.dir) else { return Ok(()) };
+    let ours = |stat: &Stat| server.is_of_program(OsStr::new(&stat.program));
+    let dead = |stat: Stat| stat.state == 'Z' && ours(&stat) && stat.began(&file) == Some(true);
     if Pid::from_raw(file.pid).and_then(stat).is_some_and(dead) {
         tracing::info!("removing postmaster.pid: process {} has ended and only waits to be reaped", file.pid);
-        fs::remove_file(data_dir.join("postmaster.pid"))?;
+        fs::remove_file(server.dir.join("postmaster.pid"))?;
     }
     Ok(())
 }
 
-/// Whether any process of the server in `data_dir` is there.
-pub fn has_processes(data_dir: &Path) -> bool {
-    !processes_in(&real_path(data_dir)).is_empty()
+/// Whether any process of the server is there.
+pub fn has_processes(server: &Server) -> bool {
+    !processes_of(server).is_empty()
 }
 
 /// How a process blocks and sleeps, of `/proc/<pid>/stat`.
@@ -261,36 +282,44 @@ struct Stat {
     start_ticks: u64,
 }
 
-/// The processes of a server: PostgreSQL's, with the data directory as their working directory. A postmaster changes
-/// into it and every child inherits it; a person's shell there is not a `postgres`.
-fn processes_in(dir: &Path) -> Vec<Pid> {
+fn processes_of(server: &Server) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
-    pids.filter(|pid| is_server_process(*pid, dir)).collect()
+    pids.filter(|pid| is_server_process(*pid, server)).collect()
 }
 
 /// Zombies have no working directory, so they don't count. A process that is just exiting has lost its program but not
 /// yet its directory: it does, until it is over.
-fn is_server_process(pid: Pid, dir: &Path) -> bool {
+fn is_server_process(pid: Pid, server: &Server) -> bool {
     let link = |name: &str| fs::read_link(format!("/proc/{}/{name}", pid.as_raw_pid()));
-    if !link("cwd").is_ok_and(|cwd| cwd == dir) {
+    if !link("cwd").is_ok_and(|cwd| cwd == server.dir) {
         return false;
     }
     match link("exe") {
-        Ok(exe) => exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("postgres")),
+        Ok(exe) => exe.file_name().is_some_and(|name| server.is_of_program(name)),
         Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     }
 }
 
 /// Whether `pid` is the postmaster that wrote `file`, not a stranger who got its number after a reboot.
-fn is_postmaster(pid: Pid, file: &PidFile, dir: &Path) -> bool {
+fn is_postmaster(pid: Pid, file: &PidFile, server: &Server) -> bool {
     let Some(stat) = stat(pid) else { return false };
-    if stat.state == 'Z' || !is_server_process(pid, dir) {
+    if stat.state == 'Z' || !is_server_process(pid, server) {
         return false;
     }
     // A stepped wall clock moves computed start times, so a mismatch alone proves nothing; a backend that got the number
     // has another server process as its parent.
-    stat.began(file) == Some(true) || Pid::from_raw(stat.parent).is_none_or(|parent| !is_server_process(parent, dir))
+    stat.began(file) == Some(true) || Pid::from_raw(stat.parent).is_none_or(|parent| !is_server_process(parent, server))
+}
+
+impl Server {
+    /// Whether a process is one of it by the file name in `/proc/<pid>/exe`: that of a file which was replaced meanwhile
+    /// has an addition.
+    fn is_of_program(&self, name: &OsStr) -> bool {
+        let bytes = name.as_bytes();
+        let name = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
+        program::is_usual_name(name) || self.program.as_ref().is_some_and(|program| program.as_bytes() == name)
+    }
 }
 
 impl Stat {
@@ -377,7 +406,7 @@ mod tests {
     fn a_pid_file_that_names_a_stranger_is_nobody() {
         let dir = tempfile::tempdir().expect("temp dir");
         fs::write(dir.path().join("postmaster.pid"), format!("{}\n/x\n1\n", std::process::id())).expect("pid file");
-        let supervisor = Supervisor::new(dir.path());
+        let supervisor = Supervisor::new(dir.path(), None);
         assert!(supervisor.find().is_none());
         assert!(supervisor.kill(Duration::ZERO, Duration::from_secs(1)).is_ok());
     }
@@ -398,15 +427,17 @@ mod tests {
         let lock = dir.path().join("postmaster.pid");
         let now = SystemClock.wall().timestamp();
         let [postmaster, other] = [zombies[0].id(), zombies[1].id()];
-        for (pid, started, stays) in [
-            (postmaster, now, false),
-            (postmaster, now - 100, true),
-            (other, now, true),
-            (std::process::id(), now, true),
-            (2_000_000_000, now, true),
+        for (pid, started, program, stays) in [
+            (postmaster, now, None, false),
+            (postmaster, now - 100, None, true),
+            (other, now, None, true),
+            (other, now, Some("true"), false),
+            (std::process::id(), now, None, true),
+            (2_000_000_000, now, None, true),
         ] {
+            let server = Server { dir: dir.path().to_owned(), program: program.map(Into::into) };
             fs::write(&lock, format!("{pid}\n/x\n{started}\n")).expect("lock");
-            remove_stale_lock(dir.path()).expect("removed");
+            remove_stale_lock(&server).expect("removed");
             assert_eq!(lock.exists(), stays, "{pid} {started}");
         }
         for zombie in &mut zombies {
@@ -417,7 +448,7 @@ mod tests {
     #[test]
     fn the_end_of_a_process_is_seen_at_once() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let supervisor = Supervisor::new(dir.path());
+        let supervisor = Supervisor::new(dir.path(), None);
         let mut exits = supervisor.exits();
         let mut command = Command::new("sleep");
         command.arg("60");

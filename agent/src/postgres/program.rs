@@ -1,6 +1,7 @@
 //! PostgreSQL's programs: where they are, which version, and running one under a bound with its last words kept.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -56,18 +57,37 @@ pub fn version(config: &PostgresConfig) -> Result<u32, PgError> {
 /// # Errors
 /// [`PgError::Unusable`] with where it was looked for.
 pub fn require(config: &PostgresConfig, tool: &str) -> Result<(), PgError> {
-    let program = path(config, tool);
-    if program.components().count() > 1 {
-        return match program.is_file() {
-            true => Ok(()),
-            false => Err(PgError::Unusable(format!("{} is not there; check postgresql.bin_dir", program.display()))),
-        };
-    }
-    let paths = std::env::var_os("PATH").unwrap_or_default();
-    if std::env::split_paths(&paths).any(|dir| dir.join(&program).is_file()) {
+    if find(config, tool).is_some() {
         return Ok(());
     }
-    Err(PgError::Unusable(format!("{} is not in $PATH; set postgresql.bin_dir", program.display())))
+    let program = path(config, tool);
+    Err(PgError::Unusable(match program.components().count() {
+        1 => format!("{} is not in $PATH; set postgresql.bin_dir", program.display()),
+        _ => format!("{} is not there; check postgresql.bin_dir", program.display()),
+    }))
+}
+
+/// What the kernel calls the file of a running server's program, where that is not `postgres…`: by `bin_name`, with links
+/// resolved. A script is not it, but what it runs.
+pub fn unusual_name(config: &PostgresConfig) -> Option<OsString> {
+    let program = find(config, "postgres")?.canonicalize().ok()?;
+    let name = program.file_name()?;
+    (!is_usual_name(name.as_bytes())).then(|| name.to_owned())
+}
+
+/// Whether a program of this file name is taken for PostgreSQL wherever it is.
+pub fn is_usual_name(name: &[u8]) -> bool {
+    name.starts_with(b"postgres")
+}
+
+/// The file of a program: a path that exists, or a name in `$PATH`.
+fn find(config: &PostgresConfig, tool: &str) -> Option<PathBuf> {
+    let program = path(config, tool);
+    if program.components().count() > 1 {
+        return program.is_file().then_some(program);
+    }
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&paths).map(|dir| dir.join(&program)).find(|file| file.is_file())
 }
 
 /// Runs a program to its end, its output to our log, and fails with its last lines. The program ends with the future.

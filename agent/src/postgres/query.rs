@@ -15,6 +15,7 @@ use trunkline_common::{Clock, Instant, Lsn, SystemClock, SystemId, TimelineId};
 use trunkline_config::PostgresConfig;
 use trunkline_config::postgres::Credentials;
 
+use super::listening::Listening;
 use super::pidfile::PidFile;
 use super::walsender::{self, PARTING, Wire, WireError};
 use super::{PgError, PgRole, Running, WalSender, conninfo};
@@ -231,8 +232,9 @@ pub async fn connect_to(
     if let Some(password) = &config.superuser.password {
         settings.password(password.reveal());
     }
-    let host = local_host(config, config.use_unix_socket, pid_file);
-    let io = walsender::dial(&host, config.port, &config.superuser).await?;
+    let listening = Listening::of(config, pid_file);
+    let host = listening.local_host(config.use_unix_socket);
+    let io = walsender::dial(&host, listening.port, &config.superuser).await?;
     let (client, connection) = settings.connect_raw(io, NoTls).await?;
     let (needed, not_needed) = oneshot::channel();
     tokio::spawn(async move {
@@ -251,33 +253,10 @@ pub async fn connect_to(
 
 /// Sees whether the server would let us in, at less than a login costs.
 async fn knock(config: &PostgresConfig, pid_file: &PidFile) -> Result<(), WireError> {
-    let host = local_host(config, config.use_unix_socket, Some(pid_file));
+    let listening = Listening::of(config, Some(pid_file));
+    let host = listening.local_host(config.use_unix_socket);
     let superuser = Credentials { username: user(config).to_owned(), ..config.superuser.clone() };
-    Wire::knock(&host, config.port, &superuser, &config.database).await
-}
-
-/// Where local connections go: a socket directory (with a leading slash), if `unix` says so, or an address (config
-/// reference §5).
-pub fn local_host(config: &PostgresConfig, unix: bool, pid_file: Option<&PidFile>) -> String {
-    if unix {
-        if let Some(dir) = pid_file.and_then(|file| file.socket_dir.clone()) {
-            return dir;
-        }
-        let configured = config.parameters.get("unix_socket_directories");
-        let absolute =
-            |dirs: &String| dirs.split(',').map(str::trim).find(|dir| dir.starts_with('/')).map(str::to_owned);
-        return configured.and_then(absolute).unwrap_or_else(|| "/var/run/postgresql".to_owned());
-    }
-    let listen: Vec<&str> = config.listen_addresses.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
-    for (address, local) in [("*", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")] {
-        if listen.contains(&address) {
-            return local.to_owned();
-        }
-    }
-    if listen.contains(&"localhost") {
-        return "localhost".to_owned();
-    }
-    listen.first().map_or_else(|| "127.0.0.1".to_owned(), |address| (*address).to_owned())
+    Wire::knock(&host, listening.port, &superuser, &config.database).await
 }
 
 /// The superuser's name.
@@ -404,28 +383,7 @@ fn slots(json: &str) -> std::collections::BTreeMap<String, Lsn> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use super::super::testing::config;
     use super::*;
-
-    #[test]
-    fn local_connections_go_where_the_server_listens() {
-        let mut config = config(Path::new("/data"), 5432);
-        for (listen, host) in [
-            ("*", "127.0.0.1"),
-            ("10.0.0.1, 0.0.0.0", "127.0.0.1"),
-            ("localhost", "localhost"),
-            ("10.0.0.1,::1", "10.0.0.1"),
-        ] {
-            config.listen_addresses = listen.into();
-            config.use_unix_socket = false;
-            assert_eq!(local_host(&config, false, None), host);
-        }
-        config.use_unix_socket = true;
-        config.parameters.insert("unix_socket_directories".into(), "@abstract, /run/pg".into());
-        assert_eq!(local_host(&config, true, None), "/run/pg");
-    }
 
     #[test]
     fn rows_of_pg_stat_replication() {

@@ -88,7 +88,7 @@ mod tests {
         std::fs::write(dir.path().join("global/pg_control"), "a").expect("control");
         let mut command = std::process::Command::new("sleep");
         command.arg("60");
-        let process = Supervisor::new(dir.path()).spawn(command).expect("spawn");
+        let process = Supervisor::new(dir.path(), None).spawn(command).expect("spawn");
         let mut changes = Changes::of(dir.path());
         let pid_file = dir.path().join("postmaster.pid");
         let limit = Duration::from_secs(10);

@@ -140,7 +140,7 @@ impl Instance {
             return Err(PgError::Failed("pg_rewind needs a stopped server".to_owned()));
         }
         let config = self.config_now();
-        super::process::remove_stale_lock(&config.data_dir)
+        super::process::remove_stale_lock(&self.server())
             .map_err(|error| PgError::Failed(format!("postmaster.pid: {error}")))?;
         program::require(&config, "pg_rewind")?;
         files::write_pgpass(&config, upstream)?;

@@ -170,10 +170,10 @@ impl Instance {
             DataDir::Refused(why) => return Err(PgError::Unusable(why)),
         }
         check_version(config, self.version())?;
-        if !super::process::kill_all(&config.data_dir, self.inner.clock.now() + Duration::from_secs(1)) {
+        if !super::process::kill_all(&self.server(), self.inner.clock.now() + Duration::from_secs(1)) {
             return Err(PgError::Failed("processes of an earlier postmaster are still there".to_owned()));
         }
-        super::process::remove_stale_lock(&config.data_dir)
+        super::process::remove_stale_lock(&self.server())
             .map_err(|error| PgError::Failed(format!("postmaster.pid: {error}")))?;
         port_is_free(config)?;
         let (standby, upstream) = match role {

@@ -1,7 +1,6 @@
 //! Stopping: in order, or at once.
 
 use std::convert::Infallible;
-use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -10,7 +9,7 @@ use trunkline_common::{Clock, Lsn, SystemClock};
 
 use super::instance::Instance;
 use super::ready::Changes;
-use super::{ControlState, PgError, StopMode, process, program};
+use super::{ControlState, PgError, Server, StopMode, process, program};
 
 /// After SIGQUIT, how long an immediate stop may take before SIGKILL.
 const IMMEDIATE_GRACE: Duration = Duration::from_secs(5);
@@ -22,11 +21,11 @@ const BEFORE_STOP_LIMIT: Duration = Duration::from_secs(60);
 const SLOW_STOP: Duration = Duration::from_secs(3);
 
 /// A stop waits for every process of the server: says again and again for whom.
-async fn tell_what_is_left(data_dir: &Path) -> Infallible {
+async fn tell_what_is_left(server: Server) -> Infallible {
     let began = SystemClock.now();
     loop {
         tokio::time::sleep(SLOW_STOP).await;
-        let (seconds, left) = (SystemClock.now().since(began).as_secs(), process::titles(data_dir));
+        let (seconds, left) = (SystemClock.now().since(began).as_secs(), process::titles(&server));
         tracing::warn!("PostgreSQL was asked to stop {seconds} s ago; there still are: {}", left.join(", "));
     }
 }
@@ -80,7 +79,7 @@ impl Instance {
         };
         tokio::select! {
             stopped = stopping => stopped,
-            never = tell_what_is_left(&config.data_dir) => match never {},
+            never = tell_what_is_left(self.server()) => match never {},
         }
     }
 

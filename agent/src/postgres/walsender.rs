@@ -94,13 +94,21 @@ impl Drop for Wire {
 }
 
 impl Wire {
-    /// Connects and authenticates; with several hosts, to the first that answers.
+    /// Connects and authenticates; with several hosts, to the first that takes writes, as libpq does for what is copied and streamed.
     pub async fn connect(upstream: &Upstream, user: &Credentials, purpose: Purpose<'_>) -> Result<Self, WireError> {
         let mut last = WireError("no host".to_owned());
+        let several = upstream.host.contains(',');
         for host in upstream.host.split(',') {
-            match Self::connect_host(host, upstream.port, user, purpose).await {
+            let connected = async {
+                let mut wire = Self::connect_host(host, upstream.port, user, purpose).await?;
+                if several {
+                    wire.takes_writes().await?;
+                }
+                Ok(wire)
+            };
+            match connected.await {
                 Ok(wire) => return Ok(wire),
-                Err(error) => last = WireError(format!("{host}:{}: {error}", upstream.port)),
+                Err(WireError(error)) => last = WireError(format!("{host}:{}: {error}", upstream.port)),
             }
         }
         Err(last)
@@ -120,6 +128,15 @@ impl Wire {
             Message::AuthenticationOk => wire.log_in(user).await,
             Message::ErrorResponse(body) => Err(error_text(body.fields())),
             _ => Ok(()),
+        }
+    }
+
+    /// By what a replication connection can ask as well.
+    async fn takes_writes(&mut self) -> Result<(), WireError> {
+        let rows = self.query("SHOW transaction_read_only").await?;
+        match rows.first().and_then(|row| row.first()).and_then(Option::as_deref) {
+            Some("off") => Ok(()),
+            _ => Err(WireError("it takes no writes".to_owned())),
         }
     }
 

@@ -132,6 +132,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             layers: Some(&layers),
             loaded: Some(&local),
             dynamic: dynamic.as_ref(),
+            in_force: picture.view.as_ref().map(|view| &view.settings),
             role: picture.role(),
         };
         let mut document = explain::explain(key, &node).document();

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,7 +50,8 @@ impl<D: Dcs, P: Observe, C: Clock> Server<D, P, C> {
     /// Listens on `restapi.listen`, so that a taken port is known before anything else is touched.
     pub async fn bind(api: Arc<Api<D, P, C>>) -> Result<Self, RestError> {
         let listen = api.policy.borrow().listen.clone();
-        let listener = bind(&listen).await?;
+        let failed = |cause| RestError::Listen { remedy: remedy(&cause), cause, address: listen.clone() };
+        let listener = TcpListener::from_std(bind(&listen)?).map_err(failed)?;
         Ok(Self { api, listener })
     }
 
@@ -65,19 +66,16 @@ impl<D: Dcs, P: Observe, C: Clock> Server<D, P, C> {
         let slots = Arc::new(Semaphore::new(MOST_CONNECTIONS));
         let closing = watch::Sender::new(false);
         let mut policy = api.policy.subscribe();
-        let mut address = policy.borrow_and_update().listen.clone();
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Ok(()) = policy.changed() => {
-                    let wanted = policy.borrow_and_update().listen.clone();
-                    if wanted == address {
-                        continue;
-                    }
-                    match bind(&wanted).await {
-                        Ok(new) => (listener, address) = (new, wanted),
-                        Err(error) => tracing::error!(%error, still = address, "REST API: the new address is not used"),
+                    let moved = api.moved.lock().take();
+                    match moved.map(TcpListener::from_std) {
+                        Some(Ok(new)) => listener = new,
+                        Some(Err(error)) => tracing::error!(%error, "REST API: the new address is not used"),
+                        None => {}
                     }
                 }
                 (permit, accepted) = accept(&listener, &slots) => match accepted {
@@ -177,7 +175,8 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-async fn bind(listen: &str) -> Result<TcpListener, RestError> {
+/// Blocks while a host's name is looked up: at the start and at a reload only.
+pub(super) fn bind(listen: &str) -> Result<std::net::TcpListener, RestError> {
     let bad = || RestError::BadAddress(listen.to_owned());
     let (host, port) = listen.rsplit_once(':').ok_or_else(bad)?;
     let port: u16 = port.trim().parse().map_err(|_| bad())?;
@@ -186,9 +185,11 @@ async fn bind(listen: &str) -> Result<TcpListener, RestError> {
     let addresses: Vec<SocketAddr> = match host {
         // IPv6's wildcard takes IPv4 too; where there is no IPv6, IPv4's does.
         "" | "*" => vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()],
-        host => tokio::net::lookup_host((host, port)).await.map_err(failed)?.collect(),
+        host => (host, port).to_socket_addrs().map_err(failed)?.collect(),
     };
-    TcpListener::bind(addresses.as_slice()).await.map_err(failed)
+    let listener = std::net::TcpListener::bind(addresses.as_slice()).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
 }
 
 fn remedy(cause: &io::Error) -> &'static str {
@@ -206,21 +207,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_port_is_named_with_its_remedy() {
-        let taken = bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let taken = bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let holder = TcpListener::bind(taken).await.unwrap();
-        let text = bind(&taken.to_string()).await.unwrap_err().to_string();
+        let text = bind(&taken.to_string()).unwrap_err().to_string();
         assert!(text.contains(&taken.to_string()) && text.contains("another program has this port"), "{text}");
         drop(holder);
     }
 
-    #[tokio::test]
-    async fn addresses() {
+    #[test]
+    fn addresses() {
         for listen in ["*:0", ":0", "localhost:0", "127.0.0.1:0"] {
-            assert!(bind(listen).await.is_ok(), "{listen}");
+            assert!(bind(listen).is_ok(), "{listen}");
         }
         for listen in ["127.0.0.1", "x:y", "", "127.0.0.1:70000"] {
-            assert!(matches!(bind(listen).await, Err(RestError::BadAddress(_))), "{listen}");
+            assert!(matches!(bind(listen), Err(RestError::BadAddress(_))), "{listen}");
         }
-        assert!(matches!(bind("203.0.113.77:0").await, Err(RestError::Listen { .. })));
+        assert!(matches!(bind("203.0.113.77:0"), Err(RestError::Listen { .. })));
     }
 }

@@ -23,6 +23,7 @@ pub(crate) mod switchover;
 mod tests;
 mod time;
 
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ use axum::body::Body;
 use axum::extract::Query as AxumQuery;
 use axum::http::request::Parts;
 use axum::http::{Method, Request, Response};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, watch};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::ClusterStore;
@@ -131,6 +132,8 @@ pub struct Api<D, P, C> {
     instruments: Instruments,
     local: RwLock<Arc<Local>>,
     edges: Edges,
+    /// Of a reload that moves the API, until it is served from there.
+    moved: Mutex<Option<TcpListener>>,
 }
 
 impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
@@ -162,6 +165,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             instruments,
             local,
             edges,
+            moved: Mutex::default(),
         })
     }
 
@@ -176,6 +180,9 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
     pub fn reload(&self, local: &Local) -> Result<(), RestError> {
         let policy = Policy::read(local)?;
         let client = RestClient::for_agent(local)?;
+        if policy.listen != self.policy.borrow().listen {
+            *self.moved.lock() = Some(listener::bind(&policy.listen)?);
+        }
         self.peers.renew(client);
         self.policy.send_replace(Arc::new(policy));
         self.goes_by(local);

@@ -80,6 +80,37 @@ fn a_new_cluster_has_its_users_and_is_observed() {
     });
 }
 
+/// Port and addresses wait for a restart, and the server is found, by this agent and the next, and told of to others where it is.
+#[test]
+fn a_server_whose_address_was_edited_is_asked_where_it_listens() {
+    as_postgres("a_server_whose_address_was_edited_is_asked_where_it_listens", || async {
+        let place = Place::new();
+        let node = place.primary("a").await;
+        let (before, free) = (node.pg.config(), place.node("b").port);
+        for (address, port) in [("127.0.0.1", free), ("127.0.0.2", node.port), ("127.0.0.2", free)] {
+            for unix in [false, true] {
+                let mut config = before.clone();
+                (config.listen_addresses, config.port, config.use_unix_socket) = (address.into(), port, unix);
+                config.connect_address = format!("{address}:{port}");
+                node.pg.configure(config).await.expect("configured");
+                let waits: Vec<_> = node.running().await.pending_restart.into_keys().collect();
+                let changed = [("listen_addresses", address != "127.0.0.1"), ("port", port != node.port)];
+                let changed: Vec<_> = changed.iter().filter(|(_, changed)| *changed).map(|(name, _)| *name).collect();
+                assert_eq!(waits, changed, "{address}:{port}");
+                let next = node.restart_handle();
+                assert!(matches!(next.observe(LIMIT).await, PgStatus::Running(_)), "{address}:{port}, socket: {unix}");
+                for handle in [&node.pg, &next] {
+                    assert_eq!(handle.connect_address(), before.connect_address, "{address}:{port}");
+                }
+            }
+        }
+        node.pg.stop(StopMode::Restart, LIMIT, None).await.expect("stop");
+        node.pg.start(StartAs::Primary, LIMIT).await.expect("start");
+        assert!(node.running().await.pending_restart.is_empty());
+        assert_eq!(node.pg.connect_address(), format!("127.0.0.2:{free}"));
+    });
+}
+
 #[test]
 fn a_standby_streams_is_promoted_and_the_other_follows_by_reload() {
     as_postgres("a_standby_streams_is_promoted_and_the_other_follows_by_reload", || async {
@@ -377,6 +408,92 @@ fn a_restored_cluster_takes_writes_and_has_its_own_access_rules() {
         c.sql("INSERT INTO t VALUES (2)").await.expect("what was restored, and it takes writes");
         assert_eq!(fs::read_to_string(c.dir.join("pg_hba.conf")).expect("rules"), rules);
         assert!(!c.dir.join("pg_hba.restoring.conf").exists());
+    });
+}
+
+/// Nobody knows in which order a method of the user's own copies: what it has left half-way is not started, and is there for the next
+/// try where `keep_data` says so.
+#[test]
+fn a_copy_that_was_cut_off_is_no_data() {
+    as_postgres("a_copy_that_was_cut_off_is_no_data", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let backup = place.node("backup");
+        backup.pg.clone_from(a.upstream()).await.expect("backup");
+        let script = place.0.path().join("copy");
+        let wait = place.0.path().join("wait");
+        let copy = format!(
+            "#!/bin/sh\nmkdir -p -m 700 $1/global\ncp {0}/PG_VERSION $1\ncp {0}/global/pg_control $1/global\n\
+             touch {1}.begun\nwhile [ -e {1} ]; do sleep 0.01; done\ncp -a {0}/. $1\n",
+            backup.dir.display(),
+            wait.display()
+        );
+        fs::write(&script, copy).expect("script");
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).expect("mode");
+        let b = place.node("b");
+        let mut config = b.pg.config();
+        config.create_replica_methods = vec!["copy".into()];
+        for keep_data in [false, true] {
+            let command = format!("{} {}", script.display(), b.dir.display());
+            let method = serde_json::json!({ "command": command, "keep_data": keep_data, "no_params": true });
+            config.raw.insert("copy".into(), method);
+            b.pg.configure(config.clone()).await.expect("configured");
+            fs::write(&wait, "").expect("wait");
+            let begun = async {
+                while !wait.with_extension("begun").exists() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::select! {
+                ended = b.pg.clone_from(a.upstream()) => panic!("it waits: {ended:?}"),
+                begun = tokio::time::timeout(LIMIT, begun) => begun.expect("begun"),
+            }
+            for handle in [&b.pg, &b.restart_handle()] {
+                assert_eq!(handle.observe(LIMIT).await, PgStatus::NoData, "half a copy, keep_data: {keep_data}");
+            }
+            fs::write(b.dir.join("kept"), "").expect("written");
+            fs::remove_file(&wait).expect("go on");
+            b.pg.clone_from(a.upstream()).await.expect("copied again");
+            fs::remove_file(wait.with_extension("begun")).expect("removed");
+            assert!(matches!(b.pg.observe(LIMIT).await, PgStatus::Stopped(_)), "a whole copy");
+            assert_eq!(b.dir.join("kept").exists(), keep_data);
+        }
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        a.until("streams", |running| running.replication.iter().any(|s| s.application_name == "b")).await;
+        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        // One that fails leaves what it has to the next method.
+        config.raw.insert("copy".into(), serde_json::json!({ "command": "false", "keep_data": true }));
+        b.pg.configure(config.clone()).await.expect("configured");
+        assert!(b.pg.clone_from(a.upstream()).await.is_err());
+        assert_eq!(b.pg.observe(LIMIT).await, PgStatus::NoData, "nobody knows what it did");
+        b.pg.base_backup(a.upstream()).await.expect("a base backup");
+        assert!(matches!(b.pg.observe(LIMIT).await, PgStatus::Stopped(_)), "a whole copy");
+    });
+}
+
+/// What could not be written is written when it is asked for again, and what waits for a restart is known to an agent that finds the
+/// server running.
+#[test]
+fn a_configuration_that_could_not_be_written_is_not_in_force() {
+    as_postgres("a_configuration_that_could_not_be_written_is_not_in_force", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        let (before, mut config) = (a.pg.config(), a.pg.config());
+        config.parameters.insert("work_mem".into(), "12MB".into());
+        config.protected.insert("max_connections".into(), "60".into());
+        let blocked = a.dir.join("postgresql.trunkline.tmp");
+        fs::create_dir(&blocked).expect("in the way");
+        let error = a.pg.configure(config.clone()).await.expect_err("written to a directory");
+        assert!(error.to_string().contains("can't be written"), "{error}");
+        assert_eq!(a.pg.config(), before);
+        assert!(a.running().await.pending_restart.is_empty());
+        fs::remove_dir(&blocked).expect("removed");
+        a.pg.configure(config).await.expect("written");
+        a.until("is reloaded", |_| a.log().contains("\"work_mem\" changed to \"12MB\"")).await;
+        for handle in [&a.pg, &a.restart_handle()] {
+            let PgStatus::Running(running) = handle.observe(LIMIT).await else { panic!("it runs") };
+            assert_eq!(running.pending_restart.keys().collect::<Vec<_>>(), ["max_connections"]);
+        }
     });
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use trunkline_agent::postgres::{Divergence, PgError, Postgres as _, StartAs, StopMode};
+use trunkline_agent::postgres::{Divergence, PgError, Postgres as _, Running, StartAs, StopMode, Upstream};
 use trunkline_common::{Clock as _, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
@@ -336,5 +336,46 @@ fn a_diverged_primary_is_rewound() {
         a.pg.clone_from(b.upstream()).await.expect("clone");
         assert!(!a.pg.half_rewound());
         a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect("start");
+    });
+}
+
+/// Several hosts are a cluster of which one is the primary: that one is copied, streamed from and compared with, also after a
+/// switchover there.
+#[test]
+fn of_several_hosts_the_primary_is_followed() {
+    as_postgres("timelines::of_several_hosts_the_primary_is_followed", || async {
+        let place = Place::new();
+        let a = place.primary("a").await;
+        // On the port of `a`, at another address.
+        let mut b = place.node("b");
+        let mut config = b.pg.config();
+        (config.port, config.listen_addresses) = (a.port, "127.0.0.2".into());
+        config.parameters.insert("unix_socket_directories".into(), place.0.path().to_string_lossy().into_owned());
+        b.port = a.port;
+        b.pg.configure(config).await.expect("configured");
+        b.pg.clone_from(a.upstream()).await.expect("clone");
+        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
+        let outside = Upstream { name: "outside".into(), host: "127.0.0.2,127.0.0.1".into(), port: a.port, slot: None };
+        let c = place.node("c");
+        c.pg.clone_from(outside.clone()).await.expect("clone");
+        c.pg.start(StartAs::Standby(Some(outside.clone())), LIMIT).await.expect("start");
+        let at = |host: &str| Some(format!("{host}:{}", a.port));
+        let streams = |running: &Running| running.replication_state.as_deref() == Some("streaming");
+        let seen = c.until("streams", streams).await;
+        assert_eq!(seen.upstream, at("127.0.0.1"), "from a standby");
+
+        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
+        let successor = Upstream { name: "b".into(), host: "127.0.0.2".into(), port: a.port, slot: None };
+        a.pg.start(StartAs::Standby(Some(successor)), LIMIT).await.expect("rejoin");
+        c.until("follows", |running| streams(running) && running.upstream == at("127.0.0.2")).await;
+        assert_eq!(c.pg.diverged(outside.clone()).await, Divergence::None);
+        // The first of these is a standby now.
+        let turned = Upstream { host: "127.0.0.1,127.0.0.2".into(), ..outside };
+        c.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
+        assert_eq!(c.pg.diverged(turned.clone()).await, Divergence::None);
+        c.pg.start(StartAs::Standby(Some(turned)), LIMIT).await.expect("start");
+        let seen = c.until("streams", streams).await;
+        assert_eq!(seen.upstream, at("127.0.0.2"), "from a standby");
     });
 }

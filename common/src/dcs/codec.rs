@@ -3,7 +3,7 @@
 //! Reading never fails: a value that makes no sense is logged once, with its key, and what the previous view had for it
 //! stays in force. Numbers may come as strings, old clusters may hold the text forms that Patroni once wrote.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -29,7 +29,14 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
     let nothing = ClusterView::default();
     let before = previous.unwrap_or(&nothing);
     let since = previous.map_or(Revision(0), |_| since);
-    let mut reader = Reader { before, since, malformed: BTreeMap::new() };
+    let mut reader = Reader {
+        before,
+        since,
+        prefix: paths.prefix(),
+        first: previous.is_none(),
+        malformed: BTreeMap::new(),
+        unknown: BTreeSet::new(),
+    };
     let mut view = ClusterView { revision: snapshot.revision, ..ClusterView::default() };
     let mut legacy_optime = None;
     let mut has_status = false;
@@ -95,7 +102,7 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
         reader.since = Revision(0);
         view.status = reader.read(entry, status, || before.status.clone());
     }
-    view.malformed = reader.malformed;
+    (view.malformed, view.unknown) = (reader.malformed, reader.unknown);
     view
 }
 
@@ -199,7 +206,11 @@ struct Reader<'a> {
     before: &'a ClusterView,
     /// What was written up to here is in `before`.
     since: Revision,
+    prefix: &'a str,
+    /// Nothing is before.
+    first: bool,
     malformed: BTreeMap<String, Revision>,
+    unknown: BTreeSet<String>,
 }
 
 impl Reader<'_> {
@@ -210,7 +221,9 @@ impl Reader<'_> {
         kept: impl FnOnce() -> T,
     ) -> T {
         if entry.modified <= self.since {
-            self.malformed.extend(self.before.malformed.get_key_value(&entry.key).map(|(k, v)| (k.clone(), *v)));
+            if let Some(revision) = self.before.malformed.get(&entry.key) {
+                self.is_malformed(entry, *revision);
+            }
             return kept();
         }
         read(&entry.value).unwrap_or_else(|why| {
@@ -223,7 +236,15 @@ impl Reader<'_> {
         if self.before.malformed.get(&entry.key) != Some(&entry.modified) {
             tracing::warn!(key = %entry.key, "malformed value in the DCS, the last good one stays in force: {why}");
         }
-        self.malformed.insert(entry.key.clone(), entry.modified);
+        self.is_malformed(entry, entry.modified);
+    }
+
+    fn is_malformed(&mut self, entry: &KeyValue, revision: Revision) {
+        self.malformed.insert(entry.key.clone(), revision);
+        let key = entry.key.strip_prefix(self.prefix).unwrap_or(&entry.key);
+        if self.first || self.before.unknown.contains(key) {
+            self.unknown.insert(key.to_owned());
+        }
     }
 
     fn config(&mut self, entry: &KeyValue, view: &mut ClusterView) {
@@ -234,22 +255,22 @@ impl Reader<'_> {
                 view.config = Some(before.clone());
                 view.settings = self.before.settings.clone();
                 if self.before.malformed.get(&entry.key) == Some(&revision) {
-                    self.malformed.insert(entry.key.clone(), revision);
+                    self.is_malformed(entry, revision);
                 }
             }
             before => {
                 let parsed = |value: &[u8]| json_object(value).map(Value::Object);
                 let kept = || before.as_ref().map_or_else(|| json!({}), |config| config.value.clone());
                 let value = self.read(entry, parsed, kept);
-                view.settings = settings(&entry.key, &value);
+                view.settings = settings(&entry.key, &value, &self.before.settings);
                 view.config = Some(ConfigRecord { value, revision });
             }
         }
     }
 }
 
-fn settings(key: &str, value: &Value) -> Settings {
-    let (settings, notices) = Settings::from_value(value);
+fn settings(key: &str, value: &Value, before: &Settings) -> Settings {
+    let (settings, notices) = Settings::after(value, before);
     for notice in notices {
         tracing::warn!(%key, "{notice}");
     }

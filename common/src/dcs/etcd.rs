@@ -87,6 +87,16 @@ impl<C: Clock> EtcdDcs<C> {
         self.shared.endpoints.reload(config)
     }
 
+    /// The addresses for clients of every member of the etcd cluster, by member, whichever of them are configured here.
+    ///
+    /// # Errors
+    /// No answer, or not for this user.
+    pub async fn members(&self) -> Result<Vec<Vec<String>>, DcsError> {
+        let list = |mut client: etcd_client::Client| async move { client.member_list().await };
+        let answer = self.shared.endpoints.call(Resend::Always, list).await?;
+        Ok(answer.members().iter().map(|member| member.client_urls().to_vec()).collect())
+    }
+
     /// How long etcd took to answer lately. What it did not answer is not in it.
     pub fn latency(&self) -> Latency {
         self.shared.latency.lock().clone()

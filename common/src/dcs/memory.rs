@@ -46,6 +46,9 @@ pub struct Faults {
     pub answer_delay: Duration,
     /// Nothing gets through in either direction, and nobody says so: calls time out, watches fall silent.
     pub cut: bool,
+    /// Only the way there is cut: no call gets there, but what has been carried out is answered; watches fall silent, as nobody
+    /// acknowledges what they send.
+    pub mute: bool,
     /// Only the way back is cut: calls take effect and time out, watches fall silent.
     pub deaf: bool,
     /// The store refuses connections: calls fail at once, watches break.
@@ -66,6 +69,7 @@ impl Default for Faults {
             request_delay: Duration::ZERO,
             answer_delay: Duration::ZERO,
             cut: false,
+            mute: false,
             deaf: false,
             refused: false,
             lost_answers: 0,
@@ -308,7 +312,8 @@ impl Link {
 
     /// Whether a request gets there.
     fn reaches(&self) -> bool {
-        !self.faults.lock().cut
+        let faults = self.faults.lock();
+        !faults.cut && !faults.mute
     }
 
     /// Whether an answer comes back.
@@ -530,7 +535,7 @@ impl<C: Clock> Watcher<C> {
                 return Err(DcsError::WatchLost("connection refused".to_owned()));
             }
             let now = clock.now();
-            if faults.cut || faults.deaf {
+            if faults.cut || faults.mute || faults.deaf {
                 let silent_until = self.heard + PROBE + faults.deadline;
                 if now >= silent_until {
                     return Err(DcsError::WatchLost(format!("silent for {:?}", now.since(self.heard))));

@@ -43,13 +43,23 @@ impl Outcome {
     }
 }
 
-/// What a new leader writes to `sync` in the transaction that makes it leader.
+/// A write of `sync`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyncWrite {
     /// The new value; `None` deletes the key.
     pub value: Option<Value>,
     /// The revision of `sync` that the decision was made on (0 = absent).
     pub seen: Revision,
+    /// What nobody has said yet of a restore of the store, and goes into `restored` in the same step: whoever notices the restore after
+    /// this write would take it for one of the backup.
+    pub restored: Option<RestoreRecord>,
+}
+
+impl SyncWrite {
+    /// Replaces the key that `view` shows.
+    pub fn new(view: &ClusterView, value: Option<Value>) -> Self {
+        Self { value, seen: view.sync.revision, restored: view.unsaid }
+    }
 }
 
 /// What a decision to take the leader key was made on (0 = absent): whoever may lead must not have changed since.
@@ -168,7 +178,7 @@ impl<D: Dcs> ClusterStore<D> {
     ) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
         let mut then = vec![Op::Put(leader.clone(), name.as_str().into(), lease)];
-        then.extend(also.sync.map(|write| self.sync_op(write.value)));
+        then.extend(also.sync.into_iter().flat_map(|write| self.sync_ops(write)));
         let identity =
             |system: SystemId| Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0));
         then.extend(also.initialize.map(identity));
@@ -232,7 +242,7 @@ impl<D: Dcs> ClusterStore<D> {
         let mut when = self.held(name, lease);
         if let Some(write) = sync {
             when.push(Compare::Modified(self.paths.key("sync"), write.seen));
-            then.push(self.sync_op(write.value));
+            then.extend(self.sync_ops(write));
         }
         Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
@@ -318,6 +328,15 @@ impl<D: Dcs> ClusterStore<D> {
         self.put_json("config", value, seen).await
     }
 
+    /// Writes `config` where there is none, for a leader: a write that comes late must not undo what an operator has written since.
+    pub async fn put_missing_config(&self, name: &MemberName, value: &Value) -> Result<Outcome, DcsError> {
+        let key = self.paths.key("config");
+        let leads = Compare::Value(self.paths.key("leader"), name.as_str().into());
+        let when = vec![leads, Compare::Absent(key.clone())];
+        let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+    }
+
     /// Replaces `failover`; `{}` = no request.
     pub async fn put_failover(&self, value: &Value, seen: Option<Revision>) -> Result<Outcome, DcsError> {
         self.put_json("failover", value, seen).await
@@ -326,7 +345,7 @@ impl<D: Dcs> ClusterStore<D> {
     /// Replaces `sync`, or deletes it, if it still is what was read.
     pub async fn put_sync(&self, write: SyncWrite) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Modified(self.paths.key("sync"), write.seen)];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.sync_op(write.value)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.dcs.txn(Txn { when, then: self.sync_ops(write), otherwise: vec![] }).await?))
     }
 
     /// Claims the number of the timeline that is begun next ([`Alongside::claims`]), for a leader that is promoted again: if
@@ -440,6 +459,12 @@ impl<D: Dcs> ClusterStore<D> {
     fn bootstrapping(&self, lease: LeaseId) -> Vec<Compare> {
         let key = self.paths.key("initialize");
         vec![Compare::Value(key.clone(), Vec::new()), Compare::Lease(key, lease)]
+    }
+
+    fn sync_ops(&self, write: SyncWrite) -> Vec<Op> {
+        let said =
+            |record| Op::Put(self.paths.key("restored"), codec::compact(&codec::encode_restored(record)), LeaseId(0));
+        std::iter::once(self.sync_op(write.value)).chain(write.restored.map(said)).collect()
     }
 
     fn sync_op(&self, value: Option<Value>) -> Op {

@@ -30,7 +30,7 @@ impl Site {
     fn ask(&self, key: &str) -> Explanation {
         let layers = Some(self.layers.as_slice());
         let loaded = self.loaded.as_ref();
-        explain(key, &Node { layers, loaded, dynamic: Some(&self.dynamic), role: "replica" })
+        explain(key, &Node { layers, loaded, dynamic: Some(&self.dynamic), in_force: None, role: "replica" })
     }
 }
 
@@ -121,7 +121,7 @@ fn why_an_edit_has_no_effect() {
 #[test]
 fn what_is_no_setting_or_can_not_be_used_is_said() {
     let dynamic = json!({"synchronous_mod": true, "slots": {"Bad-Name": 0, "good": 0}});
-    let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), role: "primary" };
+    let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), in_force: None, role: "primary" };
     let told = explain("synchronous_mod", &node);
     assert_eq!(told.layers[0].verdict, "no effect: there is no such setting");
     assert!(told.notes[0].ends_with("synchronous_mode was meant?"), "{told:?}");
@@ -130,6 +130,11 @@ fn what_is_no_setting_or_can_not_be_used_is_said() {
     let told = explain("slots.Bad-Name", &node);
     assert_eq!((told.value, told.layers[0].verdict.as_str()), (None, "can't be used"));
     assert_eq!(explain("slots.good", &node).layers[0].verdict, IN_FORCE);
+    let (dynamic, before) =
+        (json!({"synchronous_mode": "onn"}), Settings::from_value(&json!({"synchronous_mode": "quorum"})).0);
+    let node = Node { dynamic: Some(&dynamic), in_force: Some(&before), ..node };
+    let told = explain("synchronous_mode", &node);
+    assert_eq!(told.layers[0].verdict, "can't be used; quorum is in force");
     // A parameter that nobody has set is still taken for one of PostgreSQL's.
     assert_eq!(explain("work_mem", &node).key, "postgresql.parameters.work_mem");
 }
@@ -137,7 +142,7 @@ fn what_is_no_setting_or_can_not_be_used_is_said() {
 #[test]
 fn without_the_node_the_cluster_can_still_be_explained() {
     let dynamic = json!({"postgresql": {"parameters": {"wal_level": "minimal"}}});
-    let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), role: "primary" };
+    let node = Node { layers: None, loaded: None, dynamic: Some(&dynamic), in_force: None, role: "primary" };
     let told = explain("wal_level", &node);
     assert_eq!(line(&told), "replica < Patroni's default | dynamic configuration=minimal- Patroni's default=replica+");
     assert_eq!(explain("", &node).key, "postgresql.parameters.");

@@ -15,7 +15,7 @@ use crate::slots::FOREIGN_SLOT;
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 15] = [
+const SCENES: [Scene; 16] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -31,6 +31,7 @@ const SCENES: [Scene; 15] = [
     (0x0D, deaf_routers),
     (0x0E, logical_slots),
     (0x0F, power_loss),
+    (0x10, late_answers),
 ];
 
 /// Adds to a world what its seed has for it.
@@ -324,6 +325,31 @@ fn power_loss(rng: &mut SmallRng, scenario: &mut Scenario) {
         if node != behind && rng.random_ratio(3, 4) {
             scenario.add(off, None, Fault::SlowReplay { node, ms: rng.random_range(1_000..ttl * 3) });
         }
+    }
+}
+
+/// The leader's renewals are answered late, as late as it waits for them, until they arrive no more. A world of its own: nothing else ends
+/// its reign.
+fn late_answers(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 48) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let (ttl, retry_timeout) = (20, 6);
+    for (setting, value) in [("ttl", ttl), ("loop_wait", 2), ("retry_timeout", retry_timeout)] {
+        scenario.settings[setting] = json!(value);
+    }
+    scenario.settings["failsafe_mode"] = json!(false);
+    let late = BOOTSTRAP + rng.random_range(1_000..5_000);
+    let answer = rng.random_range(2_000..retry_timeout * 1_000);
+    let gone = late + rng.random_range(2..4) * answer + rng.random_range(1_000..10_000);
+    let slow = Fault::SlowDcs { node: 0, request: 0, answer, ms: gone - late + ttl * 1_000 };
+    scenario.add(late, Some(Aim::Leader), slow);
+    let cut = |to, both| Fault::Cut { from: End::Agent(0), to, both, ms: ttl * 3_000 };
+    scenario.add(gone, Some(Aim::Leader), cut(End::Dcs, rng.random_ratio(1, 4)));
+    // Nor can the others ask whether it still runs as primary, for which they would wait.
+    for other in 0..scenario.nodes.len() {
+        scenario.add(gone, Some(Aim::Leader), cut(End::Agent(other), true));
     }
 }
 

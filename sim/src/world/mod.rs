@@ -17,7 +17,7 @@ use trunkline_agent::ha::{Ha, Parts};
 use trunkline_agent::node::Board;
 use trunkline_common::cluster::Initialize;
 use trunkline_common::dcs::codec;
-use trunkline_common::dcs::follow::Follower;
+use trunkline_common::dcs::follow::{Follower, Knowledge};
 use trunkline_common::dcs::memory::MemoryDcs;
 use trunkline_common::dcs::store::ClusterStore;
 use trunkline_common::{Clock, ClusterView, MemberName, Revision};
@@ -284,6 +284,7 @@ impl World {
         let (config, _) = PostgresConfig::effective(&local, &Settings::default());
         let postgres = ModelPostgres::new(&self.stage, host, clock.clone(), config);
         let knowledge = Follower::spawn(store.clone(), clock.clone());
+        clock.spawn(apply_retry_timeout(link.clone(), knowledge.clone()));
         let (board, published) = watch::channel(Board::starting(clock.now()));
         let (commands, received) = mpsc::channel(64);
         let guard = self.stage.guard(host);
@@ -298,7 +299,7 @@ impl World {
             peers: ModelPeers::new(&self.stage, host, clock.clone()),
             clock: clock.clone(),
             local: local.clone(),
-            reload: Box::new(move || Ok(local.clone())),
+            reload: Box::new(move |_| Ok(local.clone())),
             board,
             commands: received,
         };
@@ -390,8 +391,8 @@ impl World {
         let ((request, answer), watch) = (hosts[host].slow_dcs, hosts[host].slow_watch);
         if let Some(link) = &hosts[host].link {
             link.set_faults(|faults| {
-                faults.cut = !there || silent > 0;
-                faults.deaf = !back;
+                faults.cut = silent > 0;
+                (faults.mute, faults.deaf) = (!there, !back);
                 faults.refused = refusing > 0;
                 faults.request_delay = request;
                 faults.answer_delay = answer;
@@ -406,7 +407,8 @@ impl World {
         for (router, (_, link)) in self.routers.lock().iter().enumerate() {
             let open = |from, to| self.stage.network(|network| network.open(from, to));
             link.set_faults(|faults| {
-                faults.cut = !open(End::Router(router), End::Dcs) || silent > 0;
+                faults.cut = silent > 0;
+                faults.mute = !open(End::Router(router), End::Dcs);
                 faults.deaf = !open(End::Dcs, End::Router(router));
                 faults.refused = refusing > 0;
             });
@@ -422,5 +424,17 @@ impl World {
     fn view(&self) -> ClusterView {
         let paths = paths();
         codec::view(&paths, &self.stage.store().peek(paths.prefix()), None)
+    }
+}
+
+/// As in the agent that ships: one call to the store may take as long as `retry_timeout` says.
+async fn apply_retry_timeout(link: MemoryDcs<SimClock>, mut knowledge: watch::Receiver<Knowledge>) {
+    let mut current = None;
+    while knowledge.changed().await.is_ok() {
+        let wanted = knowledge.borrow_and_update().view.as_ref().map(|view| view.settings.retry_timeout);
+        if let Some(deadline) = wanted.filter(|_| wanted != current) {
+            link.set_faults(|faults| faults.deadline = deadline);
+            current = wanted;
+        }
     }
 }

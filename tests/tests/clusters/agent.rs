@@ -6,7 +6,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
+use trunkline_common::dcs::etcd::EtcdDcs;
+use trunkline_common::dcs::{Dcs, Op, Txn};
+use trunkline_common::{LeaseId, SystemClock};
+use trunkline_config::local as config;
 use trunkline_tests::workload::{self, Writers};
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Scene, Spec, certificate, namespace, rest, wait};
 
@@ -36,6 +40,65 @@ async fn a_new_agent_takes_over_a_running_postgresql() -> Result<()> {
     let failed = load.writers.record().failures - failures;
     ensure!(failed == 0, "{failed} statements failed");
     scene.finish(load).await?;
+    Ok(())
+}
+
+/// To an agent that is started while the `config` key is no use, or a setting mistyped, nothing else has been in force before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_agent_goes_by_the_settings_that_were_in_force() -> Result<()> {
+    let mut spec = Spec::new(2, &Program::agent()?);
+    spec.dcs = json!({ "synchronous_mode": true, "maximum_lag_on_failover": 4_194_304 });
+    let mut scene = Scene::with("settings-kept", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let etcd = config::Etcd {
+        endpoints: scene.etcd.endpoints().iter().map(|endpoint| format!("http://{endpoint}")).collect(),
+        ..config::Etcd::default()
+    };
+    let client = EtcdDcs::connect(&etcd, SystemClock, LIMIT).await?;
+    let scope = scene.cluster.spec().scope.clone();
+    let key = |name: &str| format!("/service/{scope}/{name}");
+    let value = async |name: &str| -> Result<Value> {
+        let read = client.read(&key(name)).await?;
+        Ok(serde_json::from_slice(&read.entries.first().context("no such key")?.value)?)
+    };
+    let good = value("config").await?;
+    let mut mistyped = good.clone();
+    mistyped["synchronous_mode"] = json!("onn");
+    mistyped["maximum_lag_on_failover"] = json!(2_097_152);
+    for (what, bad, lag) in [("mistyped", mistyped.to_string(), 2_097_152), ("malformed", "{".to_owned(), 4_194_304)] {
+        let put = |text: &str| Txn { then: vec![Op::Put(key("config"), text.into(), LeaseId(0))], ..Txn::default() };
+        scene.cluster.nodes[leader].kill_agent();
+        client.txn(put(&bad)).await?;
+        scene.cluster.nodes[leader].start()?;
+        let port = scene.cluster.nodes[leader].rest_port();
+        wait::until("the new agent to lead", LIMIT, async || {
+            ensure!(scene.cluster.nodes[leader].health("/primary").await == Some(200));
+            let told = rest::get(port, "/explain?key=maximum_lag_on_failover").await?.body.to_string();
+            ensure!(told.contains(&lag.to_string()), "{told}");
+            Ok(())
+        })
+        .await?;
+        // Writes go on, and the standby confirms them: the key is not touched in any turn.
+        for _ in 0..3 {
+            scene.node(leader).query_one("SELECT pg_switch_wal()", LIMIT).await?;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let sync = value("sync").await?;
+            ensure!(sync["sync_standby"] == scene.cluster.nodes[1 - leader].name(), "{what}: {sync}");
+        }
+        let names = scene.node(leader).query_one("SHOW synchronous_standby_names", LIMIT).await?;
+        ensure!(!names.is_empty(), "{what}: commits wait for nobody");
+        client.txn(put(&good.to_string())).await?;
+        ensure!(scene.cluster.settled(LIMIT).await? == leader, "leadership moved");
+        // Kept again, for the next one.
+        let kept = scene.cluster.nodes[leader].data_dir().join("patroni.dynamic.json");
+        wait::until("the copy to be as it was", LIMIT, async || {
+            let kept: Value = serde_json::from_slice(&std::fs::read(&kept)?)?;
+            ensure!(kept == good, "{kept}");
+            Ok(())
+        })
+        .await?;
+    }
+    scene.lab.success();
     Ok(())
 }
 
@@ -181,7 +244,7 @@ async fn a_server_is_trusted_where_the_system_trusts_it() -> Result<()> {
     /// Where Debian has that list.
     const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
     if !rustix::process::geteuid().is_root() || !Path::new(AUTHORITIES).exists() {
-        eprintln!("not root, or no {AUTHORITIES}: nothing tested");
+        println!("SKIPPED: it takes root and {AUTHORITIES}");
         return Ok(());
     }
     if !namespace::inside("--mount", "agent::a_server_is_trusted_where_the_system_trusts_it")? {

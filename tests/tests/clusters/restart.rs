@@ -143,3 +143,90 @@ async fn a_server_that_hangs_is_restarted_and_a_start_that_goes_on_is_told() -> 
     scene.lab.success();
     Ok(())
 }
+
+/// What PostgreSQL or the agent takes at its start only waits for that, and the leader goes on as it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edit_that_takes_a_restart_does_not_end_a_leader() -> Result<()> {
+    let mut scene = Scene::start("restart-edit", 2).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let (old, new) = (scene.cluster.nodes[leader].port(), scene.lab.port()?);
+    let member = async |scene: &Scene| {
+        let cluster = rest::get(scene.cluster.nodes[1 - leader].rest_port(), "/cluster").await?.body;
+        let members = cluster["members"].as_array().context("members")?;
+        ensure!(members.len() == 2, "{cluster}");
+        let name = scene.cluster.nodes[leader].name();
+        let member = members.iter().find(|member| member["name"] == name).cloned().context("the member")?;
+        ensure!(member["role"] == "leader" && member["state"] == "running", "{member}");
+        anyhow::Ok(member)
+    };
+    let api = member(&scene).await?["api_url"].clone();
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let listen = format!("127.0.0.1:{new}");
+    reload(&mut scene.cluster.nodes[leader], |config| {
+        (config["name"], config["scope"], config["namespace"]) = (json!("other"), json!("other"), json!("other"));
+        config["restapi"]["listen"] = json!(taken.local_addr().map(|address| address.to_string()).unwrap_or_default());
+        config["restapi"]["connect_address"] = config["restapi"]["listen"].clone();
+        let section = &mut config["postgresql"];
+        (section["listen"], section["connect_address"]) = (json!(listen), json!(listen));
+        for key in ["data_dir", "config_dir", "pgpass"] {
+            section[key] = json!("/tmp/nowhere/else");
+        }
+    })
+    .await?;
+    for key in ["scope", "name", "namespace", "postgresql.data_dir", "postgresql.config_dir", "postgresql.pgpass"] {
+        let told = format!("{key} has changed, which takes effect when the agent is restarted");
+        scene.cluster.nodes[leader].says(&told, LIMIT).await?;
+    }
+    scene.cluster.nodes[leader].says("the REST API keeps its old settings", LIMIT).await?;
+    let reason = wait::until("the port to wait for a restart", LIMIT, async || {
+        let status = scene.cluster.nodes[leader].status().await?;
+        ensure!(status["pending_restart"] == true, "{status}");
+        Ok(status["pending_restart_reason"].clone())
+    })
+    .await?;
+    ensure!(reason == json!({ "port": { "old_value": old.to_string(), "new_value": new.to_string() } }), "{reason}");
+    let told = member(&scene).await?;
+    ensure!(told["port"] == old && told["api_url"] == api, "{told}");
+    scene.read_write().execute("CREATE TABLE t (i int)", LIMIT).await?;
+
+    restart(&scene.cluster.nodes[leader]).await?;
+    wait::until("the new port", LIMIT, async || {
+        let told = member(&scene).await?;
+        ensure!(told["port"] == new && told["pending_restart"] != true, "{told}");
+        Ok(())
+    })
+    .await?;
+    scene.read_write().execute("INSERT INTO t VALUES (1)", LIMIT).await?;
+    let status = scene.cluster.nodes[leader].status().await?;
+    ensure!(status["timeline"] == 1, "it was promoted: {status}");
+    scene.lab.success();
+    Ok(())
+}
+
+/// What could not be written is written as soon as it can be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_configuration_that_could_not_be_written_is_tried_again() -> Result<()> {
+    const FAILED: &str = "PostgreSQL's configuration could not be applied";
+    let mut spec = Spec::new(1, &Program::agent()?);
+    spec.dcs = json!({});
+    let mut scene = Scene::with("restart-unwritten", 1, spec).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let blocked = scene.cluster.nodes[leader].data_dir().join("postgresql.trunkline.tmp");
+    std::fs::create_dir(&blocked)?;
+    reload(&mut scene.cluster.nodes[leader], |config| {
+        config["postgresql"]["parameters"]["work_mem"] = json!("12MB");
+    })
+    .await?;
+    scene.cluster.nodes[leader].says(FAILED, LIMIT).await?;
+    std::fs::remove_dir(&blocked)?;
+    let log = wait::until("the setting", LIMIT, async || {
+        let work_mem = scene.node(leader).query_one("SHOW work_mem", LIMIT).await?;
+        ensure!(work_mem == "12MB", "{work_mem}");
+        scene.cluster.nodes[leader].log()
+    })
+    .await?;
+    ensure!(log.matches(FAILED).count() == 1, "told more than once: {log}");
+    scene.lab.success();
+    Ok(())
+}

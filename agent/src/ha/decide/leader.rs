@@ -19,11 +19,15 @@ use crate::postgres::{ControlData, PgRole, PgStatus, StartAs};
 fn hold_out(s: &Situation, view: &ClusterView) -> Option<Decision> {
     let settings = &view.settings;
     let left = s.leader_until.map_or(Duration::ZERO, |until| until.since(s.now));
-    if !s.is_primary() || settings.pause || left >= failsafe_margin(s.ttl, s.dcs_away) {
+    if !s.may_take_writes() || settings.pause || left >= failsafe_margin(s.ttl, s.dcs_away) {
         return None;
     }
     let refusal = s.refusal();
     let demote = |why: String| {
+        if !s.is_primary() {
+            // One that does not answer is not stopped in order; the keeper ends it in time.
+            return None;
+        }
         let reason = format!("demoting self because DCS is not accessible and I was a leader: {why}");
         Some(is(Action::Demote(DemoteMode::Offline), reason))
     };
@@ -89,14 +93,14 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         return match s.pg {
             PgStatus::Stopping => is(Action::Wait, reason),
             PgStatus::NoData | PgStatus::Broken(_) | PgStatus::Stopped(_) => is(Action::Release, reason),
-            PgStatus::Running(running) if running.role == PgRole::Standby => is(Action::Release, reason),
+            PgStatus::Running(running) if running.role == PgRole::Standby => release_standby(s, reason),
             _ => is(Action::Demote(DemoteMode::Sick), reason),
         };
     }
     match s.pg {
         PgStatus::NoData => is(Action::Release, "the data directory is empty"),
         PgStatus::Broken(why) => is(Action::Release, format!("the data directory can't be used: {why}")),
-        PgStatus::Stopping => is(Action::Wait, "PostgreSQL is stopping"),
+        PgStatus::Stopping => stopping_leader(s, view),
         PgStatus::Stopped(_) if settings.pause => is(Action::Release, "paused, and PostgreSQL is down"),
         PgStatus::Stopped(control) => recover_leader(s, view, control),
         PgStatus::Starting => sick_leader(s, view, "PostgreSQL is starting"),
@@ -107,7 +111,7 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Refusing(why) => is(Action::Wait, format!("PostgreSQL answers with an error: {why}")),
         PgStatus::Running(running) if running.role == PgRole::Standby => {
             if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
-                return is(Action::Release, "paused, and PostgreSQL runs as a standby");
+                return release_standby(s, "paused, and PostgreSQL runs as a standby".to_owned());
             }
             promote(s, view)
         }
@@ -132,6 +136,18 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
 /// How long after its start an agent takes into account that the one before it may have begun a promotion.
 const INHERITED: Duration = Duration::from_secs(60);
 
+/// Gives the key back of a standby. PostgreSQL can't be told to forget a promotion: where one may have been begun, by this agent or the one
+/// before it, the server is stopped first.
+fn release_standby(s: &Situation, reason: String) -> Decision {
+    let inherited = s.memory.up_since.is_none() && s.now.since(s.memory.started_at) < INHERITED;
+    match s.memory.promoting || inherited {
+        true => {
+            is(Action::Demote(DemoteMode::Sick), format!("{reason}; stopped first, it may have begun to be promoted"))
+        }
+        false => is(Action::Release, reason),
+    }
+}
+
 /// A standby with the leader key. It was won by comparing positions, or it came some other way (an agent that died in
 /// between, a request carried out after everybody had given it up): then what was true when it was sent may not be now.
 fn promote(s: &Situation, view: &ClusterView) -> Decision {
@@ -144,12 +160,8 @@ fn promote(s: &Situation, view: &ClusterView) -> Decision {
                 return is(Action::Ask(members), "the leader key is ours, but was not won just now");
             }
             Verdict::Race(why) => format!("the leader key is ours, and nobody is a better choice: {why}"),
-            Verdict::Yield(why) if s.memory.up_since.is_none() && s.now.since(s.memory.started_at) < INHERITED => {
-                let reason = format!("{why}; stopped first, an earlier agent may have begun to promote it");
-                return is(Action::Demote(DemoteMode::Sick), reason);
-            }
             Verdict::Yield(why) => {
-                return is(Action::Release, format!("the leader key is ours, but was not won just now: {why}"));
+                return release_standby(s, format!("the leader key is ours, but was not won just now: {why}"));
             }
         }
     };
@@ -213,6 +225,15 @@ fn disk_is_silent(s: &Situation, view: &ClusterView) -> bool {
     let patience = HUNG.1.max(view.settings.ttl);
     let silent = s.memory.disk_silent.is_some_and(|(_, since)| s.now.since(since) >= patience);
     silent && !view.settings.pause
+}
+
+/// The leader's server is on its way down, by whoever asked for it: a disk may hold it up, or a session that nobody ends.
+fn stopping_leader(s: &Situation, view: &ClusterView) -> Decision {
+    let patience = HUNG.1.max(view.settings.ttl).max(view.settings.stop_limit());
+    if s.down_for() < patience || view.settings.pause {
+        return is(Action::Wait, "PostgreSQL is stopping");
+    }
+    give_way(s, view, &format!("PostgreSQL has been stopping for {:.0?}", s.down_for()))
 }
 
 /// The leader's server is there, but recovers from a crash.

@@ -21,8 +21,8 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Refusing(why) => {
             return is(Action::Wait, format!("PostgreSQL answers with an error ({why}); nobody leads"));
         }
-        PgStatus::Running(_) if s.may_have_promised(view) => return is(Action::Wait, MAY_HAVE_PROMISED),
-        PgStatus::Running(_) if s.may_be_led() => return is(Action::Wait, MAY_BE_LED),
+        PgStatus::Running(_) if s.may_have_promised(view) => return is(Action::Abstain, MAY_HAVE_PROMISED),
+        PgStatus::Running(_) if s.may_be_led() => return is(Action::Abstain, MAY_BE_LED),
         PgStatus::Running(_) => {}
     }
     if !s.has_lease() {

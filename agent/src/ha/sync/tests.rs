@@ -180,7 +180,7 @@ fn switching_the_mode_off_removes_the_key_and_restores_the_operators_setting() {
     off.settings.synchronous_mode = SynchronousMode::Off;
     let running = primary("b", vec![sender("b", "sync", 1000)]);
     let Some(SyncStep::Key(write, _)) = next(&off, &running, &[]) else { panic!() };
-    assert_eq!(write, SyncWrite { value: None, seen: Revision(9) });
+    assert_eq!(write, SyncWrite { value: None, seen: Revision(9), restored: None });
     off.sync = SyncState::default();
     assert_eq!(names(next(&off, &running, &[])), "");
 }
@@ -261,7 +261,7 @@ fn nothing_older_is_carried_out_after_a_start() {
         assert_eq!(written(&view), None, "written with the leader key");
         view.leader = Some(leader(10));
         assert_eq!(written(&view), once_more, "written by whoever led before");
-        assert_eq!(settle(&view), Some(SyncWrite { value: Some(key), seen: Revision(9) }));
+        assert_eq!(settle(&view), Some(SyncWrite { value: Some(key), seen: Revision(9), restored: None }));
         view.settings.synchronous_mode = SynchronousMode::Off;
         assert_eq!(settle(&view), None);
     }
@@ -351,4 +351,6 @@ fn names_are_quoted_as_postgresql_wants_them() {
         assert_eq!(quoted(name), text);
     }
     assert!(mentions("2 (b,\"c-1\")", "C-1") && !mentions("2 (b,\"c-1\")", "c"));
+    assert!(!mentions("2 (\"1\",\"3\")", "2") && !mentions("ANY 1 (b)", "any"), "no names");
+    assert!(mentions("\"node 1\"", "node 1") && mentions("2 (\"a,b\",\"c(1)\")", "a,b"), "a name may be anything");
 }

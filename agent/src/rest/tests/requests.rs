@@ -14,6 +14,8 @@ async fn the_dynamic_configuration() {
     let before = node.store.read().await.unwrap().revision;
     assert_eq!(node.code("PATCH", "/config", Some(json!({"ttl": "20"}))).await, 200);
     assert_eq!(node.store.read().await.unwrap().revision, before, "no write where nothing changes");
+    let mistyped = json!({"synchronous_mode": "onn"});
+    assert_eq!(node.code("PATCH", "/config", Some(mistyped)).await, 200, "as Patroni's does");
     let replaced = json!({"ttl": 40});
     assert_eq!(node.code("PUT", "/config/whatever", Some(replaced.clone())).await, 200);
     assert_eq!(node.store.read().await.unwrap().config.unwrap().value, replaced);

@@ -74,7 +74,8 @@ async fn a_new_address_comes_with_a_reload() {
     let mut config = local("pg-a");
     let node = Node::start(config.clone(), PgStatus::Running(primary()), board("primary")).await;
     config.restapi.listen = "203.0.113.77:0".into();
-    node.api.reload(&config).unwrap();
+    let error = node.api.reload(&config).unwrap_err().to_string();
+    assert!(error.contains("this host has no such address"), "{error}");
     assert_eq!(node.get("/health").await.0, 200, "an address that can't be used changes nothing");
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     config.restapi.listen = free.to_string();

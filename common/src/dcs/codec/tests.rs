@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use proptest::prelude::*;
+use trunkline_config::dynamic::SynchronousMode;
 
 use super::*;
 use crate::cluster::host_port;
@@ -116,12 +117,42 @@ fn what_was_good_stays_in_force() {
     assert_eq!(seen.sync, SyncState { revision: Revision(59), ..good.sync.clone() });
     assert_eq!(seen.failover_revision, Revision(52));
 
+    assert!(seen.unknown.is_empty());
+    // Who has just started has seen nothing better, also when it looks again.
+    let first = view(&paths(), &broken, None);
+    let again = view_after(&paths(), &broken, Some(&first), broken.revision);
+    for seen in [&first, &again] {
+        let unknown: Vec<&str> = seen.unknown.iter().map(String::as_str).collect();
+        for key in ["config", "failsafe", "history", "status", "sync"] {
+            assert!(unknown.contains(&key), "{key}: {unknown:?}");
+        }
+    }
+    assert_eq!(view(&paths(), &snapshot("switchover"), Some(&first)).unknown, Default::default(), "mended");
+
     // Gone is gone: only what cannot be read stays.
     let empty = view(&paths(), &Snapshot::default(), Some(&good));
     assert_eq!(empty, ClusterView::default());
 
     // And it is in force as long as the value stays as it is, also over further readings.
     assert_eq!(view(&paths(), &broken, Some(&seen)), seen);
+}
+
+#[test]
+fn a_mistyped_setting_stays_as_it_was() {
+    let read = |value: Value, revision, before: &ClusterView| {
+        view(&paths(), &one("config", value.to_string().as_bytes(), revision), Some(before))
+    };
+    let good = read(json!({"synchronous_mode": "quorum", "ttl": 40}), 1, &ClusterView::default());
+    let mistyped = read(json!({"synchronous_mode": "onn", "ttl": 45}), 2, &good);
+    let expected = Settings { ttl: Duration::from_secs(45), ..good.settings.clone() };
+    assert_eq!((good.settings.synchronous_mode, &mistyped.settings), (SynchronousMode::Quorum, &expected));
+    // The key as it stands is what is shown and patched.
+    let value = mistyped.config.as_ref().map(|config| &config.value["synchronous_mode"]);
+    assert_eq!((value, mistyped.malformed.len()), (Some(&json!("onn")), 0));
+    // Another setting is changed, and the mistake is still there.
+    let still = read(json!({"synchronous_mode": "onn", "ttl": 40}), 3, &mistyped);
+    assert_eq!(still.settings, good.settings);
+    assert_eq!(read(json!({"ttl": 40}), 4, &still).settings.synchronous_mode, SynchronousMode::Off);
 }
 
 #[test]

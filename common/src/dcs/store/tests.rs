@@ -43,10 +43,10 @@ async fn one_acquires_and_a_stale_sync_list_elects_nobody() {
     let store = store();
     let (a, b) = (lease(&store).await, lease(&store).await);
     let written = codec::encode_sync(Some(&name("a")), 0, &["b".into()]);
-    let first = store.put_sync(SyncWrite { value: Some(written), seen: Revision(0) }).await.unwrap();
+    let first = store.put_sync(SyncWrite { value: Some(written), seen: Revision(0), restored: None }).await.unwrap();
     let Outcome::Done(seen) = first else { panic!("{first:?}") };
     assert_eq!(store.acquire_leader(&name("c"), b, Seen::default(), Alongside::default()).await, Ok(Outcome::Conflict));
-    let write = SyncWrite { value: Some(codec::encode_sync(Some(&name("b")), 0, &[])), seen };
+    let write = SyncWrite { value: Some(codec::encode_sync(Some(&name("b")), 0, &[])), seen, restored: None };
     assert!(
         store
             .acquire_leader(&name("b"), b, at(seen), Alongside { sync: Some(write), ..Alongside::default() })
@@ -111,11 +111,26 @@ async fn settings_and_requests_of_yesterday_elect_nobody() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_restore_is_told_with_the_list_that_is_newer_than_it() {
+    let store = store();
+    let record = RestoreRecord { count: 2, since: Revision(7) };
+    let value = Some(codec::encode_sync(Some(&name("a")), 0, &["b".into()]));
+    let write = |seen| SyncWrite { value: value.clone(), seen, restored: Some(record) };
+    assert_eq!(store.put_sync(write(Revision(5))).await, Ok(Outcome::Conflict));
+    let before = store.read().await.unwrap();
+    assert_eq!((before.sync.revision, before.restored), (Revision(0), RestoreRecord::default()), "neither of them");
+    assert!(store.put_sync(write(Revision(0))).await.unwrap().is_done());
+    let after = store.read().await.unwrap();
+    assert_eq!((after.sync.standbys, after.restored), (vec!["b".to_owned()], record));
+    assert_eq!(after.restored_revision, after.sync.revision, "in one step");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_sync_said_is_given_back_with_the_key() {
     let store = store();
     let a = lease(&store).await;
     let list = |leader: &str| json!({ "leader": leader, "sync_standby": null });
-    let write = |leader, seen| SyncWrite { value: Some(list(leader)), seen };
+    let write = |leader, seen| SyncWrite { value: Some(list(leader)), seen, restored: None };
     let before = store.put_sync(write("b", Revision(0))).await.unwrap();
     let Outcome::Done(before) = before else { panic!() };
     let seen = Seen { sync: before, ..Seen::default() };
@@ -263,7 +278,13 @@ async fn writes_name_the_revision_they_were_decided_on() {
     assert_eq!(store.put_config(&value, Some(Revision(0))).await, Ok(Outcome::Conflict));
     assert!(store.put_config(&value, Some(first)).await.unwrap().is_done());
     assert_eq!(store.put_config(&value, Some(first)).await, Ok(Outcome::Conflict));
-    let gone = SyncWrite { value: None, seen: Revision(0) };
+    let other = name("b");
+    assert_eq!(
+        store.put_missing_config(&other, &value).await,
+        Ok(Outcome::Conflict),
+        "it is there, and b does not lead"
+    );
+    let gone = SyncWrite { value: None, seen: Revision(0), restored: None };
     assert!(store.put_sync(gone).await.unwrap().is_done(), "deleting what is not there");
     store.delete_cluster().await.unwrap();
     assert_eq!(store.read().await.unwrap().config, None);

@@ -32,6 +32,25 @@ fn a_primary_without_dcs_goes_on_with_the_word_of_all_members() {
 }
 
 #[test]
+fn a_primary_that_answers_nobody_else_goes_on_with_the_word_of_all_members() {
+    let mut away = world().leading().failsafe(&["a", "b", "c"]);
+    (away.dcs_away, away.memory.was_primary) = (true, true);
+    let too_many = || PgStatus::Refusing("sorry, too many clients already (53300)".to_owned());
+    for pg in [too_many(), PgStatus::Unresponsive, PgStatus::Starting] {
+        away.pg = pg;
+        assert!(matches!(away.clone().left(2900).decide().action, Action::Failsafe(_)), "{:?}", away.pg);
+        let late = away.clone().left(900).decide().action;
+        assert!(!matches!(late, Action::Failsafe(_) | Action::Demote(_)), "the keeper ends it: {late:?}");
+        let mut standby = away.clone().left(2900);
+        standby.memory.was_primary = false;
+        assert!(!matches!(standby.decide().action, Action::Failsafe(_)), "{:?}", standby.pg);
+    }
+    (away.pg, away.by_word) = (too_many(), true);
+    away.view().leader = None;
+    assert_eq!(away.left(4500).decide().action, Action::Lead, "the key is gone, the word holds");
+}
+
+#[test]
 fn a_primary_that_leads_by_word_and_gets_it_no_more_waits_as_long_as_the_operator_allows() {
     let mut away = world().leading().failsafe(&["a", "b", "c"]).left(2900);
     (away.dcs_away, away.by_word) = (true, true);
@@ -108,4 +127,8 @@ fn with_failsafe_mode_a_stranger_and_an_agent_that_has_just_started_do_not_race(
     assert_eq!(young.decide().reason, MAY_HAVE_PROMISED);
     young.memory.promised_before = Some(NOW);
     assert!(matches!(young.decide().action, Action::Acquire(_)));
+    // A DCS that was made anew has no list.
+    young.view().failsafe = None;
+    young.memory.promised_before = Some(NOW + Duration::from_millis(1));
+    assert_eq!(young.decide().reason, MAY_HAVE_PROMISED);
 }

@@ -86,6 +86,36 @@ fn a_hung_server_is_given_up_after_several_looks_if_somebody_can_take_over() {
 }
 
 #[test]
+fn a_stop_that_does_not_end_is_ended_if_somebody_can_take_over() {
+    let mut stopping = world().leading().answers(&[("a", None), ("c", peer(1000))]);
+    stopping.pg = PgStatus::Stopping;
+    stopping.view().settings.primary_stop_timeout = Some(Duration::from_secs(20));
+    for (seconds, ended) in [(0, false), (19, false), (20, true), (900, true)] {
+        stopping.memory.down_since = Some(NOW - Duration::from_secs(seconds));
+        let expected = if ended { Action::Demote(DemoteMode::Sick) } else { Action::Wait };
+        assert_eq!(stopping.decide().action, expected, "{seconds} s");
+    }
+    assert_eq!(stopping.clone().answers(&[("a", None), ("c", None)]).decide().action, Action::Wait, "nobody else");
+    stopping.view().settings.pause = true;
+    assert_eq!(stopping.decide().action, Action::Wait);
+}
+
+#[test]
+fn the_key_of_a_standby_that_may_yet_be_promoted_is_given_back_after_its_stop() {
+    let mut promoting = world().leading();
+    promoting.pg = standby(1000);
+    promoting.memory.must_not_lead = Some("/dev/watchdog: it is gone".to_owned());
+    promoting.memory.up_since = Some(NOW - Duration::from_secs(90));
+    assert_eq!(promoting.decide().action, Action::Release);
+    promoting.memory.promoting = true;
+    assert_eq!(promoting.decide().action, Action::Demote(DemoteMode::Sick));
+    promoting.view().settings.pause = true;
+    assert_eq!(promoting.decide().action, Action::Demote(DemoteMode::Sick), "in a pause, too");
+    promoting.memory.promoting = false;
+    assert_eq!(promoting.decide().action, Action::Release);
+}
+
+#[test]
 fn a_leader_whose_disk_takes_no_wal_gives_way_if_somebody_can_take_over() {
     let mut stalled = world().leading().answers(&[("a", None), ("c", peer(1000))]);
     stalled.view().settings.ttl = Duration::from_secs(20);

@@ -323,6 +323,35 @@ fn after_a_switchover_the_candidate_leads_and_others_wait_for_it() {
 }
 
 #[test]
+fn a_switchover_that_is_asked_for_does_not_lead_to_a_node_that_is_far_behind() {
+    let mut far = world().requested(Some("a"), Some("b")).leaderless();
+    far.view().status.optime = Lsn(10_000_000);
+    assert!(far.decide().reason.contains("maximum_lag_on_failover"), "{}", far.decide().reason);
+    let mut near = world().requested(Some("a"), Some("c")).leaderless().answers(&[("c", peer(1000))]);
+    (near.view().status.optime, near.pg) = (Lsn(10_000_000), standby(10_000_000));
+    assert!(matches!(near.decide().action, Action::Acquire(_)), "nobody waits for a candidate that does not come");
+    // An operator's failover is another thing.
+    let mut forced = world().requested(None, Some("b")).leaderless();
+    forced.view().status.optime = Lsn(10_000_000);
+    assert!(matches!(forced.decide().action, Action::Acquire(_)));
+}
+
+#[test]
+fn nobody_leads_by_a_key_that_nobody_here_has_seen_whole() {
+    let mut unknown = world().leaderless().answers(&[("c", peer(1000))]);
+    for key in ["failover", "members/a", "config"] {
+        unknown.view().unknown = [key.to_owned()].into();
+        assert!(matches!(unknown.decide().action, Action::Acquire(_)), "{key}");
+    }
+    for key in ["failsafe", "history", "status", "sync"] {
+        unknown.view().unknown = [key.to_owned()].into();
+        let decision = unknown.decide();
+        assert_eq!(decision.action, Action::Abstain);
+        assert!(decision.reason.starts_with(&format!("the {key} key is malformed")), "{}", decision.reason);
+    }
+}
+
+#[test]
 fn a_candidate_that_checks_out_but_does_not_come_is_not_waited_for_for_ever() {
     let mut yielding = world().requested(Some("b"), Some("c")).answers(&[("a", None), ("c", peer(1000))]);
     yielding.view().leader = None;
