@@ -88,6 +88,8 @@ pub struct Limits {
     pub switchover_budget: Duration,
     /// How long sessions may go on at shutdown.
     pub drain_timeout: Duration,
+    /// How long those that can't leave may go on in a process that has handed over to the next one; `None`: as long as they like.
+    pub handover_timeout: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -107,6 +109,7 @@ impl Default for Limits {
             stale_after: Duration::from_secs(5),
             switchover_budget: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
+            handover_timeout: Some(Duration::from_secs(24 * 3600)),
         }
     }
 }
@@ -261,6 +264,7 @@ fn read_limits(root: &Section<'_>) -> Limits {
         "stale_after",
         "switchover_budget",
         "drain_timeout",
+        "handover_timeout",
     ]);
     let number = |key: &str, least: i64, default: usize| {
         section.integer(key, least..=10_000_000, None).and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
@@ -283,6 +287,9 @@ fn read_limits(root: &Section<'_>) -> Limits {
         stale_after: some_time("stale_after", default.stale_after),
         switchover_budget: duration("switchover_budget", default.switchover_budget),
         drain_timeout: duration("drain_timeout", default.drain_timeout),
+        handover_timeout: section
+            .duration("handover_timeout")
+            .map_or(default.handover_timeout, |time| (!time.is_zero()).then_some(time)),
     }
 }
 

@@ -199,6 +199,7 @@ impl Admin {
             ("stale_after", limits.stale_after.as_secs_f64()),
             ("switchover_budget", limits.switchover_budget.as_secs_f64()),
             ("drain_timeout", limits.drain_timeout.as_secs_f64()),
+            ("handover_timeout", seconds(limits.handover_timeout)),
         ] {
             metrics.limits.with_label_values(&[name]).set(value);
         }

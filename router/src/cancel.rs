@@ -83,7 +83,7 @@ async fn send(
         let stream = Arc::new(stream);
         socket::write_all(&stream, greeting).await?;
         let plain = || Leg::Plain(Wire::new(stream.clone(), Vec::new()));
-        let mut stream = crypto.connect(&stream, &server.host).await?.map_or_else(plain, Leg::Tls);
+        let mut stream = crypto.connect(port, &stream, &server.host).await?.map_or_else(plain, Leg::Tls);
         stream.write_all(packet).await?;
         stream.flush().await?;
         // Nothing is expected but the end; one byte is enough to see it.

@@ -75,12 +75,20 @@ impl Crypto {
         Ok(Box::new(TlsStream::Server(tls)))
     }
 
-    /// The handshake with a server, if it is to be TLS.
+    /// Whether TLS with servers begins here.
+    pub fn connects(&self) -> bool {
+        self.connect.is_some()
+    }
+
+    /// The handshake with a server, if `port` wants TLS there.
     ///
     /// # Errors
-    /// The server has no TLS, or another certificate than it should have.
-    pub async fn connect(&self, server: &Arc<TcpStream>, host: &str) -> io::Result<Option<Tls>> {
-        let Some(connector) = &self.connect else { return Ok(None) };
+    /// The server has no TLS, or another certificate than it should have; or nothing that belongs to such a port has been read.
+    pub async fn connect(&self, port: &Port, server: &Arc<TcpStream>, host: &str) -> io::Result<Option<Tls>> {
+        if port.server_tls.is_none() {
+            return Ok(None);
+        }
+        let Some(connector) = &self.connect else { return Err(io::ErrorKind::Unsupported.into()) };
         let mut wire = Wire::new(server.clone(), Vec::new());
         wire.write_all(&startup::SSL_REQUEST_PACKET).await?;
         if wire.read_u8().await? != b'S' {
@@ -88,5 +96,23 @@ impl Crypto {
         }
         let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         Ok(Some(Box::new(TlsStream::Client(connector.connect(name, wire).await?))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use trunkline_config::router::{Listen, ServerTls, Target};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_is_to_be_spoken_to_in_tls_never_hears_plain_text() {
+        let tls = ServerTls { mode: ServerTlsMode::VerifyFull, cafile: None, certfile: None, keyfile: None };
+        let plain = Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader);
+        let port = Port { server_tls: Some(tls), ..plain.clone() };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let server = Arc::new(TcpStream::connect(listener.local_addr().unwrap()).await.unwrap());
+        assert!(Crypto::default().connect(&port, &server, "localhost").await.is_err());
+        assert!(Crypto::default().connect(&plain, &server, "localhost").await.unwrap().is_none());
     }
 }

@@ -23,7 +23,7 @@ use tracing::{debug, info};
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, ClusterView, Instant, MemberName};
 
-use crate::heard::{Answer, Heard, Reading};
+use crate::heard::{Answer, Heard, Reading, subject};
 use crate::lag::Lags;
 use crate::probe::{Probe, Prober};
 use crate::router::Router;
@@ -150,6 +150,8 @@ pub struct Question {
     members: BTreeMap<MemberName, String>,
     /// It is about a leader whose key has vanished: only another key makes the answer worthless.
     vacant: bool,
+    /// The DCS speaks, and its word is good.
+    well: bool,
 }
 
 impl Question {
@@ -175,18 +177,29 @@ impl Question {
             }
         };
         let vacant = suspect.is_some();
-        (!members.is_empty() || !well).then_some(Self { reading, members, pause, vacant })
+        (!members.is_empty() || !well).then_some(Self { reading, members, pause, vacant, well })
     }
 
-    /// Asks them, unless the DCS has an answer first.
+    /// Asks them, unless the DCS has an answer first: another [subject], or that it speaks again. Most of what it says is
+    /// about something else, and comes more often than some members answer.
     pub async fn ask(&self, prober: &impl Probe, mut knowledge: watch::Receiver<Knowledge>) -> Option<Vec<Answer>> {
-        let answered_by_dcs = async {
-            let has_key = |known: &Knowledge| known.view.as_ref().is_some_and(|view| view.leader.is_some());
-            let _ = match self.vacant {
-                true => knowledge.wait_for(has_key).await.map(drop),
-                false => knowledge.changed().await,
-            };
+        let about = |known: &Knowledge| known.view.as_deref().map(subject);
+        let (asked_about, confirmed_at) = {
+            let known = knowledge.borrow();
+            if known.has_changed() && !self.vacant {
+                return None;
+            }
+            (about(&known), known.confirmed_at)
         };
+        let says = |known: &Knowledge| match self.vacant {
+            true => known.view.as_ref().is_some_and(|view| view.leader.is_some()),
+            false => {
+                let speaks_again = !self.well && known.trouble.is_none() && known.confirmed_at != confirmed_at;
+                speaks_again || about(known) != asked_about
+            }
+        };
+        // An error means that nobody follows the DCS any more.
+        let answered_by_dcs = async { drop(knowledge.wait_for(says).await.map(drop)) };
         let ask = async |(name, url): (&MemberName, &String)| (name.clone(), prober.is_primary(url, PROBE_LIMIT).await);
         let answers = tokio::select! {
             biased;

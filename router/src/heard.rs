@@ -276,12 +276,13 @@ fn may_lead_without_key(view: &ClusterView, name: &MemberName) -> bool {
 /// What a member's word is about: the leader key as it was created, and role and state in its holder's record, where Patroni's
 /// `promoted` takes nothing back that was true of a replica with the key.
 #[derive(Debug, PartialEq, Eq)]
-struct Subject {
+pub(crate) struct Subject {
     key: Option<(MemberName, Revision)>,
     record: Option<(String, String)>,
 }
 
-fn subject(view: &ClusterView) -> Subject {
+/// What a word that is asked for now would be about.
+pub(crate) fn subject(view: &ClusterView) -> Subject {
     let role = |member: &Member| if member.role == "promoted" { "replica".to_owned() } else { member.role.clone() };
     Subject {
         key: view.leader.as_ref().map(|key| (key.name.clone(), key.created)),

@@ -1,6 +1,7 @@
 //! Connections that wait for a server: how many, and at what pace they are let go.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -13,12 +14,28 @@ use crate::places::{Place, Places};
 pub struct Hold {
     places: Arc<Places>,
     pace: Mutex<Pace>,
+    /// Turns that are waited for.
+    turns: AtomicU32,
+}
+
+/// When one that has been waiting may go on; to be kept until then.
+#[derive(Debug)]
+pub struct Turn<'h> {
+    /// The moment.
+    pub at: Instant,
+    hold: &'h Hold,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.hold.turns.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Hold {
     /// `capacity` connections at once; `rate` per second are let go, 0 = as fast as they come.
     pub fn new(capacity: usize, rate: u32) -> Self {
-        Self { places: Places::new(capacity), pace: Mutex::new(Pace::new(rate)) }
+        Self { places: Places::new(capacity), pace: Mutex::new(Pace::new(rate)), turns: AtomicU32::new(0) }
     }
 
     /// Other bounds, from now on.
@@ -37,9 +54,11 @@ impl Hold {
         self.places.taken()
     }
 
-    /// When one that has been waiting may go on, once there is a server.
-    pub fn turn(&self, now: Instant) -> Instant {
-        self.pace.lock().turn(now)
+    /// A turn for one that has been waiting, once there is a server.
+    pub fn turn(&self, now: Instant) -> Turn<'_> {
+        let mut pace = self.pace.lock();
+        pace.shorten(now, self.turns.fetch_add(1, Ordering::Relaxed));
+        Turn { at: pace.turn(now), hold: self }
     }
 }
 
@@ -66,6 +85,12 @@ impl Pace {
         let turn = self.next.max(now);
         self.next = turn + self.gap;
         turn
+    }
+
+    /// So many turns are still waited for, behind the last one that was taken. Nobody waits for the others: whoever they were
+    /// given to has gone.
+    pub fn shorten(&mut self, now: Instant, turns: u32) {
+        self.next = self.next.min(now + self.gap.saturating_mul(turns.saturating_add(1)));
     }
 }
 
@@ -94,6 +119,18 @@ mod tests {
     fn without_a_rate_there_are_no_gaps() {
         let mut pace = Pace::new(0);
         assert_eq!([pace.turn(at(1)), pace.turn(at(1))], [at(1), at(1)]);
+    }
+
+    #[test]
+    fn nobody_waits_for_turns_that_nobody_takes() {
+        let hold = Hold::new(10, 100);
+        let mut turns: Vec<Turn<'_>> = (0..1_000).map(|_| hold.turn(at(500))).collect();
+        assert_eq!(turns[999].at, at(10_490), "each of them may still be taken");
+        turns.truncate(1);
+        assert_eq!(hold.turn(at(500)).at, at(520));
+        drop(turns);
+        let turns = [(); 3].map(|()| hold.turn(at(500)));
+        assert_eq!(turns.map(|turn| turn.at), [at(510), at(520), at(530)], "and still one after the other");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! that is not would wait there for ever. So a process that takes over accepts from all sockets of an address that it is
 //! given, also if they are more than its threads, its own new ones listen when it begins, and the one before closes its copies.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -37,7 +37,8 @@ pub struct Listeners {
     next: AtomicUsize,
     /// The threads accept.
     begun: AtomicBool,
-    open: Mutex<BTreeMap<Listen, Open>>,
+    /// By address as the configuration means it: the same one can be written in several ways.
+    open: Mutex<BTreeMap<Address, Open>>,
 }
 
 /// The port that an address belongs to, which a change of the configuration may change.
@@ -66,6 +67,9 @@ pub struct Opened {
 /// An address that is listened on.
 #[derive(Debug)]
 struct Open {
+    /// As it is written.
+    listen: Listen,
+    /// With the port that the kernel has chosen, where it shall.
     address: Address,
     /// One for each thread at least, for handing over.
     sockets: Vec<Bound>,
@@ -88,9 +92,9 @@ impl Listeners {
     pub fn begin(&self) -> io::Result<()> {
         let open = self.open.lock();
         self.begun.store(true, Ordering::Relaxed);
-        for (listen, open) in &*open {
+        for open in open.values() {
             let listened = open.sockets.iter().try_for_each(Bound::listen);
-            listened.map_err(|error| cant_listen(&open.slot.read().settings(), listen, &error))?;
+            listened.map_err(|error| cant_listen(&open.slot.read().settings(), &open.listen, &error))?;
         }
         Ok(())
     }
@@ -105,14 +109,19 @@ impl Listeners {
             |port: &Port| Crypto::of(port).map_err(|error| io::Error::other(format!("port '{}': {error}", port.name)));
         let crypto = ports.iter().map(read).collect::<io::Result<Vec<_>>>()?;
         let mut open = self.open.lock();
-        let addresses = ports.iter().flat_map(|port| port.listen.iter().map(move |listen| (port, listen)));
+        let wanted = resolve(ports, &open)?;
+        let own: Vec<Address> = open
+            .values()
+            .map(|open| open.address.clone())
+            .chain(inherited.keys().filter_map(|key| address_of(key)))
+            .collect();
         let mut bound = Vec::new();
-        for (port, listen) in addresses.clone().filter(|(_, listen)| !open.contains_key(listen)) {
-            let sockets = self.bind(listen, &mut inherited).map_err(|error| cant_listen(port, listen, &error))?;
-            bound.push((port, listen, sockets));
+        for (address, (port, listen)) in wanted.iter().filter(|(address, _)| !open.contains_key(address)) {
+            let sockets = self.bind(address, &own, &mut inherited);
+            bound.push((*port, *listen, address, sockets.map_err(|error| cant_listen(port, listen, &error))?));
         }
         if self.begun.load(Ordering::Relaxed) {
-            for (port, listen, (_, sockets, _)) in &bound {
+            for (port, listen, _, (_, sockets, _)) in &bound {
                 sockets.iter().try_for_each(Bound::listen).map_err(|error| cant_listen(port, listen, &error))?;
             }
         }
@@ -122,13 +131,14 @@ impl Listeners {
             .zip(crypto)
             .map(|(port, crypto)| (port.name.as_str(), self.router.listening(port, crypto)))
             .collect();
-        for (port, listen) in addresses.clone() {
-            if let (Some(open), Some(listening)) = (open.get(listen), listening.get(port.name.as_str())) {
+        for (address, (port, listen)) in &wanted {
+            if let (Some(open), Some(listening)) = (open.get_mut(address), listening.get(port.name.as_str())) {
+                open.listen = (*listen).clone();
                 *open.slot.write() = listening.clone();
                 tune(port, &open.sockets);
             }
         }
-        for (port, listen, (address, sockets, copies)) in bound {
+        for (port, listen, key, (address, sockets, copies)) in bound {
             let Some(listening) = listening.get(port.name.as_str()) else { continue };
             let (slot, close) = (Slot::new(RwLock::new(listening.clone())), watch::Sender::new(false));
             tune(port, &copies);
@@ -139,11 +149,10 @@ impl Listeners {
             }
             let threads = self.threads.len();
             info!(port = port.name, %address, target = port.target.as_str(), threads, "listening");
-            open.insert(listen.clone(), Open { address, sockets: copies, slot, close });
+            open.insert(key.clone(), Open { listen: listen.clone(), address, sockets: copies, slot, close });
         }
-        let wanted: BTreeSet<&Listen> = addresses.map(|(_, listen)| listen).collect();
-        open.retain(|listen, open| {
-            let keep = wanted.contains(listen);
+        open.retain(|address, open| {
+            let keep = wanted.contains_key(address);
             if !keep {
                 info!(port = &*open.slot.read().name, address = %open.address, "not listening any more");
                 open.close.send_replace(true);
@@ -155,15 +164,22 @@ impl Listeners {
         Ok(())
     }
 
-    /// Every socket that is inherited, or as many more as it takes for each thread to have one; and a copy of each.
-    fn bind(&self, listen: &Listen, inherited: &mut Inherited) -> io::Result<(Address, Vec<Bound>, Vec<Bound>)> {
-        let mut address = Address::of(listen)?;
+    /// Every socket that is inherited, or as many more as it takes for each thread to have one; and a copy of each. `own`: where
+    /// this process listens, or the one before; what is not wanted any more of that is closed later.
+    fn bind(
+        &self,
+        address: &Address,
+        own: &[Address],
+        inherited: &mut Inherited,
+    ) -> io::Result<(Address, Vec<Bound>, Vec<Bound>)> {
+        let mut address = address.clone();
         let threads = self.threads.len();
         let mut sockets: Vec<Bound> = (0..)
             .map_while(|number| inherited.remove(&key(&address, number)))
             .map(|fd| Bound::inherited(&address, fd))
             .collect();
         match sockets.first() {
+            None if own.iter().any(|own| own.overlaps(&address)) => sockets = Bound::beside(&address, threads)?,
             None => sockets = Bound::new(&address, threads)?,
             Some(first) => {
                 // More threads than before.
@@ -214,6 +230,27 @@ impl Listeners {
     }
 }
 
+/// Where each port listens. What is open under the same words is not looked up again.
+///
+/// # Errors
+/// A name has no address, or two ports have the same one.
+fn resolve<'p>(
+    ports: &'p [Port],
+    open: &BTreeMap<Address, Open>,
+) -> io::Result<BTreeMap<Address, (&'p Port, &'p Listen)>> {
+    let mut wanted: BTreeMap<Address, (&Port, &Listen)> = BTreeMap::new();
+    for (port, listen) in ports.iter().flat_map(|port| port.listen.iter().map(move |listen| (port, listen))) {
+        let known = open.iter().find(|(_, open)| open.listen == *listen).map(|(address, _)| Ok(address.clone()));
+        let address =
+            known.unwrap_or_else(|| Address::of(listen)).map_err(|error| cant_listen(port, listen, &error))?;
+        if let Some((other, as_written)) = wanted.insert(address, (port, listen)) {
+            let taken = io::Error::other(format!("that is {as_written} of port '{}'", other.name));
+            return Err(cant_listen(port, listen, &taken));
+        }
+    }
+    Ok(wanted)
+}
+
 fn cant_listen(port: &Port, listen: &Listen, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("port '{}' can't listen on {listen}: {error}", port.name))
 }
@@ -228,6 +265,11 @@ fn tune(port: &Port, sockets: &[Bound]) {
 /// How a socket is named to the next process.
 fn key(address: &Address, number: usize) -> String {
     format!("{address}#{number}")
+}
+
+/// The address that a socket with this name is bound to, if that is one of TCP.
+fn address_of(key: &str) -> Option<Address> {
+    key.rsplit_once('#')?.0.parse().ok().map(Address::Tcp)
 }
 
 #[cfg(test)]

@@ -198,19 +198,28 @@ fn background(
         let knowledge = Follower::spawn(store, SystemClock);
         if let Some((listen, listener)) = admin {
             let admin = Admin { router: router.clone(), knowledge: knowledge.clone() };
-            tokio::spawn(async move {
+            let serve = async move {
                 // An error means that the process ends.
                 if begun.await.is_ok()
                     && let Err(error) = serve_admin(admin, listener).await
                 {
                     warn!(listen, %error, "the admin port is closed");
                 }
-            });
+            };
+            if let Err(error) = on_own_thread("admin", serve) {
+                error!(%error, "the admin port is not served");
+            }
         }
         tokio::spawn(survey::positions(router.clone(), prober.clone(), knowledge.clone()));
         let seed = Some(&config.members).filter(|members| !members.is_empty()).map(|members| heard::seed(members));
         follow::run(router, prober, knowledge, seed).await;
     })
+}
+
+/// What may take long at a time: nobody shall learn of a new leader late by it.
+fn on_own_thread(name: &str, work: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name(name.into()).spawn(move || runtime.block_on(work)).map(drop)
 }
 
 async fn serve_admin(admin: Admin, listener: std::net::TcpListener) -> std::io::Result<()> {

@@ -59,7 +59,11 @@ impl Default for Names {
 }
 
 impl Names {
-    fn new(fresh: Duration, resolve: impl Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static) -> Self {
+    /// Asks `resolve`, whose answers are good for so long.
+    pub(crate) fn new(
+        fresh: Duration,
+        resolve: impl Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static,
+    ) -> Self {
         Self { known: Mutex::default(), answered: Notify::new(), resolve: Box::new(resolve), fresh }
     }
 

@@ -23,8 +23,10 @@ pub struct Listening {
     pub places: Arc<Places>,
     /// Connections of each client address.
     pub clients: Arc<Clients>,
-    settings: RwLock<Arc<Port>>,
-    crypto: RwLock<Arc<Crypto>>,
+    /// Those of them that are too many, until they have been told so.
+    pub excess: Arc<Clients>,
+    /// Read and changed together: what the settings promise takes the certificates.
+    terms: RwLock<(Arc<Port>, Arc<Crypto>)>,
     pace: Mutex<Pace>,
     turn: AtomicUsize,
 }
@@ -36,29 +38,28 @@ impl Listening {
             name: port.name.as_str().into(),
             places: Places::new(port.max_sessions.unwrap_or(usize::MAX)),
             clients: Arc::default(),
+            excess: Arc::default(),
             pace: Mutex::new(Pace::new(port.accept_rate.unwrap_or(0))),
             turn: AtomicUsize::new(0),
-            settings: RwLock::new(Arc::new(port)),
-            crypto: RwLock::new(Arc::new(crypto)),
+            terms: RwLock::new((Arc::new(port), Arc::new(crypto))),
         })
     }
 
-    /// Its settings now. A connection keeps those it was accepted under.
+    /// Its settings now.
     pub fn settings(&self) -> Arc<Port> {
-        self.settings.read().clone()
+        self.terms.read().0.clone()
     }
 
-    /// Its certificates now.
-    pub fn crypto(&self) -> Arc<Crypto> {
-        self.crypto.read().clone()
+    /// Its settings now, and the certificates that belong to them. A connection keeps those it was accepted under.
+    pub fn terms(&self) -> (Arc<Port>, Arc<Crypto>) {
+        self.terms.read().clone()
     }
 
     /// Other settings, from now on.
     pub fn set(&self, port: Port, crypto: Crypto) {
         self.places.resize(port.max_sessions.unwrap_or(usize::MAX));
         self.pace.lock().set_rate(port.accept_rate.unwrap_or(0));
-        *self.settings.write() = Arc::new(port);
-        *self.crypto.write() = Arc::new(crypto);
+        *self.terms.write() = (Arc::new(port), Arc::new(crypto));
     }
 
     /// When the next connection may be accepted, if not at once.
@@ -141,7 +142,30 @@ impl Drop for Counted {
 
 #[cfg(test)]
 mod tests {
+    use trunkline_config::router::{Listen, ServerTls, ServerTlsMode, Target};
+
     use super::*;
+
+    #[test]
+    fn settings_are_never_seen_with_the_certificates_of_others() {
+        let plain = Port::new("rw", Listen::Tcp("127.0.0.1:0".into()), Target::Leader);
+        let tls = ServerTls { mode: ServerTlsMode::Require, cafile: None, certfile: None, keyfile: None };
+        let tls = Port { server_tls: Some(tls), ..plain.clone() };
+        let [plain, tls] = [plain, tls].map(|port| (Crypto::of(&port).unwrap(), port));
+        let listening = Listening::new(plain.1.clone(), plain.0.clone());
+        std::thread::scope(|scope| {
+            let reloads = || {
+                (0..20_000).for_each(|_| {
+                    [&tls, &plain].into_iter().for_each(|(crypto, port)| listening.set(port.clone(), crypto.clone()))
+                })
+            };
+            let reloads = scope.spawn(reloads);
+            while !reloads.is_finished() {
+                let (port, crypto) = listening.terms();
+                assert_eq!(port.server_tls.is_some(), crypto.connects());
+            }
+        });
+    }
 
     #[test]
     fn clients_are_counted_by_address_and_forgotten() {

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use trunkline_common::Lsn;
 use trunkline_common::tls::{self, TlsError, Verify};
 use trunkline_config::local::Ctl;
+
+use crate::names::Names;
+use crate::socket::{self, FirstBytes};
 
 /// The longest answer that is read.
 const ANSWER: u64 = 64 << 10;
@@ -32,6 +34,7 @@ pub trait Probe {
 #[derive(Clone, Default)]
 pub struct Prober {
     tls: Option<TlsConnector>,
+    names: Arc<Names>,
 }
 
 impl std::fmt::Debug for Prober {
@@ -53,7 +56,7 @@ impl Prober {
         };
         let (ca, certificate) = (ctl.cacert.as_deref(), ctl.certfile.as_deref());
         let config = tls::client_config(ca, certificate, ctl.keyfile.as_deref(), verify)?;
-        Ok(Self { tls: Some(TlsConnector::from(Arc::clone(&config))) })
+        Ok(Self { tls: Some(TlsConnector::from(Arc::clone(&config))), names: Arc::default() })
     }
 
     /// The leader's last position, or the one up to which a standby has replayed.
@@ -67,7 +70,7 @@ impl Prober {
     async fn get(&self, api_url: &str, path: &str, limit: Duration) -> Result<Vec<u8>, String> {
         let (secure, host, port) = address(api_url)?;
         let exchange = async {
-            let stream = TcpStream::connect((host, port)).await?;
+            let stream = socket::dial(&self.names, host, port, limit, None, FirstBytes::AtOnce).await?;
             match (secure, &self.tls) {
                 (false, _) => exchange(stream, host, path).await,
                 (true, Some(tls)) => {
@@ -152,6 +155,9 @@ fn parts(answer: &[u8]) -> Result<(String, Result<Value, String>), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use tokio::net::TcpListener;
 
     use super::*;
@@ -201,6 +207,28 @@ mod tests {
             ("http:///patroni", Err("api_url has no host".to_owned())),
         ] {
             assert_eq!(address(url), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_member_is_asked_also_where_its_name_is_not_resolved_any_more() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://member:{}/patroni", listener.local_addr().unwrap().port());
+        let asked = AtomicUsize::new(0);
+        let resolve = move |_: &str| match asked.fetch_add(1, Ordering::Relaxed) {
+            0 => Ok(vec![SocketAddr::from(([127, 0, 0, 1], 0))]),
+            _ => Err(io::Error::other("the resolver is down")),
+        };
+        let names = Arc::new(Names::new(Duration::ZERO, resolve));
+        let prober = Prober { names, ..Prober::default() };
+        for _ in 0..2 {
+            let answers = async {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let _ = stream.read(&mut [0; 1024]).await.unwrap();
+                stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n{\"role\":\"primary\"}").await.unwrap();
+            };
+            let asks = prober.is_primary(&url, Duration::from_secs(5));
+            assert_eq!(tokio::join!(asks, answers).0, Ok(true));
         }
     }
 

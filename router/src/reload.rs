@@ -220,6 +220,30 @@ mod tests {
     }
 
     #[test]
+    fn an_address_may_be_written_otherwise_become_wider_and_narrower() {
+        let mut reloader = reloader();
+        reloader.listeners.begin().unwrap();
+        let port = free_port();
+        for (written, meant) in [
+            (format!("*:{port}"), format!("0.0.0.0:{port}")),
+            (format!("0.0.0.0:{port}"), format!("0.0.0.0:{port}")),
+            (format!("127.0.0.1:{port}"), format!("127.0.0.1:{port}")),
+            (format!("*:{port}"), format!("0.0.0.0:{port}")),
+        ] {
+            reloader.reload(load(&format!("ports: [{{name: a, listen: '{written}', target: any}}]")), false);
+            assert_eq!(reloader.router.config_trouble(), None, "{written}");
+            let addresses = reloader.listeners.addresses();
+            assert_eq!(addresses, [("a".into(), Address::Tcp(meant.parse().unwrap()))]);
+            assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(), "{written}");
+        }
+        let twice = format!(
+            "ports: [{{name: a, listen: '*:{port}', target: any}}, {{name: b, listen: '0.0.0.0:{port}', target: leader}}]"
+        );
+        reloader.reload(load(&twice), false);
+        assert!(reloader.router.config_trouble().unwrap().contains("of port 'a'"));
+    }
+
+    #[test]
     fn what_is_wrong_is_refused_whole() {
         let mut reloader = reloader();
         let before = (listening(&reloader), reloader.config.clone());

@@ -246,15 +246,22 @@ impl Router {
         *self.draining.borrow() > Draining::No
     }
 
-    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, then ends the rest. With
+    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, if there is one, then ends the rest. With
     /// `keep_held` those that wait for a server go on waiting. Returns how many sessions had to be ended.
-    pub async fn drain(&self, limit: Duration, keep_held: bool) -> usize {
+    pub async fn drain(&self, limit: Option<Duration>, keep_held: bool) -> usize {
         let how_far = if keep_held { Draining::HandedOver } else { Draining::Refusing };
         self.draining.send_modify(|now| *now = how_far.max(*now));
         info!(connections = self.connections(), ?limit, "draining");
-        match tokio::time::timeout(limit, self.places.empty()).await {
-            Ok(()) => 0,
-            Err(_) => self.sessions.end_all(Cut::Drained),
+        let over = async {
+            match limit {
+                Some(limit) => tokio::time::sleep(limit).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.places.empty() => 0,
+            () = over => self.sessions.end_all(Cut::Drained),
         }
     }
 

@@ -281,7 +281,7 @@ impl<'a> Search<'a> {
     fn note_wait(&self, since: Instant, outcome: &Result<(Found, Answer), No>) -> Duration {
         let label = match outcome {
             Ok(_) => "served",
-            Err(No::ClientGone | No::Handshake) => "client_gone",
+            Err(No::ClientGone | No::Handshake | No::Excess) => "client_gone",
             Err(No::Refused(Refusal::TooManyHeld)) => "full",
             Err(No::Refused(Refusal::ShuttingDown)) => "shutdown",
             Err(No::Refused(Refusal::EarlyData)) => "early_data",
@@ -340,8 +340,8 @@ impl<'a> Search<'a> {
             }
             // Who has been given a turn is past the reach of the deadline: turns are bounded by the number of places.
             let turn = self.router.hold.turn(self.router.clock.now());
-            self.unless_over(room.deadline.max(turn + FIRST_PAUSE), self.router.clock.sleep_until(turn)).await?;
-            room.until = room.deadline.max(turn + self.port.connect_timeout);
+            self.unless_over(room.deadline.max(turn.at + FIRST_PAUSE), self.router.clock.sleep_until(turn.at)).await?;
+            room.until = room.deadline.max(turn.at + self.port.connect_timeout);
             return Ok(pause);
         }
     }
@@ -456,14 +456,11 @@ impl<'a> Search<'a> {
 
     /// `None`: the server is to be spoken to in TLS, and can't be.
     async fn encrypt(&self, server: &Arc<TcpStream>, backend: &Backend) -> Option<Option<Tls>> {
-        if self.port.server_tls.is_none() {
-            return Some(None);
-        }
         let refused = |error: &io::Error| {
             self.router.metrics.connects.with_label_values(&[backend.member.as_str(), "no_tls"]).inc();
             warn!(member = backend.member.as_str(), %error, "no TLS with a server");
         };
-        self.crypto.connect(server, &backend.host).await.inspect_err(refused).ok()
+        self.crypto.connect(&self.port, server, &backend.host).await.inspect_err(refused).ok()
     }
 
     /// Forwards the request and waits for the answer. `None`: this server takes no session, now or any more, or has said nothing

@@ -64,7 +64,8 @@ pub struct Plan {
 /// There are no threads, signals or place for the hand-over to be had.
 pub fn run(plan: Plan) -> io::Result<()> {
     let Plan { router, listeners, threads, background, begin, upgrade_sock, taker, command } = plan;
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let end = runtime.block_on(async {
         let mut signals = Signals::new()?;
         tokio::spawn(background);
         if let Some(taker) = &taker {
@@ -79,6 +80,7 @@ pub fn run(plan: Plan) -> io::Result<()> {
         }
         let next = Next::expect(router.clone(), listeners.clone(), upgrade_sock, command)?;
         let _ = begin.send(());
+        let (arriving, all_here) = oneshot::channel();
         if let Some(taker) = taker {
             // The other process may have ended by itself meanwhile: nothing is missing then.
             if let Err(error) = taker.taken() {
@@ -86,14 +88,18 @@ pub fn run(plan: Plan) -> io::Result<()> {
             }
             let thread = std::thread::Builder::new().name("adoption".into());
             let listeners = listeners.clone();
-            thread.spawn(move || take_sessions(&listeners, &taker))?;
+            thread.spawn(move || take_sessions(arriving, &listeners, &taker))?;
         } else {
+            drop(arriving);
             // Of one that takes over the process before has told it.
             tell_systemd(NotifyState::Ready);
         }
-        signals.end(router, &listeners, next).await;
+        signals.end(router, &listeners, next, all_here).await;
         Ok(())
-    })
+    });
+    // A resolver that hangs has a thread there, which would be waited for.
+    runtime.shutdown_background();
+    end
 }
 
 /// Returns when this process can do better than the one before: it knows of a leader, or has known for a while that there is none, or
@@ -227,13 +233,13 @@ impl Next {
 fn give_sessions(router: &Router, given: Given) {
     let mut gone = 0;
     if let Err(error) = given.sessions(&router.sessions, &mut gone) {
-        let (stay, limit) = (router.sessions.len(), router.limits().drain_timeout);
-        warn!(gone, stay, ?limit, %error, "the next process takes no more sessions; those that stay are drained here");
+        let (stay, limit) = (router.sessions.len(), router.limits().handover_timeout);
+        warn!(gone, stay, ?limit, %error, "the next process takes no more sessions; those that stay go on here");
     }
 }
 
-/// Takes the sessions of the process whose sockets were taken.
-fn take_sessions(listeners: &Listeners, taker: &Taker) {
+/// Takes the sessions of the process whose sockets were taken. More are `arriving` as long as that is not dropped.
+fn take_sessions(arriving: oneshot::Sender<()>, listeners: &Listeners, taker: &Taker) {
     let mut count = 0;
     let taken = taker.sessions(|adopted| {
         count += 1;
@@ -243,6 +249,24 @@ fn take_sessions(listeners: &Listeners, taker: &Taker) {
         Ok(()) => info!(sessions = count, "the sessions of the process before are here"),
         Err(error) => warn!(sessions = count, %error, "the process before sends no more sessions"),
     }
+    drop(arriving);
+}
+
+/// Returns once this process has nothing any more, as [`Router::drain`]. Where the next one is in charge, that is not before all
+/// are here that the process before still has: they go there through this one.
+async fn drained(
+    router: &Router,
+    limit: Option<Duration>,
+    handed_over: bool,
+    all_here: oneshot::Receiver<()>,
+) -> usize {
+    let ended = router.drain(limit, handed_over).await;
+    if !handed_over || ended > 0 {
+        return ended;
+    }
+    // Nothing is ever sent.
+    let _ = all_here.await;
+    router.drain(limit, handed_over).await
 }
 
 /// What signals mean.
@@ -275,7 +299,13 @@ impl Signals {
     }
 
     /// Returns when the process shall end.
-    async fn end(mut self, router: Arc<Router>, listeners: &Listeners, mut next: Next) {
+    async fn end(
+        mut self,
+        router: Arc<Router>,
+        listeners: &Listeners,
+        mut next: Next,
+        all_here: oneshot::Receiver<()>,
+    ) {
         let taken = loop {
             tokio::select! {
                 () = self.stop.told() => break None,
@@ -296,9 +326,10 @@ impl Signals {
             None => tell_systemd(NotifyState::Stopping),
         }
         listeners.close();
-        let limit = router.limits().drain_timeout;
+        let limits = router.limits();
+        let limit = if handed_over { limits.handover_timeout } else { Some(limits.drain_timeout) };
         let drained = tokio::select! {
-            ended = router.drain(limit, handed_over) => {
+            ended = drained(&router, limit, handed_over, all_here) => {
                 info!(sessions_ended = ended, "drained");
                 true
             }
@@ -315,5 +346,37 @@ impl Signals {
             router.sessions.end_all(Cut::Drained);
         }
         router.registration.withdraw().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use trunkline_config::router::Limits;
+
+    use super::*;
+    use crate::listeners::Inherited;
+
+    #[tokio::test]
+    async fn who_still_gets_sessions_of_the_process_before_is_not_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let giver = Giver::at(&path).unwrap();
+        let before = std::thread::spawn(move || giver.give(|| Ok(Inherited::new())).unwrap());
+        let (taker, _) = Taker::take(&path).unwrap();
+        taker.taken().unwrap();
+        let before = before.join().unwrap();
+        let router = Router::new(Limits::default()).unwrap();
+        let (listeners, _threads) = Listeners::new(router.clone(), 1);
+        let (arriving, all_here) = oneshot::channel();
+        let takes = std::thread::spawn(move || take_sessions(arriving, &listeners, &taker));
+        let mut drains = std::pin::pin!(drained(&router, Some(TAKE_LIMIT), true, all_here));
+        assert!(drains.as_mut().now_or_never().is_none(), "the process before may have some");
+        drop(before);
+        takes.join().unwrap();
+        assert_eq!(drains.await, 0);
+        let (_arriving, all_here) = oneshot::channel();
+        let ends = drained(&router, Some(TAKE_LIMIT), false, all_here).now_or_never();
+        assert_eq!(ends, Some(0), "who is told to end does not wait for it");
     }
 }

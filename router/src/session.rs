@@ -31,6 +31,10 @@ use crate::startup::{self, Malformed, Packet, Progress};
 use crate::wire::{Leg, Wire};
 use crate::{answer, cancel, relay, socket};
 
+/// How long a client that is one too many may take for its own part of the beginning: it is heard, as it may have come to
+/// cancel something.
+const EXCESS: Duration = Duration::from_secs(2);
+
 /// How long a refused client may take to hear why.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -47,6 +51,8 @@ pub enum No {
     ClientGone,
     /// It did not come to TLS, so there is no way to tell the client anything.
     Handshake,
+    /// Its address has too many connections, and it has not even said what it wants.
+    Excess,
     /// The client is told so.
     Refused(Refusal),
 }
@@ -190,6 +196,9 @@ impl Begun {
     fn tell_begin(&self, router: &Router, what: &str) {
         let told = line(router, &self.parties.session).filter(|(_, info)| *info || enabled!(Level::DEBUG));
         let Some((line, info)) = told else { return };
+        if info {
+            self.parties.session.note_told();
+        }
         let (port, member, server) = (&*line.port, line.backend.member.as_str(), line.backend.address());
         tell!(info, port, client = %line.client, member, server, seen_as = line.from.map(display), "{what}");
     }
@@ -300,10 +309,10 @@ fn tell_end(router: &Router, session: &Session, ended: Ended) {
     );
 }
 
-/// What is told of a session, and whether its port wants it told.
+/// What is told of a session, and whether its port wants it told. Of one that is gone, it did if the beginning was.
 fn line(router: &Router, session: &Session) -> Option<(Line, bool)> {
     let line = session.line()?;
-    let info = router.port(&line.port).is_some_and(|port| port.settings().log_sessions);
+    let info = router.port(&line.port).map_or(session.is_told(), |port| port.settings().log_sessions);
     Some((line, info))
 }
 
@@ -316,16 +325,17 @@ async fn begin(
     permit: Permit,
 ) -> Result<Begun, (Ended, Peer)> {
     let (router, listening) = (&*router, &*listening);
-    let (port, crypto) = (listening.settings(), listening.crypto());
+    let (port, crypto) = listening.terms();
     relay::pause::busy();
     let client = Arc::new(client);
     let leg = Leg::Plain(Wire::new(client.clone(), Vec::new()));
-    let mut guest = Guest { stream: client.clone(), leg, turn: Turn { left: port.startup_timeout } };
+    let turn = Turn { left: port.startup_timeout };
+    let mut guest = Guest { stream: client.clone(), leg, turn, excess: None };
     let mut search = Search::new(router, listening, port.clone(), &crypto, &client, peer);
     let outcome = converse(router, listening, &port, &crypto, &mut guest, &mut search).await;
     let (unread, awaits_answer) = (search.has_looked(), search.awaits_answer());
     drop(search);
-    let Guest { mut leg, mut turn, .. } = guest;
+    let Guest { mut leg, mut turn, excess: _excess, .. } = guest;
     match outcome {
         Ok(Met::Session(found, _counted)) => {
             let Found { server, session, meter, tls, said, packet, .. } = found;
@@ -347,6 +357,7 @@ async fn begin(
         Ok(Met::Cancel(result)) => Err((Ended::Cancel(result), peer)),
         Err(No::ClientGone) => Err((Ended::ClientGone, peer)),
         Err(No::Handshake) => Err((Ended::Handshake, peer)),
+        Err(No::Excess) => Err((Ended::Refused(Refusal::TooManyOfClient), peer)),
         Err(No::Refused(refusal)) => {
             let at_once = matches!(refusal, Refusal::EarlyData | Refusal::Malformed(_));
             let denials = if awaits_answer && !at_once { DENIALS } else { 0 };
@@ -366,6 +377,8 @@ struct Guest {
     stream: Arc<TcpStream>,
     leg: Leg,
     turn: Turn,
+    /// It is one too many of its address: until it has been told so.
+    excess: Option<Counted>,
 }
 
 /// The time that a client has for all of its own part of the beginning, in whatever pieces. Waiting for a server is not its part.
@@ -397,14 +410,22 @@ async fn converse(
     guest: &mut Guest,
     search: &mut Search<'_>,
 ) -> Result<Met, No> {
-    let Guest { stream: client, leg, turn } = guest;
+    let Guest { stream: client, leg, turn, excess } = guest;
     let (peer, greeting) = introduction(port, client, search.peer(), turn).await?;
     search.introduce(peer, greeting);
-    let counted = port.max_per_client.map(|limit| listening.clients.enter(peer.ip(), limit));
+    let counted = port.max_per_client.and_then(|limit| listening.clients.enter(peer.ip(), limit));
+    let too_many = port.max_per_client.filter(|_| counted.is_none());
+    if let Some(limit) = too_many {
+        turn.left = turn.left.min(EXCESS);
+        *excess = Some(listening.excess.enter(peer.ip(), limit).ok_or(No::Excess)?);
+    }
     let mut answered = Vec::new();
     // Bounded: each kind of encryption is asked for once, after which only another kind of packet gets on.
     loop {
-        let request = first_packet(leg, turn).await?;
+        let request = match first_packet(leg, turn).await {
+            Err(No::Refused(Refusal::TooSlow)) if too_many.is_some() => return Err(No::Excess),
+            request => request?,
+        };
         match request.packet {
             Packet::Cancel => {
                 let greeting = search.greeting();
@@ -426,7 +447,7 @@ async fn converse(
             }
             _ => search.take(request),
         }
-        if counted.as_ref().is_some_and(Option::is_none) {
+        if too_many.is_some() {
             return Err(No::Refused(Refusal::TooManyOfClient));
         }
         if search.awaits_answer() && leg.is_ahead() {
@@ -443,7 +464,7 @@ async fn converse(
                     let unbound = answer::without_binding(tls, &mut found.said);
                     let _ = tokio::time::timeout(port.connect_timeout, unbound).await;
                 }
-                return Ok(Met::Session(found, counted.flatten()));
+                return Ok(Met::Session(found, counted));
             }
         }
     }

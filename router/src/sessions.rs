@@ -66,6 +66,8 @@ struct Ticket {
     resign: AtomicBool,
     /// It has been there for a while.
     settle: AtomicBool,
+    /// Its beginning has been told, where its port wants that.
+    told: AtomicBool,
     waker: AtomicWaker,
     /// Bytes relayed to the server, and to the client.
     up: AtomicU64,
@@ -215,6 +217,16 @@ impl Session {
     /// What is told of it.
     pub fn line(&self) -> Option<Line> {
         self.sessions.inner.lock().live.get(&self.id).map(|live| live.line())
+    }
+
+    /// Its beginning has been told, so that its end will be, whatever becomes of its port.
+    pub fn note_told(&self) {
+        self.ticket.told.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its beginning has been told.
+    pub fn is_told(&self) -> bool {
+        self.ticket.told.load(Ordering::Relaxed)
     }
 
     /// So many bytes have been relayed to the server, and to the client.

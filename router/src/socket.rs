@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::io::Interest;
@@ -23,7 +25,7 @@ use crate::silence;
 const BACKLOG: i32 = 4096;
 
 /// An address to listen on, resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Address {
     /// Host and port.
     Tcp(SocketAddr),
@@ -46,6 +48,17 @@ impl Address {
         match listen {
             Listen::Tcp(text) => resolve(text).map(Address::Tcp),
             Listen::Unix(path) => Ok(Address::Unix(path.clone())),
+        }
+    }
+
+    /// Whether a connection could be one to either.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Address::Tcp(one), Address::Tcp(other)) => {
+                let any = one.ip().is_unspecified() || other.ip().is_unspecified();
+                one.port() == other.port() && (any || one.ip() == other.ip())
+            }
+            _ => self == other,
         }
     }
 }
@@ -76,9 +89,19 @@ impl Bound {
     /// # Errors
     /// Somebody else listens there, or nobody can.
     pub fn new(address: &Address, threads: usize) -> io::Result<Vec<Self>> {
+        if let Address::Tcp(address) = address {
+            check_free(*address)?;
+        }
+        Self::beside(address, threads)
+    }
+
+    /// The same where this process, or the one whose sockets it takes, may listen already, at an address that overlaps.
+    ///
+    /// # Errors
+    /// As above, unless whoever listens there shares the address.
+    pub fn beside(address: &Address, threads: usize) -> io::Result<Vec<Self>> {
         match address {
             Address::Tcp(address) => {
-                check_free(*address)?;
                 let mut bound = vec![bind(*address)?];
                 // Port 0 is chosen once, and then shared.
                 let address = bound[0].local_addr()?;
@@ -245,6 +268,9 @@ pub fn check_free(address: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+/// How long an address of a name has for itself before the next one is tried beside it (RFC 8305, section 5).
+const HEAD_START: Duration = Duration::from_millis(250);
+
 /// When the first bytes are sent to a server that is dialled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FirstBytes {
@@ -254,8 +280,9 @@ pub enum FirstBytes {
     Later,
 }
 
-/// Opens a connection to a server, trying each address of a name in turn, all within `timeout`. For `silence` see
-/// [`silence::keepalive`].
+/// Opens a connection to a server by that address of its name which answers first. They are tried in turn, each as soon as those
+/// before have failed or had a [head start](HEAD_START): one that swallows packets hides no other. All within `timeout`.
+/// For `silence` see [`silence::keepalive`].
 pub async fn dial(
     names: &Arc<Names>,
     host: &str,
@@ -266,13 +293,21 @@ pub async fn dial(
 ) -> io::Result<TcpStream> {
     let attempt = async {
         let mut last = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
-        for address in names.resolve(host, port).await? {
-            match dial_address(address, silence, first).await {
-                Ok(stream) => return Ok(stream),
-                Err(error) => last = error,
+        let mut left = names.resolve(host, port).await?.into_iter();
+        let head_start = HEAD_START.min(timeout / (left.len() as u32 + 1));
+        let mut dialling = FuturesUnordered::new();
+        loop {
+            dialling.extend(left.next().map(|address| dial_address(address, silence, first)));
+            tokio::select! {
+                biased;
+                dialled = dialling.next() => match dialled {
+                    Some(Ok(stream)) => return Ok(stream),
+                    Some(Err(error)) => last = error,
+                    None => return Err(last),
+                },
+                () = tokio::time::sleep(head_start), if left.len() > 0 => {}
             }
         }
-        Err(last)
     };
     match tokio::time::timeout(timeout, attempt).await {
         Ok(outcome) => outcome,
@@ -453,6 +488,34 @@ mod tests {
         let address = taken.local_addr().unwrap();
         assert!(check_free(address).is_err());
         assert!(bind(address).and_then(begin_to_listen).is_ok(), "threads share it");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_swallows_packets_hides_no_other_of_its_name() {
+        // One whose queue is full drops what comes.
+        let swallows = tokio::net::TcpSocket::new_v4().unwrap();
+        swallows.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        let swallows = swallows.listen(0).unwrap();
+        let at = swallows.local_addr().unwrap();
+        let soon = Duration::from_millis(200);
+        let mut fill = Vec::new();
+        while let Ok(Ok(stream)) = tokio::time::timeout(soon, TcpStream::connect(at)).await {
+            fill.push(stream);
+        }
+        let good = TcpListener::bind(("127.0.0.1", at.port())).await.unwrap();
+        let dialled = async |addresses: &'static [&str], timeout| {
+            let resolve = |_: &str| Ok(addresses.iter().map(|ip| SocketAddr::new(ip.parse().unwrap(), 0)).collect());
+            let names = Arc::new(Names::new(Duration::ZERO, resolve));
+            dial(&names, "server", at.port(), timeout, None, FirstBytes::AtOnce).await.and_then(|to| to.peer_addr())
+        };
+        let good = good.local_addr().unwrap();
+        assert_eq!(dialled(&["127.0.0.2", "127.0.0.1"], Duration::from_secs(1)).await.unwrap(), good);
+        assert_eq!(dialled(&["127.0.0.2", "127.0.0.2", "127.0.0.1"], soon).await.unwrap(), good);
+        assert_eq!(dialled(&["127.0.0.3", "127.0.0.1"], soon).await.unwrap(), good, "one that refuses");
+        assert_eq!(dialled(&["127.0.0.2"], soon).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let refused = dialled(&["127.0.0.3", "127.0.0.4"], soon).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(dialled(&[], soon).await.is_err());
     }
 
     #[tokio::test]

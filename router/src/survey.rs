@@ -67,7 +67,10 @@ pub async fn silence(router: Arc<Router>) {
         let limits = |port: &Port| Silence { client: port.client_silence, server: port.server_silence };
         let ports = router.ports().into_iter().map(|port| (port.name.clone(), limits(&port.settings())));
         let ports: BTreeMap<_, _> = ports.collect();
-        let limits = |port: &str| ports.get(port).copied().unwrap_or_default();
+        // Sessions outlive their port, also those of another process that had more ports.
+        let all = router.limits();
+        let other = Silence { client: all.client_silence, server: all.server_silence };
+        let limits = |port: &str| ports.get(port).copied().unwrap_or(other);
         let mut given_up = 0;
         for (looked_at, silent) in router.sessions.give_up_silent(limits).enumerate() {
             given_up += silent;

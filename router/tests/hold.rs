@@ -390,7 +390,7 @@ async fn draining_refuses_the_held_and_waits_for_sessions() {
     let mut held = connect(ro, STARTUP).await;
     world.held(1).await;
     let router = world.router.clone();
-    let drained = tokio::spawn(async move { router.drain(PATIENCE, false).await });
+    let drained = tokio::spawn(async move { router.drain(Some(PATIENCE), false).await });
     assert_eq!(refused(&mut held).await, "57P03");
     assert!(!drained.is_finished(), "the session goes on");
     drop((client, server_end));
@@ -404,7 +404,7 @@ async fn draining_ends_what_takes_too_long() {
     let server = Fake::start().await;
     world.lead("a", server.at).await;
     let (mut client, _server_end) = session(rw, &server).await;
-    assert_eq!(world.router.drain(Duration::from_millis(50), false).await, 1);
+    assert_eq!(world.router.drain(Some(Duration::from_millis(50)), false).await, 1);
     assert_eq!(rest(&mut client).await, b"");
 }
 
@@ -416,7 +416,7 @@ async fn those_who_are_held_outlast_a_hand_over() {
     let mut held = connect(rw, STARTUP).await;
     world.held(1).await;
     let router = world.router.clone();
-    let drained = tokio::spawn(async move { router.drain(PATIENCE, true).await });
+    let drained = tokio::spawn(async move { router.drain(Some(PATIENCE), true).await });
     eventually(|| world.router.is_draining()).await;
     world.lead("a", server.at).await;
     let (session, _) = server.session().await;

@@ -374,3 +374,45 @@ async fn a_new_leader_is_asked_where_its_record_is_slow() {
     world.change(|view| view.members.get_mut(&"b".into()).unwrap().role = "demoted".into()).await;
     is_ended(&mut client, &mut server).await;
 }
+
+/// A REST API that takes so long to say that it is the primary's.
+async fn slow_api(delay: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/patroni", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.read(&mut [0; 1024]).await;
+                tokio::time::sleep(delay).await;
+                let _ = stream.write_all(b"HTTP/1.0 200 OK\r\n\r\n{\"role\":\"primary\"}").await;
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_slow_proof_counts_though_the_dcs_talks_of_something_else() {
+    let mut world = World::new(limits());
+    let rw = world.open(port(Target::Leader)).await;
+    let server = Fake::start().await;
+    let url = slow_api(Duration::from_millis(150)).await;
+    // With the key, and a record that does not say so yet.
+    world.lead("a", server.at).await;
+    world
+        .change(|view| {
+            let record = view.members.get_mut(&"a".into()).unwrap();
+            (record.role, record.api_url) = ("replica".into(), Some(url));
+        })
+        .await;
+    let talks = async {
+        loop {
+            world.confirm();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::select! {
+        () = talks => {}
+        _ = session(rw, &server) => {}
+    }
+}

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use trunkline_common::{Clock, Lsn, SystemClock};
-use trunkline_config::router::{Balance, Lag, Listen, NoCandidate, Port, Target};
+use trunkline_config::router::{Balance, Lag, Limits, Listen, NoCandidate, Port, Target};
 use trunkline_router::sessions::Line;
 
 /// A session that some server of several has taken.
@@ -211,12 +211,49 @@ async fn one_address_does_not_take_all_places() {
     assert_eq!(within(tls.read_u8()).await.unwrap(), b'N', "it is told why only after that");
     tls.write_all(STARTUP).await.unwrap();
     assert_eq!(refused(&mut tls).await, "53300");
+    // Whoever has heard it leaves.
+    drop((third, tls));
+    eventually(|| world.router.connections() == 2).await;
     let mut cancel = connect(rw, CANCEL).await;
     drop(leader.request().await);
     assert_eq!(rest(&mut cancel).await, b"", "cancel requests are not sessions");
     drop(first);
     eventually(|| world.router.sessions.len() == 1).await;
     session(rw, &leader).await;
+}
+
+#[tokio::test]
+async fn one_address_does_not_take_all_places_by_saying_nothing() {
+    let mut world = World::new(Limits { max_sessions: 3, ..limits() });
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    let rw = world.open(Port { max_per_client: Some(2), startup_timeout: 3 * PATIENCE, ..port(Target::Leader) }).await;
+    let mut silent = Vec::new();
+    for _ in 0..3 {
+        silent.push(within(TcpStream::connect(rw)).await.unwrap());
+    }
+    eventually(|| world.router.connections() == 3).await;
+    let other = TcpSocket::new_v4().unwrap();
+    other.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut other = within(other.connect(rw)).await.unwrap();
+    other.write_all(STARTUP).await.unwrap();
+    let _served = leader.session().await;
+    assert_eq!(rest(&mut silent[2]).await, b"", "the one that was too many");
+}
+
+#[tokio::test]
+async fn who_is_too_many_is_heard_unless_there_are_as_many_of_those() {
+    let mut world = World::new(limits());
+    let leader = Fake::start().await;
+    world.lead("a", leader.at).await;
+    let rw = world.open(Port { max_per_client: Some(1), ..port(Target::Leader) }).await;
+    let _first = session(rw, &leader).await;
+    let mut second = within(TcpStream::connect(rw)).await.unwrap();
+    eventually(|| world.router.connections() == 2).await;
+    let mut third = connect(rw, STARTUP).await;
+    assert_eq!(rest(&mut third).await, b"");
+    second.write_all(STARTUP).await.unwrap();
+    assert_eq!(refused(&mut second).await, "53300");
 }
 
 #[tokio::test]

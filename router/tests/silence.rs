@@ -12,7 +12,7 @@ use common::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_config::router::{Port, Target};
+use trunkline_config::router::{Limits, Port, Target};
 use trunkline_router::survey;
 
 /// The shortest that a port may have.
@@ -29,7 +29,11 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        let mut world = World::new(limits());
+        Self::within(limits()).await
+    }
+
+    async fn within(limits: Limits) -> Self {
+        let mut world = World::new(limits);
         if world.router.lean.after().is_none() {
             world.router.lean.start(1, NonZeroU32::MIN).unwrap();
             tokio::spawn(survey::settling(world.router.clone()));
@@ -105,6 +109,22 @@ async fn a_server_that_dies_is_given_up() {
     drop((copies, reads, asks));
     scene.ended("server_lost", 3).await;
     scene.ended("client", 1).await;
+}
+
+#[tokio::test]
+async fn a_server_that_dies_is_given_up_also_when_the_port_is_gone() {
+    if !inside("a_server_that_dies_is_given_up_also_when_the_port_is_gone") {
+        return;
+    }
+    let silence = Some(SILENCE);
+    let scene = Scene::within(Limits { client_silence: silence, server_silence: silence, ..limits() }).await;
+    let (mut copies, mut server) = session(scene.rw, &scene.server).await;
+    streams(&mut copies, &mut server).await;
+    scene.world.router.forget("leader");
+    cut_off(scene.server.at.port());
+    is_told(&mut copies, &vec![7; 1 << 20]).await;
+    drop(copies);
+    scene.ended("server_lost", 1).await;
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ impl Half<'_> {
     /// Ready: bytes read, 0 at the end of the source.
     pub(super) fn poll_copy(&mut self, cx: &mut Context<'_>, sockets: Sockets<'_>) -> Poll<Result<usize, Stop>> {
         let Sockets { from, to } = sockets;
+        debug_assert!(self.way.is_drained(), "what is in the pipe has been read before");
         ready!(self.poll_rest(cx, to))?;
         SCRATCH.with_borrow_mut(|scratch| {
             let bytes = match self.read_unread(from, scratch) {

@@ -89,7 +89,8 @@ pub(super) struct Way {
     /// Splicing was refused once: this kind of socket can't.
     refused: bool,
     pipe: Option<Pipe>,
-    /// Bytes in the pipe.
+    /// Bytes of the last move, and how many of them are still in the pipe.
+    taken: usize,
     filled: usize,
 }
 
@@ -115,7 +116,12 @@ impl Way {
 
     /// Whether it copies and has nothing in a pipe.
     pub(super) fn is_empty(&self) -> bool {
-        !self.streams && self.pipe.is_none()
+        !self.streams && self.is_drained()
+    }
+
+    /// Whether it has nothing in a pipe.
+    pub(super) fn is_drained(&self) -> bool {
+        self.pipe.is_none()
     }
 
     /// Whether the next step should splice.
@@ -136,8 +142,9 @@ impl Way {
         self.unanswered = 0;
     }
 
-    fn moved(&mut self, bytes: usize) {
-        self.vote(bytes < SMALL, SMALL_MOVES);
+    /// The pipe is empty again. Before that nothing may be copied: it would come before what is in the pipe.
+    fn moved(&mut self) {
+        self.vote(self.taken < SMALL, SMALL_MOVES);
     }
 
     fn vote(&mut self, change: bool, needed: u8) {
@@ -160,6 +167,9 @@ impl Half<'_> {
         let Sockets { from, to } = sockets;
         ready!(self.poll_rest(cx, to))?;
         ready!(self.poll_drain(cx, to, pool))?;
+        if !self.way.streams {
+            return self.poll_copy(cx, sockets);
+        }
         let Some(pipe) = self.way.pipe.take().or_else(|| pool.take()) else {
             return self.poll_copy(cx, sockets);
         };
@@ -176,9 +186,8 @@ impl Half<'_> {
             }
             Poll::Ready(Ok(bytes)) => {
                 self.way.pipe = Some(pipe);
-                self.way.filled = bytes;
+                (self.way.taken, self.way.filled) = (bytes, bytes);
                 pause::streamed();
-                self.way.moved(bytes);
                 // What can't be written now is written by the next step.
                 match self.poll_drain(cx, to, pool) {
                     Poll::Ready(Err(stop)) => Poll::Ready(Err(stop)),
@@ -209,6 +218,7 @@ impl Half<'_> {
         }
         if let Some(pipe) = self.way.pipe.take() {
             pool.give_back(pipe);
+            self.way.moved();
         }
         Poll::Ready(Ok(()))
     }
@@ -217,4 +227,128 @@ impl Half<'_> {
 fn splice(from: impl std::os::fd::AsFd, to: impl std::os::fd::AsFd, length: usize) -> io::Result<usize> {
     let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
     Ok(rustix::pipe::splice(from, None, to, None, length, flags)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::os::unix::net::UnixStream;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const PIECE: usize = 200;
+
+    /// A direction that streams, and its ends.
+    struct Scene {
+        sender: TcpStream,
+        from: TcpStream,
+        half: Half<'static>,
+        pool: Pool,
+        to: TcpStream,
+        receiver: TcpStream,
+        /// What the sender has sent.
+        sent: Vec<u8>,
+        /// What the receiver got before that, past the half.
+        before: usize,
+    }
+
+    /// Of unix sockets: what one takes and the other has are the same at any time.
+    fn pair() -> (TcpStream, TcpStream) {
+        let open = |socket: UnixStream| {
+            socket.set_nonblocking(true).unwrap();
+            TcpStream::from_std(OwnedFd::from(socket).into()).unwrap()
+        };
+        let (one, other) = UnixStream::pair().unwrap();
+        (open(one), open(other))
+    }
+
+    impl Scene {
+        /// So many pieces have passed before the receiver stalled, and two have come since.
+        async fn stalled(passed: usize) -> Self {
+            let ((sender, from), (to, receiver)) = (pair(), pair());
+            let half = Half { way: Way::streaming(), ..Half::default() };
+            let mut scene = Self { sender, from, half, pool: Pool::new(1), to, receiver, sent: Vec::new(), before: 0 };
+            for _ in 0..passed {
+                scene.piece().await;
+                scene.receiver.read_exact(&mut [0; PIECE]).await.unwrap();
+            }
+            scene.sent.clear();
+            scene.to.writable().await.unwrap();
+            while let Ok(bytes) = scene.to.try_write(&[0; PIECE]) {
+                scene.before += bytes;
+            }
+            scene.piece().await;
+            scene.piece().await;
+            scene
+        }
+
+        /// The sender sends one, with which a step is made.
+        async fn piece(&mut self) {
+            let piece = pattern(self.sent.len(), PIECE);
+            self.sender.write_all(&piece).await.unwrap();
+            self.sent.extend(piece);
+            self.from.readable().await.unwrap();
+            let Self { from, to, half, pool, .. } = self;
+            let step = poll_fn(|cx| Poll::Ready(half.poll_step(cx, Sockets { from, to }, pool, false)));
+            let _ = step.await;
+        }
+
+        /// The sender sends so much more and ends; what the receiver gets of that, which reads again.
+        async fn rest(mut self, more: usize) -> (Vec<u8>, Vec<u8>) {
+            let bytes = pattern(self.sent.len(), more);
+            self.sent.extend(&bytes);
+            let mut sender = self.sender;
+            let sends = async {
+                sender.write_all(&bytes).await.unwrap();
+                sender.shutdown().await.unwrap();
+            };
+            let (half, sockets) = (&mut self.half, Sockets { from: &self.from, to: &self.to });
+            let relays = poll_fn(|cx| {
+                while half.poll_step(cx, sockets, &self.pool, false).is_ready() {}
+                if half.ended() { Poll::Ready(()) } else { Poll::Pending }
+            });
+            let mut got = Vec::new();
+            let (.., read) = tokio::join!(sends, relays, self.receiver.read_to_end(&mut got));
+            read.unwrap();
+            (got.split_off(self.before), self.sent)
+        }
+    }
+
+    /// Bytes that show any loss, repetition or exchange.
+    fn pattern(from: usize, length: usize) -> Vec<u8> {
+        (from as u32..).take(length).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+    }
+
+    /// In whatever state a stall meets a half that moves small pieces.
+    const STATES: std::ops::Range<usize> = 0..2 * SMALL_MOVES as usize;
+
+    #[tokio::test]
+    async fn a_stall_among_small_pieces_changes_no_order() {
+        for passed in STATES {
+            let (got, sent) = Scene::stalled(passed).await.rest(1 << 20).await;
+            assert!(got == sent, "{passed} pieces before: {} of {} bytes, or not in order", got.len(), sent.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn an_end_in_a_stall_loses_nothing() {
+        for passed in STATES {
+            let (got, sent) = Scene::stalled(passed).await.rest(0).await;
+            assert!(got == sent, "{passed} pieces before: {} of {} bytes, or not in order", got.len(), sent.len());
+        }
+    }
+
+    #[tokio::test]
+    async fn who_leaves_in_a_stall_takes_all_along_in_order() {
+        for passed in STATES {
+            let mut scene = Scene::stalled(passed).await;
+            let mut got = scene.half.take_rest();
+            let mut unread = vec![0; scene.sent.len() - got.len()];
+            scene.from.read_exact(&mut unread).await.unwrap();
+            got.extend(unread);
+            assert!(got == scene.sent, "{passed} pieces before");
+        }
+    }
 }

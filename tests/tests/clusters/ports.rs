@@ -566,13 +566,15 @@ async fn an_upgrade_waits_for_etcd_and_nobody_notices() -> Result<()> {
     // The next ones come with a file in which etcd is elsewhere.
     let detours = [Detour::to(&scene.etcd.endpoints()[0]).await?, Detour::to(&scene.etcd.endpoints()[0]).await?];
     let mut config: Value = serde_json::from_str(&std::fs::read_to_string(lab.dir().join("etc/router.yml"))?)?;
+    config["limits"] = json!({"drain_timeout": 1});
+    lab.write_config("before.yml", &config.to_string())?;
     for (detour, file) in detours.iter().zip(["one.yml", "two.yml"]) {
         config["etcd3"]["hosts"] = json!([detour.address()?]);
         config["limits"] = json!({"drain_timeout": 15});
         lab.write_config(file, &config.to_string())?;
     }
     let [first_detour, second_detour] = detours;
-    let mut running = router_process(&scene, "before", "router.yml", &[])?;
+    let mut running = router_process(&scene, "before", "before.yml", &[])?;
     let target = Target::new(ports.read_write, &scene.cluster.spec().password);
     wait::until("the router to serve", LIMIT, async || target.query_one("SELECT 1", LIMIT).await).await?;
     target.execute("CREATE TABLE kept (n int)", LIMIT).await?;
@@ -619,7 +621,12 @@ async fn an_upgrade_waits_for_etcd_and_nobody_notices() -> Result<()> {
         let health = rest::get(ports.admin, "/health").await?.body;
         ensure!(health["draining"] == false, "the old router answered: {health}");
     }
-    ensure!(running.ended().is_none(), "it has a session");
+    // Longer than it would be given by a SIGTERM.
+    let until = SystemClock.now() + Duration::from_secs(3);
+    while SystemClock.now() < until {
+        ensure!(running.ended().is_none() && stays.try_wait()?.is_none(), "it has a session, which goes on");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     stays.kill().await?;
     wait::until("the old router to end", LIMIT, async || running.ended().context("it is still there")).await?;
     session.batch_execute("INSERT INTO kept VALUES (3); COMMIT").await?;
