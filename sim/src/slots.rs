@@ -165,6 +165,10 @@ impl ModelPostgres {
                     Step::Missing(name) => drop(done.missing.insert(name)),
                 }
             }
+            let lacks = |(name, slot): (&String, &Logical)| {
+                (standby && slot.restart < data.oldest && plan.wanted.contains_key(name)).then(|| name.clone())
+            };
+            done.missing.extend(data.logical.iter().filter_map(lacks));
             Ok::<_, PgError>((done, standby, jobs, postmaster))
         })?;
         done.again |= !jobs.is_empty() || !done.missing.is_empty();
@@ -234,18 +238,24 @@ impl ModelPostgres {
             let postmaster = server.running().filter(|p| !self.stage.executor().is_frozen(p.process))?;
             let primary = postmaster.role == PgRole::Primary;
             let slots = server.data.as_ref()?.logical.iter().filter(|(name, _)| primary && wanted.contains_key(*name));
-            Some(slots.map(|(name, slot)| (name.clone(), *slot)).collect::<Vec<_>>())
+            let kept = slots.filter(|(_, slot)| server.data.as_ref().is_some_and(|data| slot.restart >= data.oldest));
+            Some(kept.map(|(name, slot)| (name.clone(), *slot)).collect::<Vec<_>>())
         });
         let mut copies = read.ok_or_else(unreachable)?;
-        let replayed = self.server(|server| server.data.as_ref().map(|data| data.wal.end())).unwrap_or_default();
+        let here = self.server(|server| server.data.as_ref().map(|data| (data.wal.end(), data.oldest)));
+        let (replayed, oldest) = here.unwrap_or_default();
         copies.retain(|(_, slot)| may_be_copied(position(slot.confirmed), replayed));
-        if copies.is_empty() {
-            return Ok(Vec::new());
+        let Some(from) = copies.iter().map(|(_, slot)| slot.restart).min() else { return Ok(Vec::new()) };
+        if from < oldest {
+            // What is lacking is fetched.
+            self.stage.micros(50_000..500_000).await;
+            self.check_disk()?;
         }
         self.stop(StopMode::Fast, self.config().pg_ctl_timeout, None).await?;
         self.check_disk()?;
         self.server(|server| {
             if let Some(data) = &mut server.data {
+                data.oldest = data.oldest.min(from);
                 data.logical.extend(copies.iter().cloned());
             }
         });

@@ -1,39 +1,31 @@
 //! Replication slots (ha-loop §16.2). Which ones there shall be is decided elsewhere.
 //!
 //! Physical slots are a query each. A logical slot is made by waiting for running transactions and moved by decoding, so
-//! that goes on beside; a standby gets it as a copy of the primary's state file, which PostgreSQL reads at its start.
+//! that goes on beside; a standby gets it as a copy (`copy`), with the WAL that it needs (`wal`).
+
+mod copy;
+mod wal;
+
+pub use copy::may_be_copied;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
-use trunkline_common::{Clock as _, Lsn};
+use trunkline_common::Lsn;
 use trunkline_config::tags;
 
-use super::bootstrap::literal;
 use super::instance::Instance;
-use super::walsender::{Purpose, Wire, WireError};
-use super::{PgError, SlotKind, SlotPlan, SlotsDone, StopMode, Upstream, WantedSlot, files, query};
+use super::{PgError, SlotKind, SlotPlan, SlotsDone, query};
 
 /// The bound on all of it.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// The bound on one logical slot's way: a standby that was away for long has much to decode.
 const DECODE_LIMIT: Duration = Duration::from_secs(3600);
-
-/// The bound on asking the primary for its slots.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
-
-/// How long a standby is waited for that has not replayed what readers have confirmed; and how often it is looked.
-const CATCH_UP_WITHIN: Duration = Duration::from_secs(2);
-const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
 
 /// A slot as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +105,8 @@ pub struct Decoding {
     running: Option<JoinHandle<()>>,
     /// Those that can't be moved any more: the WAL is gone, or they were invalidated.
     broken: BTreeSet<String>,
+    /// WAL is being fetched for slots that are to be copied.
+    fetching: Option<JoinHandle<()>>,
 }
 
 /// What leads from the slots there are to those wanted. `standby` has the position that it has replayed.
@@ -176,12 +170,6 @@ pub fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<
         }
     }
     steps
-}
-
-/// Whether a standby that has replayed so much may have a copy of a slot whose reader has `confirmed` so much. Should it be
-/// promoted with less, what is written there then is not what the reader has got, and the slot would be past it.
-pub fn may_be_copied(confirmed: Lsn, replayed: Lsn) -> bool {
-    confirmed <= replayed
 }
 
 /// Whether a matcher of `ignore_slots` is about this slot: of its four fields those that say something must fit. One that is
@@ -252,6 +240,7 @@ impl Instance {
                     }
                 }
             }
+            done.missing.extend(self.without_wal(&present, &plan, standby).await?);
             done.again |= !jobs.is_empty() || !done.missing.is_empty();
             let broken = self.decode(jobs);
             if standby.is_some() {
@@ -261,6 +250,37 @@ impl Instance {
         };
         let timeout = PgError::Timeout { what: "changing slots".to_owned(), limit: LIMIT };
         tokio::time::timeout(LIMIT, work).await.unwrap_or(Err(timeout))
+    }
+
+    /// Those of a standby's logical slots that are of no use here: copies from before the agent looked at their WAL.
+    async fn without_wal(
+        &self,
+        present: &BTreeMap<String, Slot>,
+        plan: &SlotPlan,
+        standby: Option<Lsn>,
+    ) -> Result<Vec<String>, PgError> {
+        let Some(replayed) = standby else {
+            if let Some(fetching) = self.inner.decoding.lock().fetching.take() {
+                fetching.abort();
+            }
+            return self.in_pool(|instance| instance.forget_fetched_wal().map(|()| Vec::new())).await;
+        };
+        let logical = |name: &String, slot: &Slot| slot.kind != SlotKind::Physical && plan.wanted.contains_key(name);
+        let slots = present.iter().filter(|(name, slot)| logical(name, slot) && !slot.active);
+        let slots: Vec<_> = slots.filter_map(|(name, slot)| Some((name.clone(), slot.restart?))).collect();
+        if slots.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.in_pool(move |instance| {
+            let mut without = Vec::new();
+            for (name, restart) in slots {
+                if !instance.lacking_wal(restart, replayed, false)?.is_empty() {
+                    without.push(name);
+                }
+            }
+            Ok(without)
+        })
+        .await
     }
 
     /// Begins with these, unless others are under way; the names of those that have turned out to be broken.
@@ -315,120 +335,6 @@ impl Instance {
         }
         tracing::warn!("slot: {job:?}: {error}");
     }
-
-    pub(super) async fn run_copy_slots(
-        &self,
-        wanted: BTreeMap<String, WantedSlot>,
-        source: Upstream,
-    ) -> Result<Vec<String>, PgError> {
-        let config = self.config_now();
-        let ask = async {
-            let mut wire = Wire::connect(&source, &config.rewind, Purpose::Sql(&config.database)).await?;
-            let rows = wire.query(&states(wanted.keys(), self.version())).await?;
-            // After the files, which say nothing of what is confirmed from here on.
-            Ok((rows, wire.query(&confirmed(wanted.keys())).await?))
-        };
-        let failed = |error: WireError| PgError::Failed(format!("reading the slots of {}: {error}", source.name));
-        let timeout = PgError::Timeout { what: format!("reading the slots of {}", source.name), limit: ASK_LIMIT };
-        let (rows, confirmed) = tokio::time::timeout(ASK_LIMIT, ask).await.map_err(|_| timeout)?.map_err(failed)?;
-        let mut copies: Vec<(String, Vec<u8>)> = rows.iter().filter_map(|row| state(row, &wanted)).collect();
-        let read_up_to = |name: &String| {
-            let row = confirmed.iter().find(|row| row.first() == Some(&Some(name.clone())))?;
-            row.get(1)?.as_ref()?.parse::<Lsn>().ok()
-        };
-        let last = copies.iter().filter_map(|(name, _)| read_up_to(name)).max().unwrap_or_default();
-        let Some(replayed) = self.catch_up(last).await? else { return Ok(Vec::new()) };
-        copies.retain(|(name, _)| {
-            let confirmed = read_up_to(name).unwrap_or(Lsn(u64::MAX));
-            let may = may_be_copied(confirmed, replayed);
-            if !may {
-                tracing::info!(
-                    "slot {name} is not copied yet: read up to {confirmed}, and here replayed up to {replayed}"
-                );
-            }
-            may
-        });
-        if copies.is_empty() {
-            return Ok(Vec::new());
-        }
-        tracing::info!("copying logical slots from {}: {:?}", source.name, wanted.keys().collect::<Vec<_>>());
-        self.run_stop(StopMode::Fast, config.pg_ctl_timeout, None).await?;
-        let names = copies.iter().map(|(name, _)| name.clone()).collect();
-        self.in_pool(move |instance| {
-            let dir = instance.config_now().data_dir.join("pg_replslot");
-            for (name, state) in &copies {
-                place(&dir, name, state).map_err(|error| files::unwritable(&dir.join(name), &error))?;
-            }
-            Ok(())
-        })
-        .await?;
-        Ok(names)
-    }
-
-    /// What this standby has replayed, once that is up to `position`, or after a while: replication is always a moment behind.
-    async fn catch_up(&self, position: Lsn) -> Result<Option<Lsn>, PgError> {
-        let (session, begun) = (self.session(LIMIT).await?, self.inner.clock.now());
-        loop {
-            let replayed = replayed(session.client()).await?;
-            let waited = self.inner.clock.now().since(begun);
-            if replayed.is_none_or(|replayed| replayed >= position) || waited > CATCH_UP_WITHIN {
-                return Ok(replayed);
-            }
-            self.inner.clock.sleep(CATCH_UP_PAUSE).await;
-        }
-    }
-}
-
-/// Puts a slot's state file in its place, in one step: PostgreSQL refuses to start with half of one.
-fn place(dir: &Path, name: &str, state: &[u8]) -> std::io::Result<()> {
-    let (target, temporary) = (dir.join(name), dir.join(format!("{name}.tmp")));
-    let sync = |path: &Path| fs::File::open(path)?.sync_all();
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary)?;
-    }
-    fs::DirBuilder::new().mode(0o700).create(&temporary)?;
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(temporary.join("state"))?;
-    file.write_all(state)?;
-    file.sync_all()?;
-    sync(&temporary)?;
-    if target.exists() {
-        fs::remove_dir_all(&target)?;
-    }
-    fs::rename(&temporary, &target)?;
-    sync(dir)
-}
-
-/// Asks a primary for the state files of slots.
-fn states<'n>(names: impl Iterator<Item = &'n String>, version: u32) -> String {
-    let names = names.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
-    let own = if version >= 17 { "NOT failover AND" } else { "" };
-    format!(
-        "SELECT slot_name, datname, plugin, pg_catalog.pg_read_binary_file('pg_replslot/' || slot_name || '/state')
-           FROM pg_catalog.pg_get_replication_slots() JOIN pg_catalog.pg_database ON datoid = oid
-          WHERE {own} NOT pg_catalog.pg_is_in_recovery() AND slot_type = 'logical' AND slot_name IN ({names})"
-    )
-}
-
-/// Asks a primary what the readers of its logical slots have confirmed.
-fn confirmed<'n>(names: impl Iterator<Item = &'n String>) -> String {
-    let names = names.map(|name| literal(name)).collect::<Vec<_>>().join(", ");
-    format!(
-        "SELECT slot_name, confirmed_flush_lsn FROM pg_catalog.pg_get_replication_slots()
-          WHERE slot_type = 'logical' AND slot_name IN ({names})"
-    )
-}
-
-/// A slot's name and state file, if the primary's slot is what is wanted.
-fn state(row: &[Option<String>], wanted: &BTreeMap<String, WantedSlot>) -> Option<(String, Vec<u8>)> {
-    let [Some(name), Some(database), Some(plugin), Some(hex)] = row else { return None };
-    let kind = SlotKind::Logical { database: database.clone(), plugin: plugin.clone() };
-    if wanted.get(name)?.kind != kind {
-        tracing::warn!("the primary's slot {name} is {kind:?} and not what is configured; not copied");
-        return None;
-    }
-    let digits = hex.strip_prefix("\\x")?.as_bytes();
-    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-    Some((name.clone(), digits.chunks(2).map(byte).collect::<Option<_>>()?))
 }
 
 /// What a standby has replayed; `None` for a primary.
@@ -495,6 +401,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::postgres::WantedSlot;
 
     fn logical() -> SlotKind {
         SlotKind::Logical { database: "d".into(), plugin: "p".into() }
@@ -633,24 +540,5 @@ mod tests {
         ] {
             assert_eq!(is_ignored(&matcher(value.clone()), "a", &slot(SlotKind::Physical)), ignored, "{value}");
         }
-    }
-
-    #[test]
-    fn a_state_file_comes_as_hexadecimal() {
-        let wanted = [("a".to_owned(), WantedSlot { kind: logical(), position: None, in_use: None })].into();
-        let row = |plugin: &str, hex: &str| ["a", "d", plugin, hex].map(|text| Some(text.to_owned()));
-        assert_eq!(state(&row("p", "\\x00ff10"), &wanted), Some(("a".to_owned(), vec![0, 255, 16])));
-        assert_eq!(state(&row("q", "\\x00"), &wanted), None, "configured otherwise");
-        assert_eq!(state(&row("p", "\\x0g"), &wanted), None);
-    }
-
-    #[test]
-    fn a_state_file_is_replaced_in_one_step() {
-        let dir = tempfile::tempdir().expect("temp dir");
-        for state in [b"old".as_slice(), b"new"] {
-            place(dir.path(), "a", state).expect("placed");
-            assert_eq!(fs::read(dir.path().join("a/state")).expect("file"), state);
-        }
-        assert!(!dir.path().join("a.tmp").exists());
     }
 }

@@ -86,9 +86,33 @@ pub fn file_name(timeline: TimelineId, at: Lsn, segment: u64) -> String {
     format!("{:08X}{:08X}{:08X}", timeline.0, number / per_log, number % per_log)
 }
 
+/// The number of a WAL file, on whatever timeline; `None` for any other file.
+pub fn number(name: &str, segment: u64) -> Option<u64> {
+    let part = |at: usize| name.get(at..at + 8).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
+    let read = |at| u64::from_str_radix(part(at)?, 16).ok();
+    let (log, in_log) = (read(8)?, read(16)?);
+    let per_log = (1u64 << 32).checked_div(segment)?;
+    (name.len() == 24 && part(0).is_some() && in_log < per_log).then_some(log * per_log + in_log)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_have_numbers() {
+        let segment = 16 << 20;
+        for at in [0, 0x0300_0028, 0x1_0300_0028, 0xff_ff00_0000] {
+            let name = file_name(TimelineId(7), Lsn(at), segment);
+            assert_eq!(number(&name, segment), Some(at / segment), "{name}");
+        }
+        for name in
+            ["", "00000001.history", "00000001000000000000000g", "000000010000000000000100", "0000000100000000000000ä"]
+        {
+            assert_eq!(number(name, segment), None, "{name}");
+        }
+        assert_eq!(number("000000010000000000000001", 0), None);
+    }
 
     #[test]
     fn records_end_aligned_and_across_pages() {

@@ -286,18 +286,13 @@ impl World {
             let leads = servers.iter().find(|server| Some(&server.name.0) == leader.as_ref());
             let leads = leads.and_then(|server| server.data.as_ref());
             let end = leads.map_or(0, |data| data.wal.len());
-            // A copy that was made lately does not have the WAL that the slot needs, until its reader has got on.
-            let read_from = |slot: &String| leads.and_then(|data| data.logical.get(slot)).map(|slot| slot.restart);
             let lacks = |server: &Server| {
                 let (data, postmaster) = server.data.as_ref().zip(server.running())?;
                 // Who does not get on is left to a person, or hangs below such a one.
                 let streams = postmaster.role == PgRole::Primary || postmaster.streaming;
                 let gets_on = streams && data.wal.len() + KEPT_UP >= end;
                 let there = |slot: &String| match self.scenario.logical_slot() {
-                    Some(name) if name == *slot => {
-                        let too_young = read_from(slot).is_some_and(|from| from < data.copied_at);
-                        logical.is_none() || !gets_on || too_young || data.can_decode(slot)
-                    }
+                    Some(name) if name == *slot => logical.is_none() || !gets_on || data.can_decode(slot),
                     _ => data.slots.contains_key(slot),
                 };
                 permanent.keys().find(|slot| !there(slot)).map(|slot| (server.name.clone(), slot.clone()))
