@@ -22,23 +22,33 @@ pub enum Part {
     Replica,
 }
 
+/// How far a server has got, by one look at it. What it gets later may be of another timeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reached {
+    /// Its timeline.
+    pub timeline: Option<TimelineId>,
+    /// What it has replayed; `None` for a primary.
+    pub replayed: Option<Lsn>,
+}
+
 /// When each slot's member was last there: the slot outlives it by `member_slots_ttl`.
 pub type Seen = BTreeMap<String, Instant>;
 
-/// The slots that there shall be on a server that is on `timeline`. `heard` has positions that members told this node directly,
+/// The slots that there shall be on a server that has got so far. `heard` has positions that members told this node directly,
 /// newer than their keys.
 pub fn wanted(
     view: &ClusterView,
     me: &Me,
     part: Part,
-    timeline: Option<TimelineId>,
+    reached: Reached,
     seen: &Seen,
     heard: &BTreeMap<MemberName, Lsn>,
 ) -> BTreeMap<String, WantedSlot> {
     let own = me.name.slot_name();
     // The status goes with the history: until a new leader has written them, the position of a reader is that of another
     // timeline, and what is there on this one the reader may never have got.
-    let comparable = timeline == Some(view.timeline().unwrap_or(TimelineId(1)));
+    let comparable = reached.timeline == Some(view.timeline().unwrap_or(TimelineId(1)));
+    let moved_to = |lsn: Lsn| reached.replayed.map_or(lsn, |replayed| lsn.min(replayed));
     let known = |slot: &str| known(view, slot);
     let mut wanted = of_members(view, me, part, heard);
     if !view.settings.member_slots_ttl.is_zero() {
@@ -62,7 +72,7 @@ pub fn wanted(
         let cascading = member.filter(|(name, member)| replicates_from(view, name, &member.tags).is_some());
         let told = cascading.and_then(|(name, member)| heard.get(name).copied().max(member.xlog_location));
         let new = WantedSlot {
-            position: if physical { known(slot).max(told) } else { known(slot).filter(|_| comparable) },
+            position: if physical { known(slot).max(told) } else { known(slot).filter(|_| comparable).map(moved_to) },
             in_use: physical.then_some(part == Part::Leader && cascading.is_none()),
             kind,
         };
@@ -264,6 +274,10 @@ mod tests {
         }
     }
 
+    fn on(timeline: Option<u32>) -> Reached {
+        Reached { timeline: timeline.map(TimelineId), replayed: None }
+    }
+
     fn at() -> Instant {
         Instant::from_boot(Duration::from_secs(10_000))
     }
@@ -283,7 +297,7 @@ mod tests {
             };
             format!("{name}{position}{used}")
         };
-        wanted(view, &me, part, Some(TimelineId(1)), &seen, &BTreeMap::new())
+        wanted(view, &me, part, on(Some(1)), &seen, &BTreeMap::new())
             .into_iter()
             .map(slot)
             .collect::<Vec<_>>()
@@ -335,11 +349,15 @@ mod tests {
     fn a_position_of_another_timeline_moves_no_logical_slot() {
         let mut view = view(&json!({ "slots": { "log": { "database": "x", "plugin": "y" } } }));
         let position = |view: &ClusterView, timeline: Option<u32>| {
-            let timeline = timeline.map(TimelineId);
-            wanted(view, &me("b", &json!({})), Part::Replica, timeline, &Seen::new(), &BTreeMap::new())["log"].position
+            let reached = on(timeline);
+            wanted(view, &me("b", &json!({})), Part::Replica, reached, &Seen::new(), &BTreeMap::new())["log"].position
         };
         let positions = [Some(1), Some(2), None].map(|timeline| position(&view, timeline));
         assert_eq!(positions, [Some(Lsn(7)), None, None], "a status of the first timeline");
+        // A standby that gets to the second one after it was looked at goes no further by a position of the first.
+        let behind = Reached { replayed: Some(Lsn(5)), ..on(Some(1)) };
+        let slots = wanted(&view, &me("b", &json!({})), Part::Replica, behind, &Seen::new(), &BTreeMap::new());
+        assert_eq!(slots["log"].position, Some(Lsn(5)));
         view.history = vec![HistoryLine {
             timeline: TimelineId(1),
             switchpoint: Lsn(90),
@@ -355,7 +373,7 @@ mod tests {
         let logical = json!({ "database": "x", "plugin": "y" });
         let view = view(&json!({ "slots": { "b": logical.clone(), "log": logical, "d": 0 } }));
         let me = me("a", &json!({}));
-        let wanted = wanted(&view, &me, Part::Leader, None, &Seen::new(), &BTreeMap::new());
+        let wanted = wanted(&view, &me, Part::Leader, on(None), &Seen::new(), &BTreeMap::new());
         assert_eq!(wanted["b"].kind, SlotKind::Physical);
         assert_eq!(clashes(&view, &wanted), ["b".to_owned()].into());
     }
@@ -395,18 +413,18 @@ mod tests {
         view.members.remove(&MemberName::from("d"));
         view.members.remove(&MemberName::from("b"));
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(60));
-        let slots = wanted(&view, &me, Part::Replica, None, &seen, &BTreeMap::new());
+        let slots = wanted(&view, &me, Part::Replica, on(None), &seen, &BTreeMap::new());
         let gone = "whoever was away when this agent began may have streamed from here";
         assert_eq!(slots.keys().collect::<Vec<_>>(), ["d", "gone"], "not of others; {gone}");
         note(&mut seen, &view, &me, false, at() + Duration::from_secs(1801));
-        assert!(wanted(&view, &me, Part::Replica, None, &seen, &BTreeMap::new()).is_empty());
+        assert!(wanted(&view, &me, Part::Replica, on(None), &seen, &BTreeMap::new()).is_empty());
     }
 
     #[test]
     fn what_a_member_told_directly_is_newer_than_its_key() {
         let view = view(&json!({}));
         let heard = [(MemberName::from("d"), Lsn(90))].into();
-        let slots = wanted(&view, &me("a", &json!({})), Part::Leader, None, &Seen::new(), &heard);
+        let slots = wanted(&view, &me("a", &json!({})), Part::Leader, on(None), &Seen::new(), &heard);
         assert_eq!((slots["d"].position, slots["f"].position), (Some(Lsn(90)), Some(Lsn(50))));
     }
 }

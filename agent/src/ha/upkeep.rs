@@ -131,7 +131,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let leads = primary || self.lease.session().leading;
         slots::note(&mut self.slots_seen, &view, &self.me, leads, self.parts.clock.now());
         let part = if leads { slots::Part::Leader } else { slots::Part::Replica };
-        let wanted = slots::wanted(&view, &self.me, part, running.timeline, &self.slots_seen, &self.memory.heard);
+        let reached = slots::Reached { timeline: running.timeline, replayed: running.replay_lsn };
+        let wanted = slots::wanted(&view, &self.me, part, reached, &self.slots_seen, &self.memory.heard);
         let clashes = slots::clashes(&view, &wanted);
         for slot in clashes.difference(&self.slots_clashing) {
             // Patroni's words: operators look for them.
