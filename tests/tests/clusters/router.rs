@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio_postgres::NoTls;
 use tokio_postgres::error::SqlState;
 use trunkline_common::{Clock, SystemClock};
-use trunkline_tests::workload::Target;
+use trunkline_tests::workload::{Target, Writers, create_table};
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, proxy, rest, wait};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -387,5 +387,37 @@ async fn told_to_end_it_waits_for_sessions_and_no_longer_than_it_may() -> Result
         ensure!(took < Duration::from_secs(10) && (leaves || took >= Duration::from_secs(2)), "{took:?}");
     }
     lab.success();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn router_top_shows_ports_sessions_and_rates_and_who_does_not_answer() -> Result<()> {
+    let mut scene = Scene::start("top", 2).await?;
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let names: Vec<&str> = scene.cluster.nodes.iter().map(|node| node.name()).collect();
+    create_table(&scene.read_write()).await?;
+    let _session = scene.read_write().connect(LIMIT).await?;
+    let writers = Writers::start(&scene.read_write(), 1, 1, Duration::from_millis(5));
+    writers.progress(1, LIMIT).await?;
+
+    let nobody = format!("127.0.0.1:{}", scene.lab.port()?);
+    let admin = format!("127.0.0.1:{}", scene.router.ports().admin);
+    let program = Program::agent()?.path.with_file_name("trunklinectl");
+    let mut top = tokio::process::Command::new(program);
+    top.args(["router", "top", &admin, &nobody, "--count", "2", "--watch", "0.5"]).kill_on_drop(true);
+    let output = tokio::time::timeout(LIMIT, top.output()).await??;
+    let shown = String::from_utf8(output.stdout)?;
+    ensure!(output.status.success(), "{shown}{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(shown.matches(&format!("Router {nobody} does not answer")).count() == 2, "{shown}");
+    ensure!(shown.matches(&format!("Router {admin}: leader {}, confirmed", names[leader])).count() == 2, "{shown}");
+    let rows: Vec<Vec<&str>> = shown.lines().map(|line| line.split('|').map(str::trim).collect()).collect();
+    let of = |port: &str| rows.iter().filter(|row| row.get(1) == Some(&port)).cloned().collect::<Vec<_>>();
+    let [first, second] = &of("read-write")[..] else { anyhow::bail!("{shown}") };
+    // Connections, sessions, servers; rates are there from the second look on.
+    ensure!(first[2..6] == ["leader", "2", "2", names[leader]] && first[8] == "-", "{shown}");
+    ensure!(second[8].ends_with('B') && !second[8].starts_with("0 "), "{shown}");
+    ensure!(of("read-only")[0][2..6] == ["replica", "0", "0", names[1 - leader]], "{shown}");
+    drop(writers);
+    scene.lab.success();
     Ok(())
 }
