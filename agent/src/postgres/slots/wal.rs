@@ -81,12 +81,12 @@ impl Instance {
         for number in numbers {
             let gone = || PgError::Failed(format!("{} has no WAL file number {number} any more", source.name));
             let name = theirs.get(&number).ok_or_else(gone)?;
-            self.fetch_file(&mut primary, name, segment, &staged).await?;
+            Self::fetch_file(&mut primary, name, segment, &staged).await?;
         }
         Ok(())
     }
 
-    async fn fetch_file(&self, primary: &mut Primary, name: &str, segment: u64, staged: &Path) -> Result<(), PgError> {
+    async fn fetch_file(primary: &mut Primary, name: &str, segment: u64, staged: &Path) -> Result<(), PgError> {
         let (unfinished, target) = (staged.join("unfinished"), staged.join(name));
         let unwritable = |path: &Path, error: std::io::Error| files::unwritable(path, &error);
         let mut options = fs::OpenOptions::new();
@@ -97,14 +97,14 @@ impl Instance {
             let bytes = primary.read(name, at, PIECE.min(segment - at)).await?;
             at += bytes.len() as u64;
             let path = unfinished.clone();
-            let write = move |_| file.write_all(&bytes).map(|()| file).map_err(|error| unwritable(&path, error));
-            file = self.in_pool(write).await?;
+            let write = move || file.write_all(&bytes).map(|()| file).map_err(|error| unwritable(&path, error));
+            file = beside(write).await?;
         }
-        let finish = move |_| {
+        let finish = move || {
             let finished = file.sync_all().and_then(|()| fs::rename(&unfinished, &target));
             finished.map_err(|error| unwritable(&target, error))
         };
-        self.in_pool(finish).await
+        beside(finish).await
     }
 
     /// Gives what has been fetched its place. The server is stopped.
@@ -149,6 +149,13 @@ impl Instance {
             .then_some((dir, segment))
             .ok_or_else(|| PgError::Failed("pg_control says that WAL files are empty".to_owned()))
     }
+}
+
+/// What the disk takes its time for. Not in its turn with other work on the data directory: a promise to a leader without DCS
+/// must not wait for it, and the files are in a directory of their own.
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> Result<T, PgError> + Send + 'static) -> Result<T, PgError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(PgError::Failed(error.to_string())))
 }
 
 /// Who has the WAL.
