@@ -80,7 +80,8 @@ pub async fn run(
         router.registration.follow(lease, epoch);
         let ask_at = question.as_ref().map(|question| asked_at + question.pause);
         let stale_at = Some(stale_at).filter(|_| fresh);
-        let events = ask_at.into_iter().chain(stale_at).chain(heard.waits_until(now)).chain(lapses).chain(asks);
+        let heard_by = heard.waits_until(now).into_iter().chain(heard.excludes_until());
+        let events = ask_at.into_iter().chain(stale_at).chain(heard_by).chain(lapses).chain(asks);
         let wake = events.min().unwrap_or(now + PROBE_PAUSE);
         let changed = tokio::select! {
             biased;

@@ -40,6 +40,17 @@ pub struct Heard {
     restores: u64,
     /// What the DCS says may be old: it is back and says the same, or is back from a backup.
     doubt: Option<Doubt>,
+    /// Who led when the DCS went back, until it has written its record anew.
+    outdated: Option<Outdated>,
+}
+
+/// A leader that a backup may show as the standby it was before, while its server takes writes still.
+#[derive(Debug)]
+struct Outdated {
+    name: MemberName,
+    /// Its record as it was read first, and until when it would have been written anew: a record that came back lives no
+    /// longer without its agent.
+    said: Option<(Member, Instant)>,
 }
 
 /// A leader by a record from before the DCS was silent, or that it has denied since. Its server may be a standby by now, and say
@@ -104,7 +115,14 @@ impl Heard {
 
     /// The DCS has gone back to an earlier state so many times: it may name somebody who led long ago.
     pub fn restored(&mut self, restores: u64) {
-        self.unproven |= std::mem::replace(&mut self.restores, restores) != restores;
+        if std::mem::replace(&mut self.restores, restores) == restores {
+            return;
+        }
+        self.unproven = true;
+        // By the state that it had gone back to before, another one led.
+        let outdated = self.outdated.take().map(|outdated| outdated.name);
+        let name = outdated.or_else(|| self.last.as_ref().map(|last| last.key.name.clone()));
+        self.outdated = name.map(|name| Outdated { name, said: None });
     }
 
     /// What the DCS says at `now`, completed by what was heard. `confirmed`: it has not been silent for too long; `well`:
@@ -127,7 +145,26 @@ impl Heard {
         if !confirmed || self.waits_until(now).is_some() || self.doubt.is_some() {
             table = table.unconfirmed(self.proven().is_some_and(|name| shown.is_leader(name)));
         }
+        if let Some(name) = self.outdated(view, now) {
+            table.exclude(name, "led when the DCS went back, and has said nothing since");
+        }
         Reading { view: complete, table }
+    }
+
+    /// Whose record is older than its leadership.
+    fn outdated(&mut self, view: &ClusterView, now: Instant) -> Option<&MemberName> {
+        let Outdated { name, said } = self.outdated.take()?;
+        let record = view.members.get(&name)?;
+        let (before, until) = said.unwrap_or_else(|| (record.clone(), now + view.settings.ttl));
+        if before == *record && now < until {
+            self.outdated = Some(Outdated { name, said: Some((before, until)) });
+        }
+        self.outdated.as_ref().map(|outdated| &outdated.name)
+    }
+
+    /// When a member may be a standby again that has led when the DCS went back.
+    pub fn excludes_until(&self) -> Option<Instant> {
+        self.outdated.as_ref().and_then(|outdated| outdated.said.as_ref()).map(|(_, until)| *until)
     }
 
     /// Whether what the DCS says may be from before it was silent.
@@ -428,6 +465,37 @@ mod tests {
         assert_eq!(world.read(Some(("a", 7)), 50), (reign("a", 7), true, false));
         world.heard.restored(1);
         assert_eq!(world.read(Some(("a", 7)), 60), (reign("a", 7), true, false), "that is past");
+    }
+
+    #[test]
+    fn who_led_when_the_dcs_went_back_is_no_standby_by_what_it_said_before_it_led() {
+        let mut world = World::default();
+        let mut backup = world.view(Some(("a", 7)));
+        backup.settings.ttl = Duration::from_secs(5);
+        let led_by_b =
+            view(Some(("b", 60)), &[("b", member("primary", "running")), ("a", member("replica", "running"))]);
+        let standbys = |world: &mut World, view: &ClusterView, ms| -> Vec<String> {
+            let table = world.heard.read(view, at(ms), true, true).table;
+            table.standbys.iter().map(|standby| standby.member.as_str().to_owned()).collect()
+        };
+        assert_eq!(standbys(&mut world, &led_by_b, 0), ["a"]);
+        // In between it was a standby, as the backup says.
+        world.heard.restored(1);
+        assert!(standbys(&mut world, &backup, 10).is_empty());
+        assert_eq!(world.heard.excludes_until(), Some(at(5_010)));
+        world.heard.restored(2);
+        assert!(standbys(&mut world, &backup, 20).is_empty(), "and once more");
+        let mut anew = backup.clone();
+        if let Some(record) = anew.members.get_mut(&"b".into()) {
+            record.xlog_location = Some(trunkline_common::Lsn(901));
+        }
+        assert_eq!(standbys(&mut world, &anew, 30), ["b"]);
+        assert_eq!((standbys(&mut world, &backup, 40), world.heard.excludes_until()), (vec!["b".to_owned()], None));
+        // One that had become a standby by the time of the first look has nothing to say anew.
+        standbys(&mut world, &led_by_b, 50);
+        world.heard.restored(3);
+        assert!(standbys(&mut world, &backup, 60).is_empty() && standbys(&mut world, &backup, 5_059).is_empty());
+        assert_eq!(standbys(&mut world, &backup, 5_060), ["b"]);
     }
 
     #[test]

@@ -213,6 +213,15 @@ impl RouteTable {
         rest.filter_map(server).collect()
     }
 
+    /// Nothing new is read from this one, whatever its record says.
+    pub fn exclude(&mut self, name: &MemberName, why: &'static str) {
+        let Some(at) = self.standbys.iter().position(|standby| standby.member == *name) else { return };
+        self.others.push(self.standbys.remove(at));
+        if let Some((_, verdict)) = self.verdicts.iter_mut().find(|(member, _)| member == name) {
+            *verdict = why;
+        }
+    }
+
     /// The same table once the DCS has been silent for too long.
     pub fn unconfirmed(mut self, proven: bool) -> Self {
         self.certainty = Certainty::Unconfirmed { proven };

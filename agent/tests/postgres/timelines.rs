@@ -168,23 +168,26 @@ fn a_promotion_waits_for_replay_that_goes_on() {
         }
         a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("everything is archived");
 
-        // Each segment takes less than the patience, all of them more. The archive is there once the server is up.
+        // Each segment takes less than the patience, all of them more. The archive is there once the server is up: PostgreSQL
+        // that finds nothing there just as it is promoted looks no further.
         let (step, patience) = (Duration::from_millis(700), Duration::from_secs(3));
         let from_archive = |command: String| {
             let mut config = b.pg.config();
             config.recovery_conf.insert("restore_command".into(), command);
             config.recovery_conf
         };
-        let open = place.0.path().join("open");
+        let (open, found) = (place.0.path().join("open"), place.0.path().join("found"));
         let slow = from_archive(format!(
-            "test -e {open} && test -e {archive}/%f && sleep {step} && cp {archive}/%f %p",
+            "test -e {open} && test -e {archive}/%f && touch {found} && sleep {step} && cp {archive}/%f %p",
             open = open.display(),
+            found = found.display(),
             archive = archive.display(),
             step = step.as_secs_f64(),
         ));
         b.pg.configure(PostgresConfig { recovery_conf: slow, ..b.pg.config() }).await.expect("configure");
         b.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
         fs::write(&open, "").expect("open");
+        b.until("reads the archive", |_| found.exists()).await;
         let begun = SystemClock.now();
         assert_eq!(b.pg.promote(patience, Vec::new()).await, Ok(TimelineId(2)));
         let took = SystemClock.now().since(begun);
