@@ -8,6 +8,7 @@ pub use trunkline_agent::lab::*;
 pub mod certificate;
 pub mod drivers;
 pub mod haproxy;
+pub mod made_up;
 pub mod namespace;
 pub mod patroni;
 pub mod scene;

@@ -10,6 +10,7 @@ use trunkline_benches::relay::peer::Peer;
 use trunkline_benches::relay::report::Figures;
 use trunkline_benches::relay::site::{Running, Site, Way};
 use trunkline_benches::relay::{figures, process};
+use trunkline_tests::made_up;
 
 /// Throughput, CPU, memory and latency through our router, HAProxy, PgBouncer, nginx and a direct connection, in
 /// interleaved rounds in front of one PostgreSQL. Needs an idle machine with two CPUs or more.
@@ -71,7 +72,7 @@ async fn real(site: &Site, args: &Args, figures: &mut Figures) -> Result<()> {
 /// In front of a server that is asked for what PostgreSQL can't be asked for.
 async fn made_up(site: &Site, args: &Args, figures: &mut Figures) -> Result<()> {
     let peer = Peer::start().await?;
-    site.announce("made-up", peer.port).await?;
+    made_up::announce(&site.etcd, "made-up", peer.port).await?;
     for way in [Way::Direct, Way::Trunkline, Way::HAProxy, Way::Nginx] {
         eprintln!("{}: memory, stalled readers, ends", way.name());
         let proxy = site.proxy(way, "made-up", peer.port).await?;

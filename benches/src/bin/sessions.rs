@@ -16,6 +16,7 @@ use trunkline_benches::relay::process;
 use trunkline_benches::relay::site::{Running, Site, Way};
 use trunkline_benches::table;
 use trunkline_common::{Clock, SystemClock};
+use trunkline_tests::made_up;
 
 /// Sessions held at once, and sessions opened and closed one after the other, through our router and HAProxy with one thread
 /// each, in front of a server that just says it is PostgreSQL. Whatever grows with the number of sessions shows.
@@ -55,7 +56,7 @@ async fn main() -> Result<ExitCode> {
     let proxies = (2 * args.held).div_ceil(limit.saturating_sub(OTHER_FILES).max(1)).max(1);
     let site = Site::start().await?;
     let peer = Server::start()?;
-    site.announce("made-up", peer.port).await?;
+    made_up::announce(&site.etcd, "made-up", peer.port).await?;
     let mut held = table::markdown(&["sessions at once", "held", "by processes", "KiB each", "one more"]);
     let mut parts =
         table::markdown(&["sessions opened and closed", "until", "per second", "CPU µs each", "resident KiB"]);

@@ -1,17 +1,10 @@
 //! The servers: one PostgreSQL, and every proxy in front of it with one thread each.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use trunkline_common::dcs::codec::encode_member;
-use trunkline_common::dcs::etcd::EtcdDcs;
-use trunkline_common::dcs::paths::Paths;
-use trunkline_common::dcs::store::ClusterStore;
-use trunkline_common::{LeaseId, Member, MemberName, SystemClock};
-use trunkline_config::local::Etcd as EtcdConfig;
 use trunkline_tests::process::{Proc, below};
 use trunkline_tests::tools::find_program;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Spec, proxy, wait};
@@ -134,24 +127,6 @@ impl Site {
         let own = proc.pid().as_raw_nonzero().get();
         let pid = process::children(own)?.first().copied().unwrap_or(own);
         Ok(Running { port: listen, pid: Some(pid), _process: Held::Process { _proc: proc } })
-    }
-
-    /// Says in etcd that the leader of `scope` listens on `port`, and takes writes.
-    pub async fn announce(&self, scope: &str, port: u16) -> Result<()> {
-        let endpoints = self.etcd.endpoints().iter().map(|endpoint| format!("http://{endpoint}")).collect();
-        let config = EtcdConfig { endpoints, ..EtcdConfig::default() };
-        let dcs = EtcdDcs::connect(&config, SystemClock, Duration::from_secs(5)).await?;
-        let store = ClusterStore::new(dcs, Paths::new("service", scope));
-        let name = MemberName::from("peer");
-        let member = Member {
-            conn_url: Some(format!("postgres://127.0.0.1:{port}/postgres")),
-            state: "running".to_owned(),
-            role: "primary".to_owned(),
-            ..Member::default()
-        };
-        store.put_member(&name, &encode_member(&member), LeaseId(0)).await?;
-        store.take_leader(&name, LeaseId(0)).await?;
-        Ok(())
     }
 
     /// A program of PostgreSQL's.

@@ -16,6 +16,7 @@ mod leading;
 mod mixed;
 mod patroni;
 mod ports;
+mod proxied;
 mod registration;
 mod rejoin;
 mod restart;

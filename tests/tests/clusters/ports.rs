@@ -15,7 +15,7 @@ use trunkline_tests::workload::Target;
 use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Proxy, Scene, Spec, certificate, proxy, rest, wait};
 
 /// Two nodes behind a router with these ports beside the usual ones.
-async fn scene(name: &str, more: impl FnOnce(&Lab) -> Result<Vec<Value>>) -> Result<Scene> {
+pub async fn scene(name: &str, more: impl FnOnce(&Lab) -> Result<Vec<Value>>) -> Result<Scene> {
     scene_with(Lab::new(name)?, Spec::new(2, &Program::agent()?), more).await
 }
 
@@ -35,7 +35,7 @@ async fn scene_with(lab: Lab, spec: Spec, more: impl FnOnce(&Lab) -> Result<Vec<
     Ok(Scene { lab, etcd, cluster, router })
 }
 
-async fn connect(scene: &Scene, port: u16, options: &str) -> Result<Client> {
+pub async fn connect(scene: &Scene, port: u16, options: &str) -> Result<Client> {
     let mut config = Config::new();
     config.host("127.0.0.1").port(port).user("postgres").password(&scene.cluster.spec().password).options(options);
     let (client, connection) = tokio::time::timeout(LIMIT, config.connect(NoTls)).await??;
@@ -161,47 +161,6 @@ async fn readers_leave_a_standby_that_is_frozen_where_the_port_says_so() -> Resu
     let metrics = metrics.as_str().context("no text")?;
     ensure!(ended_by(metrics, "impatient", "down") == 1, "{metrics}");
     scene.cluster.settled(LIMIT).await?;
-    scene.lab.success();
-    Ok(())
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn behind_haproxy_clients_keep_their_addresses() -> Result<()> {
-    let port_of = |lab: &Lab| lab.port();
-    let behind = std::cell::Cell::new(0);
-    let more = |lab: &Lab| {
-        behind.set(port_of(lab)?);
-        let listen = format!("127.0.0.1:{}", behind.get());
-        let accept = json!({"accept_from": ["127.0.0.1"]});
-        Ok(vec![json!({"name": "behind", "listen": listen, "target": "leader", "proxy_protocol": accept})])
-    };
-    let scene = scene("proxied", more).await?;
-    let (lab, ports) = (&scene.lab, proxy::Ports::any(&scene.lab)?);
-    let mut haproxy = Program::new(trunkline_tests::tools::find_program("haproxy", "haproxy")?);
-    haproxy.args = ["-db", "-f"].map(Into::into).into();
-    let listen = |name: &str, port: u16, how: &str| {
-        format!("listen {name}\n bind 127.0.0.1:{port}\n server router 127.0.0.1:{} {how}\n", behind.get())
-    };
-    let config = format!(
-        "defaults\n mode tcp\n timeout client 1m\n timeout connect 5s\n timeout server 1m\n{}{}{}",
-        listen("one", ports.read_write, "send-proxy"),
-        listen("two", ports.read_only, "send-proxy-v2"),
-        listen("checked", ports.admin, "send-proxy-v2 check-send-proxy check inter 100ms"),
-    );
-    let _haproxy = Proxy::start(lab, "haproxy", haproxy, ports, &config).await?;
-    for port in [ports.read_write, ports.read_only, ports.admin] {
-        let mut client = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
-        tokio::io::AsyncWriteExt::write_all(&mut client, b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0").await?;
-        let own = client.local_addr()?.to_string();
-        let known = wait::until("the client to be known by its address", LIMIT, async || {
-            let path = format!("/sessions?port=behind&client={own}");
-            let sessions = rest::get(scene.router.ports().admin, &path).await?.body;
-            ensure!(sessions["sessions"].as_array().is_some_and(|list| list.len() == 1), "{sessions}");
-            Ok(())
-        });
-        known.await?;
-    }
-    connect(&scene, ports.read_write, "").await?;
     scene.lab.success();
     Ok(())
 }
