@@ -5,6 +5,8 @@
 //! session: one that doesn't know the pair ignores it, which is why trying costs nothing but connects — and those are
 //! limited.
 
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use trunkline_common::{Clock, Instant};
 use trunkline_config::router::Port;
 
 use crate::crypto::Crypto;
-use crate::port::Listening;
+use crate::port::{Listening, Peer};
 use crate::router::Router;
 use crate::socket::FirstBytes;
 use crate::table::Backend;
@@ -30,12 +32,13 @@ const SERVERS: usize = 64;
 /// the session, each has `connect_timeout`: those that don't have it need no longer, and one of them may be frozen.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Passes `packet` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
+/// Passes `packet` of `client` on, and returns when the servers have acted on it: libpq takes the end of its connection for that.
 pub async fn forward(
     router: &Router,
     listening: &Listening,
     port: &Port,
     crypto: &Crypto,
+    client: Peer,
     greeting: &[u8],
     packet: &[u8],
 ) -> &'static str {
@@ -52,7 +55,9 @@ pub async fn forward(
     servers.truncate(SERVERS);
     let result = match servers.len() {
         0 => "no_server",
-        count if !router.cancels.allow(count, router.limits().cancel_rate, router.clock.now()) => "limited",
+        count if !router.cancels.allow(client.ip(), count, router.limits().cancel_rate, router.clock.now()) => {
+            "limited"
+        }
         _ => {
             let limit = port.connect_timeout.min(ANSWER);
             join_all(servers.iter().map(|server| send(router, port, crypto, server, greeting, packet, limit))).await;
@@ -96,23 +101,40 @@ async fn send(
     }
 }
 
-/// A token bucket over all ports, two seconds deep.
+/// How long ago a client's last request may be for it to be one that has been served lately, and how deep the bucket is.
+const LATELY: Duration = Duration::from_secs(2);
+
+/// A token bucket over all ports, [`LATELY`] deep. What is last in it, a quarter, is for clients that have not been served lately: one that sends
+/// wrong keys does not use it up for the others.
 #[derive(Debug, Default)]
 pub struct CancelLimit {
-    spent: Mutex<(f64, Instant)>,
+    spent: Mutex<Spent>,
+}
+
+#[derive(Debug, Default)]
+struct Spent {
+    tokens: f64,
+    at: Instant,
+    /// Whom requests were passed on for, and when. No more than the bucket had tokens for.
+    served: HashMap<Option<IpAddr>, Instant>,
 }
 
 impl CancelLimit {
-    /// Whether `count` requests may be sent now, at `rate` per second.
-    pub fn allow(&self, count: usize, rate: u32, now: Instant) -> bool {
+    /// Whether `count` requests may be sent for `client` now, at `rate` per second.
+    pub fn allow(&self, client: Option<IpAddr>, count: usize, rate: u32, now: Instant) -> bool {
         let mut spent = self.spent.lock();
         let rate = f64::from(rate);
-        let refilled = now.since(spent.1).as_secs_f64() * rate;
-        let left = (spent.0 - refilled).max(0.0);
+        let depth = LATELY.as_secs_f64() * rate;
+        let left = (spent.tokens - now.since(spent.at).as_secs_f64() * rate).max(0.0);
+        spent.served.retain(|_, at| now.since(*at) < LATELY);
+        let kept = if spent.served.contains_key(&client) { (depth / 4.0).floor() } else { 0.0 };
         let after = left + count as f64;
         // One that goes to more servers than that is sent when nothing else has been.
-        let allowed = after <= 2.0 * rate || left == 0.0;
-        *spent = (if allowed { after } else { left }, now);
+        let allowed = after <= depth - kept || left == 0.0;
+        (spent.tokens, spent.at) = (if allowed { after } else { left }, now);
+        if allowed {
+            spent.served.insert(client, now);
+        }
         allowed
     }
 }
@@ -121,16 +143,37 @@ impl CancelLimit {
 mod tests {
     use super::*;
 
+    fn at(millis: u64) -> Instant {
+        Instant::from_boot(Duration::from_millis(1_000_000 + millis))
+    }
+
+    fn client(number: u8) -> Option<IpAddr> {
+        Some([10, 0, 0, number].into())
+    }
+
     #[test]
     fn a_burst_is_allowed_and_then_a_rate() {
         let limit = CancelLimit::default();
-        let at = |millis: u64| Instant::from_boot(Duration::from_millis(1_000_000 + millis));
-        let allowed = (0..300).filter(|_| limit.allow(1, 100, at(0))).count();
+        let allowed = (0..=255).filter(|n| limit.allow(client(*n), 1, 100, at(0))).count();
         assert_eq!(allowed, 200);
-        let allowed = (0..300).filter(|_| limit.allow(1, 100, at(500))).count();
+        let allowed = (0..=255).filter(|n| limit.allow(client(255 - *n), 1, 100, at(500))).count();
         assert_eq!(allowed, 50);
-        assert!(!limit.allow(3, 100, at(510)));
-        assert!(limit.allow(1, 100, at(510)), "a refusal costs nothing");
-        assert!(limit.allow(500, 100, at(60_000)), "more servers than a burst");
+        assert!(!limit.allow(client(0), 3, 100, at(510)));
+        assert!(limit.allow(None, 1, 100, at(510)), "a refusal costs nothing");
+        assert!(limit.allow(None, 500, 100, at(60_000)), "more servers than a burst");
+    }
+
+    #[test]
+    fn one_client_does_not_use_it_up_for_the_others() {
+        let limit = CancelLimit::default();
+        let flood = |now| (0..300).filter(|_| limit.allow(client(1), 1, 100, now)).count();
+        assert_eq!(flood(at(0)), 150);
+        assert!((2..=51).all(|n| limit.allow(client(n), 1, 100, at(0))));
+        assert!(!limit.allow(client(52), 1, 100, at(0)) && !limit.allow(client(2), 1, 100, at(400)));
+        assert_eq!(flood(at(1_000)), 50, "what has come in since, but for what is kept");
+        assert!(limit.allow(client(52), 50, 100, at(1_000)));
+        assert_eq!(flood(at(3_500)), 150);
+        let few = CancelLimit::default();
+        assert_eq!((0..5).filter(|_| few.allow(client(1), 1, 1, at(0))).count(), 2, "nothing is kept of so few");
     }
 }

@@ -15,6 +15,8 @@ pub enum Refusal {
     ShuttingDown,
     /// The server is about to stop for a planned switchover (`admin_shutdown`, as the server itself would say).
     Switchover,
+    /// The router ends (`admin_shutdown`, as by a server that ends).
+    Closing,
     /// Too many connections wait already (`too_many_connections`).
     TooManyHeld,
     /// The client's address has as many connections as it may have (`too_many_connections`).
@@ -38,7 +40,7 @@ impl Refusal {
     pub fn sqlstate(self) -> &'static str {
         match self {
             Refusal::NoServer | Refusal::ShuttingDown => "57P03",
-            Refusal::Switchover => "57P01",
+            Refusal::Switchover | Refusal::Closing => "57P01",
             Refusal::TooManyHeld | Refusal::TooManyOfClient => "53300",
             Refusal::UnknownTarget => "22023",
             Refusal::PlainText => "28000",
@@ -53,6 +55,7 @@ impl Refusal {
             Refusal::NoServer => "no server is available for this connection at the moment; try again".into(),
             Refusal::ShuttingDown => "the router is shutting down; connect again".into(),
             Refusal::Switchover => "terminating connection due to a planned switchover; connect again".into(),
+            Refusal::Closing => "terminating connection because the router is shutting down; connect again".into(),
             Refusal::TooManyHeld => "too many connections are waiting for a server already".into(),
             Refusal::TooManyOfClient => "too many connections from this address".into(),
             Refusal::UnknownTarget => "trunkline.target must be leader, replica, sync, async or any".into(),
@@ -61,6 +64,24 @@ impl Refusal {
             Refusal::PlainText => "connections without TLS are not accepted here".into(),
             Refusal::EarlyData => "received data before the answer to an encryption request".into(),
             Refusal::TooSlow => "no complete startup packet was received in time".into(),
+        }
+    }
+
+    /// As a reason in metrics and logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Refusal::NoServer => "no_server",
+            Refusal::ShuttingDown => "shutdown",
+            Refusal::Switchover => "switchover",
+            Refusal::Closing => "drained",
+            Refusal::TooManyHeld => "too_many_held",
+            Refusal::TooManyOfClient => "too_many_of_client",
+            Refusal::UnknownTarget => "unknown_target",
+            Refusal::Malformed(_) => "malformed",
+            Refusal::NoProxyHeader => "no_proxy_header",
+            Refusal::PlainText => "plain_text",
+            Refusal::EarlyData => "early_data",
+            Refusal::TooSlow => "too_slow",
         }
     }
 
@@ -88,6 +109,7 @@ mod tests {
         for refusal in [
             Refusal::NoServer,
             Refusal::Switchover,
+            Refusal::Closing,
             Refusal::TooManyHeld,
             Refusal::TooManyOfClient,
             Refusal::UnknownTarget,

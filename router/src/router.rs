@@ -26,6 +26,9 @@ use crate::table::RouteTable;
 /// Pipes for streaming, over all threads: a quarter of what an unprivileged user gets.
 const PIPES: usize = 256;
 
+/// How long sessions have to end by themselves once the time for draining is over.
+const LAST_CALL: Duration = Duration::from_millis(500);
+
 /// A router: its knowledge, its sessions, its bounds.
 #[derive(Debug)]
 pub struct Router {
@@ -246,8 +249,8 @@ impl Router {
         *self.draining.borrow() > Draining::No
     }
 
-    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, if there is one, then ends the rest. With
-    /// `keep_held` those that wait for a server go on waiting. Returns how many sessions had to be ended.
+    /// Accepts nothing more, waits until every connection has ended but no longer than `limit`, if there is one, then ends the rest: those
+    /// between two transactions are told so. With `keep_held` those that wait for a server go on waiting. Returns how many sessions had to be ended.
     pub async fn drain(&self, limit: Option<Duration>, keep_held: bool) -> usize {
         let how_far = if keep_held { Draining::HandedOver } else { Draining::Refusing };
         self.draining.send_modify(|now| *now = how_far.max(*now));
@@ -260,9 +263,15 @@ impl Router {
         };
         tokio::select! {
             biased;
-            () = self.places.empty() => 0,
-            () = over => self.sessions.end_all(Cut::Drained),
+            () = self.places.empty() => return 0,
+            () = over => {}
         }
+        let asked = self.sessions.close();
+        if asked > 0 {
+            let _ = tokio::time::timeout(LAST_CALL, self.places.empty()).await;
+            self.sessions.end_all(Cut::Drained);
+        }
+        asked
     }
 
     /// Connections accepted and not over, with or without a server.

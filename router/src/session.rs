@@ -234,21 +234,25 @@ impl Begun {
 
     /// The ends of a session, which may be no end. The client is spoken to by `leg`, or in plain text.
     async fn part(&mut self, outcome: relay::Outcome, leg: Option<Leg>) -> Ended {
+        let (told, overdue) = match self.parties.session.closes() {
+            true => (Refusal::Closing, Cut::Drained),
+            false => (Refusal::Switchover, Cut::Overdue),
+        };
         let idle = match outcome {
             relay::Outcome::Ended(end) => return self.ended(end),
             relay::Outcome::Left(carried) => return self.leave(carried).await,
             relay::Outcome::Settled(carried) => return self.goes_on(*carried, Ended::Settled),
             relay::Outcome::Overdue => {
-                self.parties.session.end(Cut::Overdue);
-                return Ended::Cut(Cut::Overdue);
+                self.parties.session.end(overdue);
+                return Ended::Cut(overdue);
             }
             relay::Outcome::Resigned { idle } => idle,
         };
         // Before the client hears of it: nothing that it says from now on may reach the server.
         socket::close_both_ways(&self.parties.server);
         let mut leg = leg.unwrap_or_else(|| Leg::Plain(Wire::new(self.parties.client.clone(), Vec::new())));
-        say_farewell(&mut leg, Refusal::Switchover).await;
-        if idle { Ended::Switchover } else { Ended::Cut(Cut::Overdue) }
+        say_farewell(&mut leg, told).await;
+        if idle { Ended::Told(told) } else { Ended::Cut(overdue) }
     }
 
     /// With these bytes first, in another way.
@@ -429,7 +433,7 @@ async fn converse(
         match request.packet {
             Packet::Cancel => {
                 let greeting = search.greeting();
-                let result = cancel::forward(router, listening, port, crypto, greeting, &request.bytes).await;
+                let result = cancel::forward(router, listening, port, crypto, peer, greeting, &request.bytes).await;
                 // In TLS an end that is not announced is an error, which libpq tells its user.
                 let _ = leg.shutdown().await;
                 return Ok(Met::Cancel(result));
@@ -612,8 +616,8 @@ enum Ended {
     Refused(Refusal),
     ClientGone,
     Handshake,
-    /// Between two transactions, as its server is about to stop.
-    Switchover,
+    /// Between two transactions, as its server or the router is about to stop.
+    Told(Refusal),
     /// The next process has it.
     Left,
     /// That has not taken it.
@@ -635,18 +639,7 @@ impl Ended {
             Ended::Cut(Cut::Lag) => "lag",
             Ended::Cut(Cut::Down) => "down",
             Ended::Cut(Cut::Overdue) => "switchover_overdue",
-            Ended::Switchover => "switchover",
-            Ended::Refused(Refusal::NoServer) => "no_server",
-            Ended::Refused(Refusal::ShuttingDown) => "shutdown",
-            Ended::Refused(Refusal::Switchover) => "switchover",
-            Ended::Refused(Refusal::TooManyHeld) => "too_many_held",
-            Ended::Refused(Refusal::TooManyOfClient) => "too_many_of_client",
-            Ended::Refused(Refusal::UnknownTarget) => "unknown_target",
-            Ended::Refused(Refusal::Malformed(_)) => "malformed",
-            Ended::Refused(Refusal::NoProxyHeader) => "no_proxy_header",
-            Ended::Refused(Refusal::PlainText) => "plain_text",
-            Ended::Refused(Refusal::EarlyData) => "early_data",
-            Ended::Refused(Refusal::TooSlow) => "too_slow",
+            Ended::Told(refusal) | Ended::Refused(refusal) => refusal.label(),
             Ended::ClientGone => "client_gone",
             Ended::Handshake => "no_tls",
             Ended::Left => "handed_over",

@@ -54,6 +54,8 @@ pub struct Sessions {
     inner: Mutex<Inner>,
     /// Sessions shall go to the next process.
     leaving: AtomicBool,
+    /// The router is about to end: sessions shall end as soon as they can.
+    closing: AtomicBool,
     /// The first one has begun, or come back, since somebody asked for those.
     stirs: Notify,
 }
@@ -79,7 +81,7 @@ struct Ticket {
 pub struct Call {
     /// To go to the next process.
     pub leave: bool,
-    /// To end, as its server is about to stop.
+    /// To end, as its server or the router is about to stop.
     pub resign: bool,
     /// To [settle](crate::relay::Lean): it has been there for a while.
     pub settle: bool,
@@ -242,9 +244,14 @@ impl Session {
         self.ticket.waker.register(waker);
         Call {
             leave: self.sessions.leaving.load(Ordering::Acquire),
-            resign: self.ticket.resign.load(Ordering::Acquire),
+            resign: self.ticket.resign.load(Ordering::Acquire) || self.closes(),
             settle: self.ticket.settle.load(Ordering::Acquire),
         }
+    }
+
+    /// Whether it shall end because the router does.
+    pub fn closes(&self) -> bool {
+        self.sessions.closing.load(Ordering::Acquire)
     }
 
     /// Takes both connections from the runtime; they still end with the session.
@@ -484,6 +491,14 @@ impl Sessions {
         let mut inner = self.inner.lock();
         inner.exit = None;
         self.leaving.store(false, Ordering::Release);
+    }
+
+    /// Asks every session to end as soon as it can, and says how many there are.
+    pub fn close(&self) -> usize {
+        let inner = self.inner.lock();
+        self.closing.store(true, Ordering::Release);
+        inner.live.values().for_each(|live| live.ticket.waker.wake());
+        inner.live.len()
     }
 
     /// Ends every session, and says how many.

@@ -403,9 +403,27 @@ async fn draining_ends_what_takes_too_long() {
     let rw = world.open(port(Target::Leader)).await;
     let server = Fake::start().await;
     world.lead("a", server.at).await;
-    let (mut client, _server_end) = session(rw, &server).await;
-    assert_eq!(world.router.drain(Some(Duration::from_millis(50)), false).await, 1);
-    assert_eq!(rest(&mut client).await, b"");
+    let (mut unknown, _unknown_end) = session(rw, &server).await;
+    let (mut idle, mut idle_end) = started(rw, &server).await;
+    let (mut writer, mut writer_end) = started(rw, &server).await;
+    let (mut forever, mut forever_end) = started(rw, &server).await;
+    for (client, server) in [(&mut writer, &mut writer_end), (&mut forever, &mut forever_end)] {
+        passes(client, server, &message(b'Q', b"insert\0")).await;
+    }
+    let router = world.router.clone();
+    let drained = tokio::spawn(async move { router.drain(Some(Duration::from_millis(50)), false).await });
+    // Told why, where nothing is lost by it.
+    assert_eq!(refused(&mut idle).await, "57P01");
+    assert_eq!(rest(&mut idle_end).await, b"");
+    let answer = message(b'Z', b"I");
+    writer_end.write_all(&answer).await.unwrap();
+    within(writer.read_exact(&mut vec![0; answer.len()])).await.unwrap();
+    assert_eq!(refused(&mut writer).await, "57P01");
+    // Neither what can't be followed nor what does not end is waited for.
+    assert_eq!((rest(&mut unknown).await, rest(&mut forever).await), (vec![], vec![]));
+    assert_eq!(within(drained).await.unwrap(), 4);
+    let ended = &world.router.metrics.ended;
+    eventually(|| ended.with_label_values(&["leader", "a", "drained"]).get() == 4).await;
 }
 
 #[tokio::test]
