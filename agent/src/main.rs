@@ -221,7 +221,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
         let _ = rest_stopped.wait_for(|stop| *stop).await;
     }));
     tokio::spawn(tell_rto(etcd.clone(), knowledge.clone(), postgres.clone()));
-    tokio::spawn(tell_of_one_endpoint(etcd.clone(), knowledge.clone(), local.etcd.endpoints.clone()));
+    tokio::spawn(etcd.clone().discover());
     tokio::spawn(apply_retry_timeout(etcd.clone(), knowledge.clone()));
     tokio::spawn(tell_systemd(board_seen));
 
@@ -336,28 +336,6 @@ async fn apply_retry_timeout<C: Clock>(etcd: EtcdDcs<C>, mut knowledge: watch::R
             etcd.set_retry_timeout(timeout);
             current = wanted;
         }
-    }
-}
-
-/// The members of etcd are those of the configuration: where it names one of several, all depends on that one.
-async fn tell_of_one_endpoint<C: Clock>(
-    etcd: EtcdDcs<C>,
-    mut knowledge: watch::Receiver<Knowledge>,
-    endpoints: Vec<String>,
-) {
-    let [only] = endpoints.as_slice() else { return };
-    if knowledge.wait_for(|knowledge| knowledge.view.is_some()).await.is_err() {
-        return;
-    }
-    match etcd.members().await {
-        Ok(members) if members.len() > 1 => warn!(
-            "etcd has {} members, and etcd3 names {only} alone: without that one this node has no etcd. Name all of them in \
-             etcd3.hosts ({}), unless it stands for all of them",
-            members.len(),
-            members.iter().flatten().map(String::as_str).collect::<Vec<_>>().join(", ")
-        ),
-        Ok(_) => {}
-        Err(error) => info!("how many members etcd has is not known: {error}"),
     }
 }
 

@@ -43,15 +43,45 @@ async fn one_member_keeps_the_contract() {
 }
 
 #[tokio::test]
-async fn whoever_knows_one_member_can_ask_for_all() {
-    let cluster = Cluster::start(3).await;
+async fn whoever_knows_one_member_finds_the_others() {
+    let mut cluster = Cluster::start(3).await;
     let config = Etcd { endpoints: vec![cluster.members[0].url.clone()], ..Etcd::default() };
-    let dcs = EtcdDcs::connect(&config, SystemClock, RETRY_TIMEOUT).await.unwrap();
-    let mut told = dcs.members().await.unwrap();
-    let mut all: Vec<_> = cluster.members.iter().map(|member| vec![member.url.clone()]).collect();
-    told.sort();
-    all.sort();
-    assert_eq!(told, all);
+    let (dcs, fixed) = (connect(&config).await, connect(&Etcd { use_proxies: true, ..config.clone() }).await);
+    let mut others: Vec<_> = cluster.members[1..].iter().map(|member| member.url.clone()).collect();
+    others.sort();
+    assert_eq!(dcs.look_for_members().await.unwrap(), others);
+    assert_eq!(fixed.look_for_members().await.unwrap(), [""; 0]);
+    let lease = dcs.grant(Duration::from_secs(5)).await.unwrap();
+    cluster.kill(0);
+    eventually("the others go on", Duration::from_secs(20), async || dcs.txn(put("/found", "x")).await.is_ok()).await;
+    assert!(matches!(fixed.read("/found").await, Err(DcsError::Unavailable(_) | DcsError::Timeout(_))));
+    assert_eq!(dcs.look_for_members().await.unwrap(), others, "told by one of them");
+    dcs.renew(lease.id, "/x").await.unwrap();
+    // What is configured anew is all that counts, until somebody looks.
+    assert!(dcs.reload(&Etcd { endpoints: vec!["http://127.0.0.1:1".to_owned()], ..Etcd::default() }).unwrap());
+    assert!(dcs.read("/found").await.is_err());
+}
+
+/// A member that was found is taken out, and becomes the whole of another etcd cluster at the same address.
+#[tokio::test]
+async fn a_member_of_another_cluster_by_now_is_not_asked() {
+    let (mut cluster, mut other) = (Cluster::start(3).await, Cluster::start(1).await);
+    let config = Etcd { endpoints: vec![cluster.members[0].url.clone()], ..Etcd::default() };
+    let dcs = connect(&config).await;
+    assert_eq!(dcs.look_for_members().await.unwrap().len(), 2);
+    other.kill(0);
+    cluster.kill(0);
+    eventually("the others go on", Duration::from_secs(20), async || dcs.read("/whose").await.is_ok()).await;
+    let taken = cluster.members[1].url.clone();
+    (0..3).for_each(|index| cluster.kill(index));
+    other.members[0].client_port = cluster.members[1].client_port;
+    other.run(0);
+    let there = connect(&Etcd { endpoints: vec![taken], ..Etcd::default() }).await;
+    let written = async || there.txn(put("/whose", "another's")).await.is_ok();
+    eventually("the other cluster is up", Duration::from_secs(20), written).await;
+    for _ in 0..3 {
+        assert!(matches!(dcs.read("/whose").await, Err(DcsError::Unavailable(_) | DcsError::Timeout(_))));
+    }
 }
 
 #[tokio::test]

@@ -71,7 +71,9 @@ fn read_section(section: &Section<'_>) -> Option<Etcd> {
         let (have, lack) = if cert.is_some() { ("cert", "key") } else { ("key", "cert") };
         return section.missing(lack, &format!("{have} is given, and a client certificate needs both"), None);
     }
-    Some(Etcd { endpoints, authentication: in_url.or(authentication), cacert: section.file("cacert"), cert, key })
+    let use_proxies = section.boolean("use_proxies").unwrap_or(false) || section.has("proxy");
+    let authentication = in_url.or(authentication);
+    Some(Etcd { endpoints, authentication, cacert: section.file("cacert"), cert, key, use_proxies })
 }
 
 type User = Option<(String, Secret)>;
@@ -232,6 +234,13 @@ mod tests {
             Some(("u".to_owned(), Secret::new("p")))
         );
         assert_eq!(user(json!({"url": "http://u:p%40@a:1"})), Some(("u".to_owned(), Secret::new("p@"))));
+    }
+
+    #[test]
+    fn what_stands_for_the_cluster_is_all_there_is() {
+        let fixed = |section| read_value(json!({ "etcd3": section })).expect("etcd").use_proxies;
+        assert!(!fixed(json!({"host": "a"})) && !fixed(json!({"url": "http://a", "use_proxies": "off"})));
+        assert!(fixed(json!({"host": "a", "use_proxies": true})) && fixed(json!({"proxy": "http://a"})));
     }
 
     #[test]

@@ -182,6 +182,8 @@ pub struct Etcd {
     pub cert: Option<PathBuf>,
     /// TLS: its key.
     pub key: Option<PathBuf>,
+    /// The endpoints stand for the cluster: no other members of it are looked for.
+    pub use_proxies: bool,
 }
 
 /// `bootstrap`.

@@ -192,6 +192,7 @@ fn background(
         tokio::spawn(survey::silence(router.clone()));
         let paths = Paths::new(&config.namespace, &config.scope);
         info!(scope = config.scope, prefix = paths.prefix(), "following the cluster");
+        tokio::spawn(dcs.clone().discover());
         let store = ClusterStore::new(dcs, paths);
         let own_name = format!("{}/{}", uname().nodename().to_string_lossy(), std::process::id());
         tokio::spawn(Registrar::new(store.clone(), SystemClock, own_name, &router.registration).run());

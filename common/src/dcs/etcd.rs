@@ -18,6 +18,7 @@
 //! * During an election nothing is answered; without a quorum only requests that demand a leader are refused.
 
 mod endpoints;
+mod members;
 mod watch;
 mod wire;
 
@@ -27,12 +28,18 @@ use std::time::Duration;
 
 use etcd_client::{GetOptions, LeaseTimeToLiveOptions, WatchOptions};
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 use trunkline_config::local::Etcd;
 
 use self::endpoints::{Endpoints, Resend};
+use self::members::{Found, Listed};
 use super::latency::Latency;
 use super::{Dcs, DcsError, Events, KeyValue, Lease, Op, Snapshot, Txn, TxnResult};
 use crate::{Clock, Instant, LeaseId, Revision};
+
+/// How often etcd is asked for its members, and how soon again where it has not answered.
+const DISCOVER: Duration = Duration::from_secs(60);
+const DISCOVER_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many leases' TTLs are remembered; a process holds one or two.
 const KNOWN_LEASES: usize = 64;
@@ -51,6 +58,8 @@ struct Shared<C> {
     /// The term of etcd's Raft that each member, by its number, was last seen in, with a quorum.
     terms: Mutex<BTreeMap<u64, u64>>,
     latency: Mutex<Latency>,
+    /// The configuration has changed: members are looked for anew.
+    reloaded: Notify,
 }
 
 impl<C: Clock> EtcdDcs<C> {
@@ -69,6 +78,7 @@ impl<C: Clock> EtcdDcs<C> {
                 ttls: Mutex::default(),
                 terms: Mutex::default(),
                 latency: Mutex::default(),
+                reloaded: Notify::new(),
             }),
         })
     }
@@ -84,17 +94,61 @@ impl<C: Clock> EtcdDcs<C> {
     /// # Errors
     /// As of [`EtcdDcs::connect`]; everything stays as it is then.
     pub fn reload(&self, config: &Etcd) -> Result<bool, DcsError> {
-        self.shared.endpoints.reload(config)
+        let changed = self.shared.endpoints.reload(config)?;
+        if changed {
+            self.shared.reloaded.notify_one();
+        }
+        Ok(changed)
     }
 
-    /// The addresses for clients of every member of the etcd cluster, by member, whichever of them are configured here.
+    /// Looks for the members of etcd that the configuration does not name, again and again, and uses them when those do not
+    /// answer that it names. Not where these stand for the cluster (`use_proxies`). Never returns.
+    pub async fn discover(self) {
+        let mut told = false;
+        loop {
+            let pause = match self.look_for_members().await {
+                Ok(_) => DISCOVER,
+                Err(DcsError::Refused(why)) => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::info!(
+                            "etcd does not tell of its members, so those that are configured have to do: {why}"
+                        );
+                    }
+                    DISCOVER
+                }
+                Err(_) => DISCOVER_AGAIN,
+            };
+            tokio::select! {
+                () = self.shared.clock.sleep(pause) => {}
+                () = self.shared.reloaded.notified() => {}
+            }
+        }
+    }
+
+    /// Asks once for the members that the configuration does not name, uses them from now on, and says where they are.
     ///
     /// # Errors
     /// No answer, or not for this user.
-    pub async fn members(&self) -> Result<Vec<Vec<String>>, DcsError> {
+    pub async fn look_for_members(&self) -> Result<Vec<String>, DcsError> {
+        let endpoints = &self.shared.endpoints;
+        let Some(configured) = endpoints.configured() else { return Ok(Vec::new()) };
         let list = |mut client: etcd_client::Client| async move { client.member_list().await };
-        let answer = self.shared.endpoints.call(Resend::Always, list).await?;
-        Ok(answer.members().iter().map(|member| member.client_urls().to_vec()).collect())
+        let answer = endpoints.call(Resend::Always, list).await?;
+        let Some(header) = answer.header() else { return Ok(Vec::new()) };
+        let listed = |member: &etcd_client::Member| Listed {
+            id: member.id(),
+            urls: member.client_urls().to_vec(),
+            is_learner: member.is_learner(),
+        };
+        let listed: Vec<Listed> = answer.members().iter().map(listed).collect();
+        let (cluster, told_by) = (header.cluster_id(), header.member_id());
+        let found = Found::new(cluster, told_by, &listed, &configured, &endpoints.found(cluster));
+        let urls = found.urls.clone();
+        if endpoints.set_found(&configured, found) {
+            let more = if urls.is_empty() { "none".to_owned() } else { urls.join(", ") };
+            tracing::info!("etcd has {} members; beside those that are configured: {more}", listed.len());
+        }
+        Ok(urls)
     }
 
     /// How long etcd took to answer lately. What it did not answer is not in it.

@@ -29,7 +29,7 @@ pub struct Cluster {
 pub struct Member {
     pub url: String,
     name: String,
-    client_port: u16,
+    pub client_port: u16,
     peer_port: u16,
     child: Option<Child>,
 }

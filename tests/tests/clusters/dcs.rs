@@ -166,6 +166,38 @@ async fn an_etcd_that_is_restored_or_made_anew_gets_its_cluster_back() -> Result
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_knows_one_member_of_etcd_goes_on_with_the_others() -> Result<()> {
+    let lab = Lab::new("dcs-discovered")?;
+    let mut etcd = Etcd::start(&lab, 3).await?;
+    let cluster = Cluster::start(&lab, &etcd.endpoints()[..1], Spec::new(2, &Program::agent()?)).await?;
+    let router = cluster.router().await?;
+    let logs = cluster.nodes.iter().map(|node| lab.log(node.name())).chain([router.log().to_owned()]);
+    for log in logs.collect::<Vec<_>>() {
+        let found = wait::until("the others to be found", LIMIT, async || {
+            ensure!(std::fs::read_to_string(&log)?.contains("beside those that are configured"), "{}", log.display());
+            Ok(())
+        });
+        found.await?;
+    }
+    etcd.kill(0);
+    let mut scene = Scene { lab, etcd, cluster, router };
+    let load = scene.load().await?;
+    // A lease that nobody renews would be over by then, and a router that hears nothing would ask the members.
+    let leader = scene.cluster.settled(LIMIT).await?;
+    let until = SystemClock.now() + Duration::from_secs((2 * scene.cluster.spec().timing.ttl).into());
+    while SystemClock.now() < until {
+        load.writers.progress(100, LIMIT).await?;
+    }
+    scene.cluster.switchover(leader, None).await?;
+    ensure!(scene.cluster.settled(LIMIT).await? != leader, "it leads still");
+    load.writers.progress(100, LIMIT).await?;
+    let routes = rest::get(scene.router.ports().admin, "/health").await?.body;
+    ensure!(routes["certainty"] == "confirmed", "{routes}");
+    scene.finish(load).await?;
+    Ok(())
+}
+
 /// Three nodes in failsafe mode.
 fn failsafe_spec() -> Result<Spec> {
     let mut spec = Spec::new(3, &Program::agent()?);

@@ -11,6 +11,7 @@ use tonic::Code;
 use trunkline_config::local::Etcd;
 
 use super::super::DcsError;
+use super::members::Found;
 use crate::Clock;
 
 /// Pause after every endpoint has failed quickly, so that a refused port is not asked without end.
@@ -51,6 +52,30 @@ impl<C: Clock> Endpoints<C> {
         Ok(endpoints)
     }
 
+    /// The addresses that are configured; `None` where they stand for the cluster.
+    pub(super) fn configured(&self) -> Option<Vec<String>> {
+        let known = self.known();
+        let config = &known.access.config;
+        (!config.use_proxies).then(|| config.endpoints.clone())
+    }
+
+    /// The addresses that were found in this cluster.
+    pub(super) fn found(&self, cluster: u64) -> Vec<String> {
+        let known = self.known();
+        if known.found.cluster == cluster { known.found.urls.clone() } else { Vec::new() }
+    }
+
+    /// Uses what was found beside what is configured, unless that is not `configured` any more. True if it was not known.
+    pub(super) fn set_found(&self, configured: &[String], found: Found) -> bool {
+        let mut known = self.known.write();
+        if known.access.config.endpoints != configured || known.found == found {
+            return false;
+        }
+        let news = known.found.urls != found.urls;
+        *known = Arc::new(known.with(found));
+        news
+    }
+
     /// Reads the files anew, and forgets every client where anything has changed. True if so.
     pub(super) fn reload(&self, config: &Etcd) -> Result<bool, DcsError> {
         let access = Access::read(config)?;
@@ -72,7 +97,7 @@ impl<C: Clock> Endpoints<C> {
 
     /// What one endpoint is given of the whole bound.
     pub(super) fn share(&self) -> Duration {
-        let parts = u32::try_from(self.known().all.len()).unwrap_or(u32::MAX);
+        let parts = u32::try_from(self.known().members()).unwrap_or(u32::MAX);
         (self.bound() / parts).max(MIN_SHARE)
     }
 
@@ -130,21 +155,46 @@ impl<C: Clock> Endpoints<C> {
     }
 }
 
-/// The endpoints as they were last configured.
+/// The endpoints as they were last configured, and what was found beside them.
 struct Known {
     access: Access,
-    all: Vec<Endpoint>,
+    found: Found,
+    /// Those that are configured come first.
+    all: Vec<Arc<Endpoint>>,
 }
 
 impl Known {
     fn new(access: Access) -> Self {
-        let all = access.endpoints();
-        Self { access, all }
+        let all = access.config.endpoints.iter().map(|url| Arc::new(access.endpoint(url, None))).collect();
+        Self { access, found: Found::default(), all }
+    }
+
+    /// The same with what was found now; connections are kept.
+    fn with(&self, found: Found) -> Self {
+        let same = |url: &str| {
+            let known = |endpoint: &&Arc<Endpoint>| endpoint.url == url && endpoint.cluster == Some(found.cluster);
+            self.all.iter().find(known).cloned()
+        };
+        let more = found.urls.iter().map(|url| {
+            let anew = || Arc::new(self.access.endpoint(url, Some(found.cluster)));
+            same(url).unwrap_or_else(anew)
+        });
+        let configured = self.all.iter().take(self.access.config.endpoints.len()).cloned();
+        let all = configured.chain(more).collect();
+        Self { access: self.access.clone(), found, all }
+    }
+
+    /// How many members there are, as far as that is known. A member may have several addresses.
+    fn members(&self) -> usize {
+        self.found.members.max(self.access.config.endpoints.len())
     }
 }
 
 struct Endpoint {
     url: String,
+    /// It was found in this cluster, by etcd's number, and counts as long as it belongs to that one: a member that was taken
+    /// out may be part of another.
+    cluster: Option<u64>,
     options: ConnectOptions,
     without_login: ConnectOptions,
     /// Made at first use, dropped when it stops answering: a connection to a host that went away without a word
@@ -173,7 +223,7 @@ impl Endpoint {
         let deadline = clock.now() + limit;
         let client = match clock.within(limit, self.client(limit)).await {
             Some(Ok(client)) => client,
-            Some(Err(error)) => return Err(not_connected(error)),
+            Some(Err(failure)) => return Err(failure),
             None => return Err(Failure::NotSent(format!("no answer to the login within {limit:?}"))),
         };
         let Some(result) = clock.within(deadline.since(clock.now()), work(client)).await else {
@@ -189,22 +239,36 @@ impl Endpoint {
         })
     }
 
-    async fn client(&self, limit: Duration) -> Result<Client, Error> {
-        if let Some(client) = self.client.lock().clone() {
-            return Ok(client);
+    async fn client(&self, limit: Duration) -> Result<Client, Failure> {
+        let known = self.client.lock().clone();
+        let mut client = match known {
+            Some(client) => client,
+            None => {
+                let client = self.connect(limit).await.map_err(not_connected)?;
+                self.client.lock().insert(client).clone()
+            }
+        };
+        // Each time: whoever is there when a connection breaks is connected to again, without a word.
+        if let Some(cluster) = self.cluster {
+            let status = client.status().await.map_err(not_connected)?;
+            if status.header().is_none_or(|header| header.cluster_id() != cluster) {
+                return Err(Failure::NotSent("it belongs to another etcd cluster now".to_owned()));
+            }
         }
+        Ok(client)
+    }
+
+    async fn connect(&self, limit: Duration) -> Result<Client, Error> {
         let timeout = limit * 4 / 5;
         let options = self.options.clone().with_connect_timeout(timeout);
-        let client = match Client::connect([&self.url], Some(options)).await {
+        match Client::connect([&self.url], Some(options)).await {
             // Users are configured here but not demanded there (yet: it will say so when they are).
             Err(error) if error.to_string().contains("authentication is not enabled") => {
                 let options = self.without_login.clone().with_connect_timeout(timeout);
-                Client::connect([&self.url], Some(options)).await?
+                Client::connect([&self.url], Some(options)).await
             }
-            result => result?,
-        };
-        *self.client.lock() = Some(client.clone());
-        Ok(client)
+            result => result,
+        }
     }
 
     fn forget(&self) {
@@ -273,7 +337,7 @@ fn causes(status: &tonic::Status) -> impl Iterator<Item = &(dyn std::error::Erro
 }
 
 /// What the configuration says of etcd, and what is in the files that it names.
-#[derive(PartialEq)]
+#[derive(Clone, PartialEq)]
 struct Access {
     config: Etcd,
     roots: Option<Vec<u8>>,
@@ -301,15 +365,15 @@ impl Access {
         Ok(access)
     }
 
-    fn endpoints(&self) -> Vec<Endpoint> {
+    fn endpoint(&self, url: &str, cluster: Option<u64>) -> Endpoint {
         let tls = self.tls();
-        let endpoint = |url: &String| Endpoint {
-            url: url.clone(),
+        Endpoint {
+            url: url.to_owned(),
+            cluster,
             options: self.with_login(connect_options(url, &tls)),
             without_login: connect_options(url, &tls),
             client: Mutex::new(None),
-        };
-        self.config.endpoints.iter().map(endpoint).collect()
+        }
     }
 
     fn with_login(&self, options: ConnectOptions) -> ConnectOptions {
