@@ -59,7 +59,24 @@ pub struct Judge {
     /// The largest timeline that the store has shown.
     timeline: u32,
     /// The host whose key the store took away last, before its time, and when.
-    revoked: Option<(usize, Duration)>,
+    revoked: Option<Revoked>,
+}
+
+/// A leader key that the store took away before its time.
+#[derive(Debug, Clone, Copy)]
+struct Revoked {
+    host: usize,
+    at: Duration,
+    how: Loss,
+}
+
+/// How a leader key goes before its time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Its lease is revoked. The key is gone, for anybody to take.
+    Lease,
+    /// The store is restored to a state in which another one may have it, who waits for a lease that may be held by now.
+    Restore,
 }
 
 /// The longest that a promotion takes on a healthy disk: nobody who hears meanwhile that the key is gone can end the server before it
@@ -115,14 +132,15 @@ impl Judge {
         reign
     }
 
-    /// The store ends the lease by which `host` has the leader key.
-    pub fn revoked(&mut self, now: Duration, host: usize) {
-        self.revoked = Some((host, now));
+    /// The store takes the leader key away that `host` has.
+    pub fn revoked(&mut self, at: Duration, host: usize, how: Loss) {
+        self.revoked = Some(Revoked { host, at, how });
     }
 
-    /// Whether the key by which `host` was told to promote or started, at `told`, has been taken away since, a moment ago.
-    pub fn was_just_revoked(&self, now: Duration, host: usize, told: Duration) -> bool {
-        self.revoked.is_some_and(|(whose, at)| whose == host && told <= at && now - at <= PROMOTION)
+    /// How the key by which `host` was told to promote or started, at `told`, has been taken away since, a moment ago.
+    pub fn just_revoked(&self, now: Duration, host: usize, told: Duration) -> Option<Loss> {
+        let just = |revoked: &Revoked| revoked.host == host && told <= revoked.at && now - revoked.at <= PROMOTION;
+        self.revoked.filter(just).map(|revoked| revoked.how)
     }
 
     /// The reign in which a host took writes last.

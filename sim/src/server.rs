@@ -13,7 +13,7 @@ use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
 use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
-use crate::judge::{PROMOTION, Reign};
+use crate::judge::{Loss, PROMOTION, Reign};
 use crate::sessions;
 use crate::slots::Logical;
 use crate::stage::{Stage, name};
@@ -374,9 +374,13 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, t
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let just_revoked = stage.judge(|judge, now| judge.was_just_revoked(now, host, told));
-    let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || just_revoked;
-    let holder = stage.holder().or_else(|| goes_on.then(|| name(host).0));
+    let lost = stage.judge(|judge, now| judge.just_revoked(now, host, told));
+    let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || lost.is_some();
+    let own = || name(host).0;
+    let holder = match lost {
+        Some(Loss::Restore) => Some(own()),
+        _ => stage.holder().or_else(|| goes_on.then(own)),
+    };
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
     // An operator may ask for somebody who is behind.
     let requested = stage.key("failover").is_some_and(|request| request != json!({}) && request["leader"].is_null());

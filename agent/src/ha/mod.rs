@@ -129,6 +129,8 @@ pub struct Ha<D, P, C, R> {
     unapplied: Option<(Instant, String)>,
     published: Published,
     slots_seen: slots::Seen,
+    /// Until then slots stay that this agent has not made: nobody has published whose they are.
+    slots_spared: Option<Instant>,
     /// Permanent logical slots that are called like a member's, as they were told.
     slots_clashing: BTreeSet<String>,
     /// When logical slots were last copied from the primary.
@@ -175,6 +177,8 @@ struct SlotsKept {
     plan: SlotPlan,
     /// There is nothing left to do about it.
     settled: bool,
+    /// Slots that this agent has not made were spared.
+    spared: bool,
 }
 
 /// What a turn leaves to do.
@@ -231,6 +235,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             unapplied: None,
             published: Published::default(),
             slots_seen: slots::Seen::new(),
+            slots_spared: None,
             slots_clashing: BTreeSet::new(),
             slots_copied: None,
             names_proven: None,

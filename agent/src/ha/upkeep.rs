@@ -129,7 +129,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         let primary = self.pg_is_primary();
         let leads = primary || self.lease.session().leading;
-        slots::note(&mut self.slots_seen, &view, &self.me, leads, self.parts.clock.now());
+        let now = self.parts.clock.now();
+        if self.slots_seen.is_empty() && view.status.retain_slots.is_none() {
+            // Members whose keys went with an outage of the DCS are back by then.
+            self.slots_spared = Some(now + view.settings.ttl);
+        }
+        let spares = self.slots_spared.is_some_and(|until| now < until);
+        slots::note(&mut self.slots_seen, &view, &self.me, leads, now);
         let part = if leads { slots::Part::Leader } else { slots::Part::Replica };
         let reached = slots::Reached { timeline: running.timeline, replayed: running.replay_lsn };
         let wanted = slots::wanted(&view, &self.me, part, reached, &self.slots_seen, &self.memory.heard);
@@ -143,7 +149,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.slots_clashing = clashes;
         let mut plan = SlotPlan {
             wanted,
-            known: None,
+            known: spares.then(BTreeSet::new),
             ignored: view.settings.ignore_slots.clone(),
             may_drop: !view.settings.pause,
             // Before it is promoted a new leader may yet be followed with what those slots hold back.
@@ -155,6 +161,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if let Some(kept) = &self.published.slots
             && kept.server == server
             && (kept.plan.may_drop || !plan.may_drop)
+            && (spares || !kept.spared)
         {
             let before = || kept.plan.wanted.keys().cloned();
             plan.known = match &kept.plan.known {
@@ -170,7 +177,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let set = self.parts.clock.within(limit, self.parts.postgres.set_slots(plan.clone())).await;
         let set = set.unwrap_or(Err(PgError::Timeout { what: "changing slots".to_owned(), limit }));
         let settled = set.as_ref().is_ok_and(|done| !done.again);
-        self.published.slots = Some(SlotsKept { server, plan, settled });
+        self.published.slots = Some(SlotsKept { server, plan, settled, spared: spares });
         match set {
             Ok(done) => done.missing,
             Err(error) => {

@@ -16,6 +16,7 @@ use trunkline_config::merge;
 
 use super::World;
 use crate::executor::ProcessId;
+use crate::judge::Loss;
 use crate::scenario::{Aim, End, Event, Fault, NEXT_LEADER_WITHIN};
 use crate::server::{self, Killed, Server};
 use crate::slots::FOREIGN_SLOT;
@@ -212,7 +213,7 @@ impl World {
             Fault::RevokeLease { node } => {
                 if let Some(member) = self.view().members.get(&name(node)) {
                     if self.stage.holder() == Some(name(node).0) {
-                        self.stage.judge(|judge, now| judge.revoked(now, node));
+                        self.stage.judge(|judge, now| judge.revoked(now, node, Loss::Lease));
                     }
                     let _ = self.stage.store().client().revoke(member.lease).await;
                 }
@@ -223,6 +224,9 @@ impl World {
                 self.dcs_down.lock().1 += 1;
                 self.refresh_links();
                 self.wait(ms).await;
+                if let Some(host) = self.stage.holder().as_deref().and_then(host_of) {
+                    self.stage.judge(|judge, now| judge.revoked(now, host, Loss::Restore));
+                }
                 self.stage.store().restore(&backup);
                 self.stage.judge(|judge, _| judge.restored());
                 self.dcs_down.lock().1 -= 1;
