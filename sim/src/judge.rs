@@ -83,6 +83,10 @@ pub enum Loss {
 /// takes writes. Nor one that is just about to have started.
 pub const PROMOTION: Duration = Duration::from_millis(40);
 
+/// The longest until an agent hears by a renewal that its lease was revoked, if its watch does not tell it: a server that has just ended
+/// comes back in place until then, as one that runs would go on.
+pub const UNHEARD: Duration = Duration::from_millis(1500);
+
 /// After that many the world is not looked at any further.
 const ENOUGH: usize = 5;
 
@@ -137,9 +141,13 @@ impl Judge {
         self.revoked = Some(Revoked { host, at, how });
     }
 
-    /// How the key by which `host` was told to promote or started, at `told`, has been taken away since, a moment ago.
-    pub fn just_revoked(&self, now: Duration, host: usize, told: Duration) -> Option<Loss> {
-        let just = |revoked: &Revoked| revoked.host == host && told <= revoked.at && now - revoked.at <= PROMOTION;
+    /// How the key by which `host` was told to promote or started, at `told`, has been taken away a moment ago; or, if it begins
+    /// `again`, lately.
+    pub fn just_revoked(&self, now: Duration, host: usize, told: Duration, again: bool) -> Option<Loss> {
+        let just = |revoked: &Revoked| {
+            let ago = now - revoked.at;
+            revoked.host == host && (told <= revoked.at && ago <= PROMOTION || again && ago <= UNHEARD)
+        };
         self.revoked.filter(just).map(|revoked| revoked.how)
     }
 

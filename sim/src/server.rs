@@ -311,7 +311,7 @@ pub fn spawn(stage: &Stage, host: usize) {
     stage.executor().spawn(process, async move {
         let stage = starting;
         let slow = stage.server(host, |server| server.disk_slow);
-        let told = stage.executor().now();
+        let told = Told::now(&stage);
         stage.micros(if slow { 1_000_000..12_000_000 } else { 20_000..150_000 }).await;
         if is_primary_start(&stage, host, number) {
             // A restart in a pause is the operator's.
@@ -366,15 +366,29 @@ pub fn is_forgotten(stage: &Stage, host: usize) -> bool {
     is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
 
-/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right. `told`: when it was
-/// started or told to promote.
-fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Duration) {
+/// A server was started, or told to promote.
+#[derive(Clone, Copy)]
+struct Told {
+    at: Duration,
+    /// An operator has asked for somebody, who may be behind.
+    requested: bool,
+}
+
+impl Told {
+    fn now(stage: &Stage) -> Self {
+        let request = stage.key("failover").filter(|request| *request != json!({}));
+        Self { at: stage.executor().now(), requested: request.is_some_and(|request| request["leader"].is_null()) }
+    }
+}
+
+/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
+fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Told) {
     // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let lost = stage.judge(|judge, now| judge.just_revoked(now, host, told));
+    let lost = stage.judge(|judge, now| judge.just_revoked(now, host, told.at, again));
     let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || lost.is_some();
     let own = || name(host).0;
     let holder = match lost {
@@ -382,8 +396,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, t
         _ => stage.holder().or_else(|| goes_on.then(own)),
     };
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
-    // An operator may ask for somebody who is behind.
-    let requested = stage.key("failover").is_some_and(|request| request != json!({}) && request["leader"].is_null());
+    let requested = told.requested || Told::now(stage).requested;
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
     stage.servers(|servers| {
         let server = &mut servers[host];
@@ -434,7 +447,7 @@ pub fn promote(
 ) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
-        let told = stage.executor().now();
+        let told = Told::now(&stage);
         let slow = stage.server(host, |server| server.disk_slow);
         let healthy = 3_000..PROMOTION.as_micros() as u64;
         stage.micros(if slow { 100_000..4_000_000 } else { healthy }).await;

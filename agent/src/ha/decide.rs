@@ -202,8 +202,11 @@ fn decide_on(s: &Situation, view: &ClusterView) -> Decision {
 const FIRST_PROOF: Duration = Duration::from_secs(2);
 
 /// The DCS has never been read by this process. A primary found running may be somebody's deposed leader: it gets as
-/// long as one attempt at the DCS takes, then it steps down.
+/// long as one attempt at the DCS takes, then it steps down. Not in a pause, in which the agent before would have left it alone.
 fn without_view(s: &Situation) -> Decision {
+    if s.memory.paused_before {
+        return is(Action::Wait, "waiting for the DCS (paused when it was last read)");
+    }
     if s.is_primary() && s.now.since(s.memory.started_at) > FIRST_PROOF {
         return is(
             Action::Demote(DemoteMode::LostKey),

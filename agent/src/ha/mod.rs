@@ -203,7 +203,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let timing = timing(&settings);
         let (store, postgres, clock) = (parts.store.clone(), parts.postgres.clone(), parts.clock.clone());
         let promised_before = postgres.kept_promise();
-        let memory = Memory { started_at: clock.now(), promised_before, ..Memory::default() };
+        let (started_at, paused_before) = (clock.now(), settings.pause);
+        let memory = Memory { started_at, promised_before, paused_before, ..Memory::default() };
         let mut stopped = stop_keeper.clone();
         let lease = Keeper::spawn(store, postgres, clock, name, timing, parts.guard.clone(), stop_keeper);
         let ends_of_pauses = lease.clone().hear_of_ends_of_pauses(parts.knowledge.clone());

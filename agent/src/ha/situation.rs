@@ -178,6 +178,8 @@ pub struct Memory {
     pub sync_before: Option<SyncWrite>,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,
+    /// The settings that were known to an agent before this one say `pause`.
+    pub paused_before: bool,
     /// Our word to a leader that lost the DCS.
     pub promise: Option<Promise>,
     /// Until when an agent before this one has given it.

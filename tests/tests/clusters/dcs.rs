@@ -51,32 +51,6 @@ async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_w
     Ok(())
 }
 
-/// Members are not discovered: who names one of several hears of the others.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_names_one_of_three_etcd_members_says_so() -> Result<()> {
-    const NOTICE: &str = "etcd has 3 members, and etcd3 names";
-    let mut spec = Spec::new(1, &Program::agent()?);
-    spec.dcs = json!({});
-    let mut scene = Scene::with("dcs-one-host", 3, spec).await?;
-    let endpoints = scene.etcd.endpoints();
-    scene.cluster.settled(LIMIT).await?;
-    let node = &mut scene.cluster.nodes[0];
-    let log = node.says("how long writes will be out", LIMIT).await?;
-    ensure!(!log.contains(NOTICE), "all of them are named: {log}");
-
-    node.kill_agent();
-    let mut config: Value = serde_json::from_slice(&std::fs::read(node.config())?)?;
-    config["etcd3"] = json!({ "host": endpoints[0] });
-    node.configure(&config.to_string())?;
-    node.start()?;
-    let log = node.says(NOTICE, LIMIT).await?;
-    let line = log.lines().find(|line| line.contains(NOTICE)).context("the line")?;
-    ensure!(endpoints.iter().all(|endpoint| line.contains(endpoint)), "not all of {endpoints:?}: {line}");
-    ensure!(scene.cluster.settled(LIMIT).await? == 0, "nobody leads");
-    scene.lab.success();
-    Ok(())
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_of_three_etcd_members_may_hang_or_die() -> Result<()> {
     let mut scene = Scene::with("dcs-member", 3, Spec::new(2, &Program::agent()?)).await?;

@@ -190,7 +190,8 @@ async fn a_guard_that_is_killed_or_hangs_is_replaced() -> Result<()> {
     Ok(())
 }
 
-/// Paused, an operator has taken over: nothing is killed, neither with the agent nor without.
+/// Paused, an operator has taken over: nothing is killed, neither with the agent nor without, nor by one that knows of the pause
+/// by what it has kept alone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_cluster_is_not_guarded() -> Result<()> {
     let (mut scene, load, leader) = asynchronous("guard-pause").await?;
@@ -210,7 +211,15 @@ async fn a_paused_cluster_is_not_guarded() -> Result<()> {
     gone.await?;
     tokio::time::sleep(LEASE).await;
     ensure!(scene.cluster.nodes[leader].postmaster()? == postmaster, "PostgreSQL was killed");
+    // Nor by an agent that has never read the DCS.
+    scene.etcd.kill(0);
     scene.cluster.nodes[leader].start()?;
+    scene.cluster.nodes[leader].says("waiting for the DCS (paused when it was last read)", LIMIT).await?;
+    tokio::time::sleep(LEASE).await;
+    ensure!(scene.cluster.nodes[leader].postmaster()? == postmaster, "PostgreSQL was stopped");
+    let standby = scene.node(leader).query_one("SELECT pg_is_in_recovery()", LIMIT).await?;
+    ensure!(standby == "f", "it is a standby");
+    scene.etcd.restart(0).await?;
     let leads = wait::until("the primary to have its key again", LIMIT, async || {
         ensure!(scene.cluster.nodes[leader].health("/primary").await == Some(200), "it has not");
         Ok(())

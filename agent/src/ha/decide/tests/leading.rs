@@ -211,6 +211,8 @@ fn without_the_dcs_a_found_primary_is_not_left_alone() {
     assert_eq!(blind.decide().action, Action::Wait);
     blind.memory.started_at = NOW - Duration::from_secs(3);
     assert_eq!(blind.decide().action, Action::Demote(DemoteMode::LostKey));
+    blind.memory.paused_before = true;
+    assert_eq!(blind.decide().action, Action::Wait, "nor would its agent have stopped it");
 }
 
 #[test]
