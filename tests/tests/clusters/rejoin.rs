@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use trunkline_tests::{LIMIT, Lab, Program, Scene, Spec, rest, wait};
+use trunkline_tests::{LIMIT, Lab, Program, Scene, Spec, Timing, rest, wait};
 
 /// For one statement.
 const SHORT: Duration = Duration::from_secs(5);
@@ -95,6 +95,8 @@ async fn a_diverged_primary_that_was_a_standby_since_is_rewound_by_an_agent_that
         "restore_command": format!("cp {}/%f %p", archive.display()),
     });
     spec.local = json!({ "postgresql": { "use_pg_rewind": true, "parameters": copies } });
+    // It has to stop in order before its lease is over, on a machine that runs other tests as well: killed, it has nothing of its own.
+    spec.timing = Timing { ttl: 15, loop_wait: 1, retry_timeout: 2 };
     let mut scene = Scene::in_lab(lab, 1, spec).await?;
     let old = scene.cluster.settled(LIMIT).await?;
     scene.node(old).execute("CREATE TABLE t (who text); SELECT pg_switch_wal()", SHORT).await?;
