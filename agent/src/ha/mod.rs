@@ -129,7 +129,7 @@ pub struct Ha<D, P, C, R> {
     unapplied: Option<(Instant, String)>,
     published: Published,
     slots_seen: slots::Seen,
-    /// Until then slots stay that this agent has not made: nobody has published whose they are.
+    /// Until then members' slots stay, whoever has made them: nobody has published which are retained.
     slots_spared: Option<Instant>,
     /// Permanent logical slots that are called like a member's, as they were told.
     slots_clashing: BTreeSet<String>,
@@ -177,8 +177,6 @@ struct SlotsKept {
     plan: SlotPlan,
     /// There is nothing left to do about it.
     settled: bool,
-    /// Slots that this agent has not made were spared.
-    spared: bool,
 }
 
 /// What a turn leaves to do.

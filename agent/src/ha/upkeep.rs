@@ -149,9 +149,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         self.slots_clashing = clashes;
         let mut plan = SlotPlan {
             wanted,
-            known: spares.then(BTreeSet::new),
+            known: None,
             ignored: view.settings.ignore_slots.clone(),
             may_drop: !view.settings.pause,
+            spares,
             // Before it is promoted a new leader may yet be followed with what those slots hold back.
             may_clean: view.leader.as_ref().is_some_and(|leader| primary || leader.name != self.me.name),
             feedback: slots::needs_feedback(&view, &self.me),
@@ -161,7 +162,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if let Some(kept) = &self.published.slots
             && kept.server == server
             && (kept.plan.may_drop || !plan.may_drop)
-            && (spares || !kept.spared)
+            && (spares || !kept.plan.spares)
         {
             let before = || kept.plan.wanted.keys().cloned();
             plan.known = match &kept.plan.known {
@@ -177,7 +178,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let set = self.parts.clock.within(limit, self.parts.postgres.set_slots(plan.clone())).await;
         let set = set.unwrap_or(Err(PgError::Timeout { what: "changing slots".to_owned(), limit }));
         let settled = set.as_ref().is_ok_and(|done| !done.again);
-        self.published.slots = Some(SlotsKept { server, plan, settled, spared: spares });
+        self.published.slots = Some(SlotsKept { server, plan, settled });
         match set {
             Ok(done) => done.missing,
             Err(error) => {

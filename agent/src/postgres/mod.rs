@@ -312,6 +312,8 @@ pub struct SlotPlan {
     pub ignored: Vec<Map<String, Value>>,
     /// Slots may be dropped because they are not wanted or of no use any more.
     pub may_drop: bool,
+    /// But not physical ones that are not wanted: members may come back to them.
+    pub spares: bool,
     /// Slots that nobody uses here may be made anew to get rid of what they hold back.
     pub may_clean: bool,
     /// The primary has to be told which rows are needed here (`hot_standby_feedback`).

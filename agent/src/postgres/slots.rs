@@ -121,7 +121,8 @@ pub fn steps(present: &BTreeMap<String, Slot>, plan: &SlotPlan, standby: Option<
         }
         let Some(wanted) = plan.wanted.get(name) else {
             let ours = plan.known.as_ref().is_none_or(|known| known.contains(name));
-            if ours && plan.may_drop && !slot.failover && !is_ignored(&plan.ignored, name, slot) {
+            let spared = plan.spares && slot.kind == SlotKind::Physical;
+            if ours && !spared && plan.may_drop && !slot.failover && !is_ignored(&plan.ignored, name, slot) {
                 steps.push(if slot.active { Step::InUse(name.clone()) } else { Step::Drop(name.clone()) });
             }
             continue;
@@ -484,6 +485,13 @@ mod tests {
         let own = Slot { failover: true, ..slot(logical()) };
         let nobody_leads = SlotPlan { may_clean: false, ..plan };
         assert_eq!(planned(Some(own), None, Some(99), &nobody_leads), vec![]);
+    }
+
+    #[test]
+    fn slots_of_members_that_may_come_back_stay() {
+        let spares = SlotPlan { may_drop: true, spares: true, ..SlotPlan::default() };
+        assert_eq!(planned(Some(slot(SlotKind::Physical)), None, None, &spares), vec![]);
+        assert_eq!(planned(Some(slot(logical())), None, None, &spares), vec![Step::Drop("a".into())]);
     }
 
     #[test]
