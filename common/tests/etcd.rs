@@ -339,6 +339,33 @@ async fn logs_in_again_when_its_token_is_gone() {
     assert_eq!(dcs.reload(&user("another")), Ok(false), "what has not changed is not done again");
 }
 
+/// One that may do no more than read and write its keys.
+async fn members_are_found_by_an_ordinary_user(mut cluster: Cluster) {
+    let config = Etcd { endpoints: vec![cluster.members[0].url.clone()], ..Etcd::default() };
+    cluster.ready(&config).await;
+    let mut admin = etcd_client::Client::connect([&config.endpoints[0]], None).await.unwrap();
+    for name in ["root", "agent"] {
+        admin.user_add(name, "secret", None).await.unwrap();
+        admin.role_add(name).await.unwrap();
+        admin.user_grant_role(name, name).await.unwrap();
+    }
+    let keys = etcd_client::Permission::read_write("/found").with_prefix();
+    admin.role_grant_permission("agent", keys).await.unwrap();
+    admin.auth_enable().await.unwrap();
+    let dcs = connect(&Etcd { authentication: Some(("agent".to_owned(), Secret::new("secret"))), ..config }).await;
+    dcs.txn(put("/found", "1")).await.unwrap();
+    assert_eq!(dcs.look_for_members().await.unwrap().len(), 2);
+    cluster.kill(0);
+    eventually("the others go on", Duration::from_secs(20), async || dcs.txn(put("/found", "2")).await.is_ok()).await;
+}
+
+#[tokio::test]
+async fn an_ordinary_user_finds_the_members() {
+    members_are_found_by_an_ordinary_user(Cluster::start(3).await).await;
+    let Some(etcd) = support::etcd_35() else { return };
+    members_are_found_by_an_ordinary_user(Cluster::start_of(etcd, 3).await).await;
+}
+
 #[tokio::test]
 async fn speaks_tls_with_certificates_on_both_sides() {
     let dir = tempfile::tempdir().unwrap();

@@ -244,13 +244,13 @@ impl Endpoint {
         let mut client = match known {
             Some(client) => client,
             None => {
-                let client = self.connect(limit).await.map_err(not_connected)?;
+                let client = self.connect(limit).await.map_err(|error| self.not_connected(error))?;
                 self.client.lock().insert(client).clone()
             }
         };
         // Each time: whoever is there when a connection breaks is connected to again, without a word.
         if let Some(cluster) = self.cluster {
-            let status = client.status().await.map_err(not_connected)?;
+            let status = client.status().await.map_err(|error| self.not_connected(error))?;
             if status.header().is_none_or(|header| header.cluster_id() != cluster) {
                 return Err(Failure::NotSent("it belongs to another etcd cluster now".to_owned()));
             }
@@ -274,13 +274,15 @@ impl Endpoint {
     fn forget(&self) {
         *self.client.lock() = None;
     }
-}
 
-/// Connecting is lazy, except for the login.
-fn not_connected(error: Error) -> Failure {
-    match classify(error) {
-        Failure::Final(error) => Failure::Final(error),
-        Failure::NotSent(why) | Failure::MaybeDone(why) => Failure::NotSent(why),
+    /// Connecting is lazy, except for the login and for the question which cluster this is. A member that was found has the last
+    /// word in nothing before that is answered.
+    fn not_connected(&self, error: Error) -> Failure {
+        match classify(error) {
+            Failure::Final(error) if self.cluster.is_none() => Failure::Final(error),
+            Failure::Final(error) => Failure::NotSent(error.to_string()),
+            Failure::NotSent(why) | Failure::MaybeDone(why) => Failure::NotSent(why),
+        }
     }
 }
 
