@@ -83,8 +83,9 @@ pub enum Loss {
 /// takes writes. Nor one that is just about to have started.
 pub const PROMOTION: Duration = Duration::from_millis(40);
 
-/// The longest until an agent hears by a renewal that its lease was revoked, if its watch does not tell it: a server that has just ended
-/// comes back in place until then, as one that runs would go on.
+/// The longest until an agent hears by a renewal that its key is gone, if its watch does not tell it. A server that has just ended
+/// comes back in place until then, as one that runs would go on; and where the store was restored an agent may begin to promote
+/// within its lease, which is waited for by whoever has the key now.
 pub const UNHEARD: Duration = Duration::from_millis(1500);
 
 /// After that many the world is not looked at any further.
@@ -142,11 +143,12 @@ impl Judge {
     }
 
     /// How the key by which `host` was told to promote or started, at `told`, has been taken away a moment ago; or, if it begins
-    /// `again`, lately.
+    /// `again` or by a restore, lately.
     pub fn just_revoked(&self, now: Duration, host: usize, told: Duration, again: bool) -> Option<Loss> {
         let just = |revoked: &Revoked| {
             let ago = now - revoked.at;
-            revoked.host == host && (told <= revoked.at && ago <= PROMOTION || again && ago <= UNHEARD)
+            let lately = again || revoked.how == Loss::Restore;
+            revoked.host == host && (told <= revoked.at && ago <= PROMOTION || lately && ago <= UNHEARD)
         };
         self.revoked.filter(just).map(|revoked| revoked.how)
     }
