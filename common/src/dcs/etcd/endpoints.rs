@@ -68,7 +68,8 @@ impl<C: Clock> Endpoints<C> {
     /// Uses what was found beside what is configured, unless that is not `configured` any more. True if it was not known.
     pub(super) fn set_found(&self, configured: &[String], found: Found) -> bool {
         let mut known = self.known.write();
-        if known.access.config.endpoints != configured || known.found == found {
+        let config = &known.access.config;
+        if config.use_proxies || config.endpoints != configured || known.found == found {
             return false;
         }
         let news = known.found.urls != found.urls;
