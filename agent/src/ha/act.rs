@@ -366,7 +366,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let names = sync::names_on_promotion(&view, &self.me.name, &self.configured_names());
         let hands = self.hands();
         let left_out = timelines::left_out(claimed, running.timeline);
-        self.memory.promoting = true;
+        self.memory.promotions += 1;
         self.spawn(TaskKind::Promote, hands.promote(names, running.synchronous_standby_names, left_out));
         Next::Wait
     }

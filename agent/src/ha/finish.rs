@@ -20,11 +20,13 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let now = self.parts.clock.now();
         let started = matches!(kind, TaskKind::Start | TaskKind::Restart) && end == TaskEnd::Done;
         self.memory.up_since = started.then_some(now);
-        if kind == TaskKind::Promote && !matches!(end, TaskEnd::Refused(_)) {
-            self.memory.sync_before = None;
-        }
-        if kind == TaskKind::Promote && matches!(end, TaskEnd::Refused(_) | TaskEnd::Promoted(_)) {
-            self.memory.promoting = false;
+        match (kind, &end) {
+            (TaskKind::Promote, TaskEnd::Refused(_)) => {
+                self.memory.promotions = self.memory.promotions.saturating_sub(1);
+            }
+            (TaskKind::Promote, TaskEnd::Promoted(_)) => (self.memory.sync_before, self.memory.promotions) = (None, 0),
+            (TaskKind::Promote, _) => self.memory.sync_before = None,
+            _ => {}
         }
         match (kind, end) {
             (TaskKind::CopySlots, end) => {

@@ -220,9 +220,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let dry = matches!(&pg, PgStatus::Running(running) if running.role == PgRole::Standby
             && running.replication_state.as_deref() != Some("streaming"));
         self.memory.dry_since = dry.then(|| self.memory.dry_since.unwrap_or(now));
+        let promotion_is_over = match &pg {
+            PgStatus::Running(running) => running.role == PgRole::Primary,
+            PgStatus::Stopped(_) | PgStatus::NoData | PgStatus::Broken(_) => true,
+            PgStatus::Starting | PgStatus::Stopping | PgStatus::Unresponsive | PgStatus::Refusing(_) => false,
+        };
+        if promotion_is_over {
+            self.memory.promotions = 0;
+        }
         match &pg {
             PgStatus::Running(running) => {
-                self.memory.promoting &= running.role == PgRole::Standby;
                 self.memory.was_primary = running.role == PgRole::Primary;
                 self.memory.demoted = false;
                 self.memory.fresh_copy = false;
@@ -233,13 +240,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.down_since.get_or_insert(now);
             }
         }
-        match &pg {
-            PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_) => {
-                // Who has started it, and as what, this agent may not have seen.
-                self.memory.was_primary |= !self.parts.postgres.is_set_to_follow();
-            }
-            PgStatus::Stopped(_) | PgStatus::NoData | PgStatus::Broken(_) => self.memory.promoting = false,
-            PgStatus::Running(_) | PgStatus::Stopping => {}
+        if let PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_) = &pg {
+            // Who has started it, and as what, this agent may not have seen.
+            self.memory.was_primary |= !self.parts.postgres.is_set_to_follow();
         }
         if let PgStatus::Stopped(control) = &pg
             && !matches!(self.pg, PgStatus::Stopped(_))

@@ -132,8 +132,8 @@ pub struct Memory {
     pub half_made: bool,
     /// It is down because this node demoted it.
     pub demoted: bool,
-    /// It was told to promote itself, and may do so yet: that can't be taken back.
-    pub promoting: bool,
+    /// How often it was told to promote itself and may do so yet: that can't be taken back.
+    pub promotions: u32,
     /// What this node was last said to be while it ran as a standby: `replica` or `standby_leader`.
     pub standby_role: Option<&'static str>,
     /// It is down because its data directory was made just now.

@@ -89,7 +89,7 @@ pub enum TaskEnd {
     Done,
     /// The standby takes writes, on this timeline.
     Promoted(TimelineId),
-    /// The promotion is not allowed; nothing was begun.
+    /// There is no promotion, for this reason; nothing of it was begun.
     Refused(String),
     /// The histories have been compared.
     Compared(Divergence),
@@ -385,28 +385,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// Promotes, the key being ours. Lease and key are looked at again right before the point of no return: time may have
     /// passed since it was decided.
     pub async fn promote(self, names: String, current_names: String, left_out: Vec<TimelineId>) -> TaskEnd {
-        let allowed = tokio::select! {
-            biased;
-            () = self.lease.must_not_write(&self.clock) => {
-                let why = "the leader key was lost while pre_promote ran".to_owned();
-                return TaskEnd::Failed { why, damaged: false };
-            }
-            allowed = self.postgres.pre_promote(START_LIMIT) => allowed,
-        };
-        match allowed {
-            Ok(()) => {}
-            Err(error @ PgError::Refused(_)) => return TaskEnd::Refused(error.to_string()),
-            Err(error) => return error.into(),
-        }
-        // Names that a session shows are not yet names that commits wait by: an agent before may have set them just now.
-        if !(names.is_empty() && current_names.is_empty())
-            && let Err(error) = self.postgres.set_synchronous_standby_names(names).await
-        {
-            return error.into();
-        }
-        let until = self.lease.session().leader_until();
-        if until.is_none_or(|until| until <= self.clock.now()) || self.shows_no_key(&self.knowledge.borrow()) {
-            return TaskEnd::Failed { why: "the leader key was lost before the promotion".to_owned(), damaged: false };
+        if let Err(why) = self.may_promote(names, current_names).await {
+            return TaskEnd::Refused(why);
         }
         match self.postgres.promote(START_LIMIT, left_out).await {
             Ok(timeline) => {
@@ -416,6 +396,26 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
             Err(error @ PgError::Refused(_)) => TaskEnd::Refused(error.to_string()),
             Err(error) => error.into(),
         }
+    }
+
+    /// What has to be done and seen before anything of a promotion is begun; the words say why there will be none.
+    async fn may_promote(&self, names: String, current_names: String) -> Result<(), String> {
+        tokio::select! {
+            biased;
+            () = self.lease.must_not_write(&self.clock) => {
+                return Err("the leader key was lost while pre_promote ran".to_owned());
+            }
+            allowed = self.postgres.pre_promote(START_LIMIT) => allowed.map_err(|error| error.to_string())?,
+        }
+        // Names that a session shows are not yet names that commits wait by: an agent before may have set them just now.
+        if !(names.is_empty() && current_names.is_empty()) {
+            self.postgres.set_synchronous_standby_names(names).await.map_err(|error| error.to_string())?;
+        }
+        let until = self.lease.session().leader_until();
+        if until.is_none_or(|until| until <= self.clock.now()) || self.shows_no_key(&self.knowledge.borrow()) {
+            return Err("the leader key was lost before the promotion".to_owned());
+        }
+        Ok(())
     }
 
     /// After a checkpoint ([`super::prepare`]): let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is

@@ -140,7 +140,7 @@ const INHERITED: Duration = Duration::from_secs(60);
 /// before it, the server is stopped first.
 fn release_standby(s: &Situation, reason: String) -> Decision {
     let inherited = s.memory.up_since.is_none() && s.now.since(s.memory.started_at) < INHERITED;
-    match s.memory.promoting || inherited {
+    match s.memory.promotions > 0 || inherited {
         true => {
             is(Action::Demote(DemoteMode::Sick), format!("{reason}; stopped first, it may have begun to be promoted"))
         }

@@ -107,11 +107,11 @@ fn the_key_of_a_standby_that_may_yet_be_promoted_is_given_back_after_its_stop() 
     promoting.memory.must_not_lead = Some("/dev/watchdog: it is gone".to_owned());
     promoting.memory.up_since = Some(NOW - Duration::from_secs(90));
     assert_eq!(promoting.decide().action, Action::Release);
-    promoting.memory.promoting = true;
+    promoting.memory.promotions = 1;
     assert_eq!(promoting.decide().action, Action::Demote(DemoteMode::Sick));
     promoting.view().settings.pause = true;
     assert_eq!(promoting.decide().action, Action::Demote(DemoteMode::Sick), "in a pause, too");
-    promoting.memory.promoting = false;
+    promoting.memory.promotions = 0;
     assert_eq!(promoting.decide().action, Action::Release);
 }
 
