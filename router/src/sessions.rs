@@ -8,45 +8,28 @@
 //! Ending means shutting down both sockets, which needs nothing of the server, nor of the thread that relays: a frozen
 //! host with a healthy-looking connection makes no difference. The relay notices by itself and cleans up.
 
-use std::collections::{BTreeMap, HashMap};
-use std::io;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::task::Waker;
-use std::time::Duration;
+mod handle;
+mod live;
 
-use futures::task::AtomicWaker;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use trunkline_common::{Instant, MemberName, Revision};
 
+pub use self::handle::{Call, Session};
+use self::live::Live;
+pub use self::live::{Cut, Line, Silence};
 use crate::handover::Leaving;
 use crate::port::Peer;
-use crate::silence;
-use crate::socket::{self, Connection};
+use crate::socket::Connection;
 use crate::table::{Backend, Epoch};
 
 /// Sessions that are looked at under one lock.
 const LOOK: usize = 64;
-
-/// Why a session was ended from outside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Cut {
-    /// Its server is not the leader any more.
-    LeaderChanged = 1,
-    /// The router stops, and the time for draining is over.
-    Drained = 2,
-    /// Its server is too far behind.
-    Lag = 3,
-    /// Its server is about to stop, and its transaction took too long.
-    Overdue = 4,
-    /// Its server has been down for too long.
-    Down = 5,
-}
 
 /// All sessions that have a server.
 #[derive(Debug, Default)]
@@ -58,33 +41,6 @@ pub struct Sessions {
     closing: AtomicBool,
     /// The first one has begun, or come back, since somebody asked for those.
     stirs: Notify,
-}
-
-/// What reaches a session from outside.
-#[derive(Debug, Default)]
-struct Ticket {
-    cut: AtomicU8,
-    /// Its server is about to stop.
-    resign: AtomicBool,
-    /// It has been there for a while.
-    settle: AtomicBool,
-    /// Its beginning has been told, where its port wants that.
-    told: AtomicBool,
-    waker: AtomicWaker,
-    /// Bytes relayed to the server, and to the client.
-    up: AtomicU64,
-    down: AtomicU64,
-}
-
-/// What a session is asked to do as soon as it can.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Call {
-    /// To go to the next process.
-    pub leave: bool,
-    /// To end, as its server or the router is about to stop.
-    pub resign: bool,
-    /// To [settle](crate::relay::Lean): it has been there for a while.
-    pub settle: bool,
 }
 
 #[derive(Debug, Default)]
@@ -116,40 +72,6 @@ struct Fresh {
     before: Vec<u64>,
 }
 
-#[derive(Debug)]
-struct Live {
-    port: Arc<str>,
-    peer: Peer,
-    backend: Arc<Backend>,
-    /// The epoch the session belongs to: that of its opening, or the one its standby began by being promoted.
-    epoch: Option<Epoch>,
-    began: Instant,
-    /// What cancels it.
-    key: Option<Arc<[u8]>>,
-    /// `None` until the server has taken the session.
-    client: Option<Connection>,
-    /// `None` while it changes hands, which happens under the lock.
-    server: Option<Connection>,
-    ticket: Arc<Ticket>,
-}
-
-/// What is told of a session.
-#[derive(Debug, Clone)]
-pub struct Line {
-    /// The port it came by.
-    pub port: Arc<str>,
-    /// The client.
-    pub client: Peer,
-    /// The server.
-    pub backend: Arc<Backend>,
-    /// What the server takes for the client's address, as in `pg_stat_activity`.
-    pub from: Option<SocketAddr>,
-    /// When its server was connected to.
-    pub began: Instant,
-    /// Bytes relayed to the server by this process, and to the client.
-    pub bytes: (u64, u64),
-}
-
 /// What a session is registered as.
 #[derive(Debug, Clone)]
 pub struct Registered {
@@ -165,15 +87,6 @@ pub struct Registered {
     pub key: Option<Arc<[u8]>>,
 }
 
-/// How long a peer may answer nothing at all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Silence {
-    /// That of a client; `None`: for ever.
-    pub client: Option<Duration>,
-    /// The same of a server.
-    pub server: Option<Duration>,
-}
-
 /// What one process tells the next of the reign that a session belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Reign {
@@ -181,160 +94,6 @@ pub struct Reign {
     pub key: Option<Revision>,
     /// The leader has proved over its REST API that it leads, and that is good until then.
     pub proven: Option<Instant>,
-}
-
-/// A registered session; dropping it ends the registration.
-#[derive(Debug)]
-pub struct Session {
-    id: u64,
-    ticket: Arc<Ticket>,
-    sessions: Arc<Sessions>,
-}
-
-impl Session {
-    /// The server has taken the session: from now on it ends together with its client's connection. `false`: it has been
-    /// ended already or is about to be, and the client has not noticed.
-    pub fn begun(&self, client: &Arc<TcpStream>) -> bool {
-        let mut inner = self.sessions.inner.lock();
-        if self.cut().is_some() || self.ticket.resign.load(Ordering::Acquire) {
-            return false;
-        }
-        inner.note_fresh(self.id, &self.sessions.stirs);
-        if let Some(live) = inner.live.get_mut(&self.id) {
-            live.client = Some(Connection::Watched(client.clone()));
-        }
-        true
-    }
-
-    /// The server has told the client how to cancel it.
-    pub fn learn(&self, key: Box<[u8]>) {
-        let key: Arc<[u8]> = key.into();
-        let mut inner = self.sessions.inner.lock();
-        if let Some(live) = inner.live.get_mut(&self.id) {
-            live.key = Some(key.clone());
-            inner.keys.insert(key, self.id);
-        }
-    }
-
-    /// What is told of it.
-    pub fn line(&self) -> Option<Line> {
-        self.sessions.inner.lock().live.get(&self.id).map(|live| live.line())
-    }
-
-    /// Its beginning has been told, so that its end will be, whatever becomes of its port.
-    pub fn note_told(&self) {
-        self.ticket.told.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether its beginning has been told.
-    pub fn is_told(&self) -> bool {
-        self.ticket.told.load(Ordering::Relaxed)
-    }
-
-    /// So many bytes have been relayed to the server, and to the client.
-    pub fn moved(&self, up: u64, down: u64) {
-        // Nobody else writes.
-        let add = |sum: &AtomicU64, more| sum.store(sum.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
-        add(&self.ticket.up, up);
-        add(&self.ticket.down, down);
-    }
-
-    /// What it shall do; `waker` is woken when that changes.
-    pub fn called(&self, waker: &Waker) -> Call {
-        self.ticket.waker.register(waker);
-        Call {
-            leave: self.sessions.leaving.load(Ordering::Acquire),
-            resign: self.ticket.resign.load(Ordering::Acquire) || self.closes(),
-            settle: self.ticket.settle.load(Ordering::Acquire),
-        }
-    }
-
-    /// Whether it shall end because the router does.
-    pub fn closes(&self) -> bool {
-        self.sessions.closing.load(Ordering::Acquire)
-    }
-
-    /// Takes both connections from the runtime; they still end with the session.
-    ///
-    /// # Errors
-    /// The connections are lost.
-    pub fn unwatch(&self, client: Arc<TcpStream>, server: Arc<TcpStream>) -> io::Result<(Arc<OwnedFd>, Arc<OwnedFd>)> {
-        self.change_hands(|| {
-            let (client, server) = (Connection::unwatch(client)?, Connection::unwatch(server)?);
-            Ok(((client.clone(), server.clone()), Connection::Bare(client), Connection::Bare(server)))
-        })
-    }
-
-    /// Gives them to the runtime that this is called in.
-    ///
-    /// # Errors
-    /// The connections are lost.
-    pub fn watch(&self, client: Arc<OwnedFd>, server: Arc<OwnedFd>) -> io::Result<(Arc<TcpStream>, Arc<TcpStream>)> {
-        self.change_hands(|| {
-            let (client, server) = (Connection::watch(client)?, Connection::watch(server)?);
-            Ok(((client.clone(), server.clone()), Connection::Watched(client), Connection::Watched(server)))
-        })
-    }
-
-    /// Under the lock, so that whoever ends the session finds either the one or the other.
-    fn change_hands<T>(&self, change: impl FnOnce() -> io::Result<(T, Connection, Connection)>) -> io::Result<T> {
-        let mut inner = self.sessions.inner.lock();
-        // One that comes back does not go again at once.
-        self.ticket.settle.store(false, Ordering::Release);
-        inner.note_fresh(self.id, &self.sessions.stirs);
-        let live = inner.live.get_mut(&self.id).ok_or(io::ErrorKind::NotFound)?;
-        // Whoever changes has the last references.
-        (live.client, live.server) = (None, None);
-        let (changed, client, server) = change()?;
-        (live.client, live.server) = (Some(client), Some(server));
-        Ok(changed)
-    }
-
-    /// Where it goes, and what it was registered as.
-    pub fn exit(&self) -> Option<(mpsc::Sender<Leaving>, Registered)> {
-        let inner = self.sessions.inner.lock();
-        let live = inner.live.get(&self.id).filter(|_| self.cut().is_none())?;
-        let (port, client, backend) = (live.port.clone(), live.peer, live.backend.clone());
-        // One of another epoch has been cut.
-        let reign = live.epoch.as_ref().map(|epoch| {
-            let word = inner.word.as_ref().filter(|(name, _)| *name == epoch.member);
-            Reign { key: inner.key, proven: word.map(|(_, until)| *until) }
-        });
-        let registered = Registered { port, client, backend, reign, key: live.key.clone() };
-        Some((inner.exit.clone()?, registered))
-    }
-
-    /// Ends it as if from outside.
-    pub fn end(&self, cut: Cut) {
-        if let Some(live) = self.sessions.inner.lock().live.get(&self.id) {
-            live.end(cut);
-        }
-    }
-
-    /// Why it was ended from outside, if it was.
-    pub fn cut(&self) -> Option<Cut> {
-        match self.ticket.cut.load(Ordering::Acquire) {
-            1 => Some(Cut::LeaderChanged),
-            2 => Some(Cut::Drained),
-            3 => Some(Cut::Lag),
-            4 => Some(Cut::Overdue),
-            5 => Some(Cut::Down),
-            _ => None,
-        }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let mut inner = self.sessions.inner.lock();
-        let Some(live) = inner.live.remove(&self.id) else { return };
-        if let Some(key) = live.key.filter(|key| inner.keys.get(key) == Some(&self.id)) {
-            inner.keys.remove(&key);
-        }
-        if let Some(load) = inner.load.get_mut(&live.backend.member) {
-            *load = load.saturating_sub(1);
-        }
-    }
 }
 
 impl Sessions {
@@ -594,58 +353,6 @@ impl Inner {
 
     fn all(&self) -> impl Iterator<Item = &Live> {
         self.live.values().map(|live| &**live)
-    }
-}
-
-impl Live {
-    fn new(
-        port: &Arc<str>,
-        peer: Peer,
-        backend: &Arc<Backend>,
-        epoch: Option<Epoch>,
-        server: &Arc<TcpStream>,
-        began: Instant,
-    ) -> Box<Self> {
-        Box::new(Self {
-            port: port.clone(),
-            peer,
-            backend: backend.clone(),
-            epoch,
-            began,
-            key: None,
-            client: None,
-            server: Some(Connection::Watched(server.clone())),
-            ticket: Arc::default(),
-        })
-    }
-
-    fn line(&self) -> Line {
-        Line {
-            port: self.port.clone(),
-            client: self.peer,
-            backend: self.backend.clone(),
-            // Gone already where it is not known.
-            from: self.server.as_ref().and_then(Connection::local_addr),
-            began: self.began,
-            bytes: (self.ticket.up.load(Ordering::Relaxed), self.ticket.down.load(Ordering::Relaxed)),
-        }
-    }
-
-    /// Only the connections: by that the relay learns who is gone, and ends the session.
-    fn give_up_silent(&self, limits: Silence) -> usize {
-        let legs = [(&self.client, limits.client), (&self.server, limits.server)];
-        let known = legs.into_iter().filter_map(|(leg, limit)| leg.as_ref().zip(limit));
-        known.filter(|(leg, limit)| silence::is_over(leg, *limit)).map(|(leg, _)| socket::abort(leg)).count()
-    }
-
-    fn end(&self, cut: Cut) {
-        self.ticket.cut.store(cut as u8, Ordering::Release);
-        if let Some(server) = &self.server {
-            socket::abort(server);
-        }
-        if let Some(client) = &self.client {
-            socket::close_both_ways(client);
-        }
     }
 }
 
