@@ -205,6 +205,10 @@ impl Postgres for ModelPostgres {
         self.config.clone()
     }
 
+    fn connect_address(&self) -> String {
+        self.config.connect_address.clone()
+    }
+
     async fn initdb(&self, _: Vec<String>, _: Vec<String>) -> Result<(), PgError> {
         self.check_disk()?;
         self.work(300..1_000).await;

@@ -2,28 +2,26 @@
 //!
 //! While a task runs the loop goes on listening and the keeper goes on renewing; nothing else is decided.
 
+mod bootstrap;
+mod leave;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::Duration;
 
-use serde_json::Value;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
-use trunkline_common::cluster::{Initialize, Status};
-use trunkline_common::dcs::codec;
+use trunkline_common::dcs::Dcs;
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::dcs::store::{ClusterStore, Outcome, SyncWrite};
-use trunkline_common::dcs::{Dcs, DcsError, Lease};
-use trunkline_common::{Clock, ClusterView, Instant, LeaseId, Lsn, MemberName, Revision, SystemId, TimelineId};
-use trunkline_config::dynamic::{Settings, SynchronousMode};
+use trunkline_common::{Clock, MemberName, Revision, TimelineId};
 
+pub use self::bootstrap::BootstrapPlan;
+pub use self::leave::HandOverPlan;
 use super::decide::restart::ComeBack;
 use super::lease::LeaseHandle;
-use super::sync;
 use crate::peer::Peers;
-use crate::postgres::{
-    CustomBootstrap, Divergence, PgError, PgStatus, Postgres, StartAs, StopMode, Upstream, WantedSlot,
-};
+use crate::postgres::{Divergence, PgError, PgStatus, Postgres, StartAs, StopMode, Upstream, WantedSlot};
 
 /// What is going on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,107 +144,6 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
     /// How long the start of a standby is waited for, and a stop of which nobody has said how long it may take.
     pub fn pg_ctl_timeout(&self) -> Duration {
         self.postgres.config().pg_ctl_timeout.max(Duration::from_secs(1))
-    }
-
-    /// initdb, first start, users, then `initialize`, `config` and the leader key. A bootstrap that fails is taken back, and
-    /// its data directory moved aside.
-    pub async fn bootstrap(self, plan: BootstrapPlan, lease: Lease) -> TaskEnd {
-        match self.try_bootstrap(&plan, lease).await {
-            Ok(()) => TaskEnd::Done,
-            Err(why) => {
-                warn!("the bootstrap failed: {why}");
-                let stopped = self.postgres.stop(StopMode::Immediate, Duration::from_secs(10), None).await;
-                self.lease.resign();
-                let aside = self.postgres.move_data_aside().await;
-                for error in [stopped.err(), aside.err()].into_iter().flatten() {
-                    warn!("cleaning up after the failed bootstrap: {error}");
-                }
-                if let Err(error) = self.store.cancel_bootstrap(lease.id).await {
-                    warn!("the initialize key could not be given back, it ends with its lease: {error}");
-                    self.lease.abandon(lease.id);
-                }
-                TaskEnd::Failed { why, damaged: false }
-            }
-        }
-    }
-
-    async fn try_bootstrap(&self, plan: &BootstrapPlan, lease: Lease) -> Result<(), String> {
-        let pg = |error: PgError| error.to_string();
-        let dcs = |error: DcsError| error.to_string();
-        match &plan.method {
-            None => {
-                self.postgres.initdb(plan.initdb.clone(), plan.hba.clone()).await.map_err(pg)?;
-                self.still_bootstraps(lease)?;
-                self.start_server(StartAs::Primary, START_LIMIT).await.map_err(pg)?;
-            }
-            Some(method) => self.while_it_may(self.postgres.restore(method.clone())).await.map_err(pg)?,
-        }
-        self.still_bootstraps(lease)?;
-        self.postgres.create_users(plan.post_bootstrap.clone()).await.map_err(pg)?;
-        if plan.method.is_some() {
-            self.while_it_may(self.postgres.end_restore()).await.map_err(pg)?;
-        }
-        let status = self.postgres.observe(Duration::from_secs(5)).await;
-        let PgStatus::Running(running) = status else {
-            return Err("the new server does not answer".to_owned());
-        };
-        self.store.put_config(&plan.config, Some(plan.config_seen)).await.map_err(dcs)?;
-        // From here on this is a whole cluster, and may be the one that `initialize` names: never thrown away, unless
-        // somebody else certainly has made another.
-        let settings = Settings::from_value(&plan.config).0;
-        let synchronous = settings.synchronous_mode != SynchronousMode::Off;
-        if synchronous && settings.synchronous_mode_strict {
-            // Not one commit before somebody can confirm it, from the moment on at which clients are sent here.
-            self.postgres.set_synchronous_standby_names(sync::strict_placeholder()).await.map_err(pg)?;
-        }
-        match self.store.finish_bootstrap(&self.name, lease.id, running.system_id, synchronous).await {
-            Ok(Outcome::Done(_)) => {
-                info!("initialized a new cluster");
-                if !self.lease.lead(lease) {
-                    info!("the lease was replaced during the bootstrap; the loop looks for the key");
-                }
-                if let Err(error) = self.postgres.end_bootstrap() {
-                    warn!("{error}");
-                }
-            }
-            Ok(Outcome::Conflict) => return Err("the right to bootstrap was lost meanwhile".to_owned()),
-            Err(error) => {
-                warn!("it is not known whether the bootstrap was recorded: {error}");
-                // Renewed, it would keep the right to a bootstrap that nobody goes on with. The leader key, if there is
-                // one, bears our name, and moves to the next lease.
-                self.lease.abandon(lease.id);
-            }
-        }
-        self.postgres.callback("on_start", "primary");
-        Ok(())
-    }
-
-    /// Moves the data directory of a bootstrap that was cut off aside, once it is certain that nobody has been told of it:
-    /// the right to finish it is over, and with that every request that could.
-    pub async fn discard(self, system: Option<SystemId>) -> TaskEnd {
-        let initialize = match self.store.read().await {
-            Ok(view) => view.initialize,
-            Err(error) => return TaskEnd::Failed { why: error.to_string(), damaged: false },
-        };
-        match initialize {
-            Initialize::Done(cluster) if Some(cluster) == system => TaskEnd::Done,
-            Initialize::Running => {
-                TaskEnd::Failed { why: "somebody is bootstrapping the cluster".to_owned(), damaged: false }
-            }
-            _ => match self.postgres.move_data_aside().await {
-                Ok(()) => TaskEnd::Done,
-                Err(error) => error.into(),
-            },
-        }
-    }
-
-    /// What takes its time may take too much of it: this host may have stood still meanwhile.
-    fn still_bootstraps(&self, lease: Lease) -> Result<(), String> {
-        let now = self.clock.now();
-        match self.lease.session().lease {
-            Some(held) if held.id == lease.id && held.until > now => Ok(()),
-            _ => Err("the right to bootstrap ended with its lease".to_owned()),
-        }
     }
 
     /// Copies without a running server to copy from; the next turn starts the copy.
@@ -418,125 +315,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Hands<D, P, C, R> {
         Ok(())
     }
 
-    /// After a checkpoint ([`super::prepare`]): let transactions end; stop; as soon as a candidate has the shutdown checkpoint, the key is
-    /// free.
-    pub async fn hand_over(self, plan: HandOverPlan) -> TaskEnd {
-        if !plan.grace.is_zero() {
-            self.postgres.end_of_transactions(plan.grace).await;
-        }
-        let (sender, shut_down) = oneshot::channel();
-        let stop = self.postgres.stop(StopMode::Fast, plan.stop_limit, Some(sender));
-        let release = async {
-            // The sender is dropped without a word when the stop was not clean.
-            let Ok(position) = shut_down.await else { return };
-            self.await_candidate(&plan, position).await;
-            self.give_up_key(Some(position), &plan.view).await;
-        };
-        let (stopped, ()) = tokio::join!(stop, release);
-        if let Err(error) = stopped {
-            warn!("the fast stop was not done in time, stopping at once: {error}");
-            if let Err(error) = self.postgres.stop(StopMode::Immediate, Duration::from_secs(20), None).await {
-                return error.into();
-            }
-        }
-        if self.lease.session().leading {
-            self.give_up_key(None, &plan.view).await;
-        }
-        self.postgres.callback("on_role_change", "replica");
-        TaskEnd::Done
-    }
-
-    /// Waits until a candidate has received the shutdown checkpoint, whose record begins at `position`: then it can be
-    /// promoted without leaving this node with WAL of its own. Bounded: a switchover to a slow standby goes on without.
-    async fn await_candidate(&self, plan: &HandOverPlan, position: Lsn) {
-        if plan.candidates.is_empty() {
-            return;
-        }
-        let give_up = self.clock.now() + plan.candidate_limit;
-        let mut first = None;
-        while self.clock.now() < give_up {
-            let statuses = self.peers.status(plan.candidates.clone(), Duration::from_millis(500)).await;
-            if let Some((name, best)) = caught_up(&statuses, position) {
-                let since = *first.get_or_insert_with(|| self.clock.now());
-                if best || self.clock.now().since(since) >= BETTER_CANDIDATE {
-                    info!("{name} has the shutdown checkpoint at {position}");
-                    return;
-                }
-            }
-            // The standby has been sent the record before the postmaster can exit; it needs a moment to write it. Where
-            // nobody answers there is nothing to be quick for.
-            let answered = statuses.values().any(Option::is_some);
-            self.clock.sleep(Duration::from_millis(if answered { 2 } else { 50 })).await;
-        }
-        warn!("no candidate has the shutdown checkpoint at {position} within {:?}", plan.candidate_limit);
-    }
-
-    async fn give_up_key(&self, position: Option<Lsn>, view: &ClusterView) {
-        let lease = self.lease.session().lease;
-        self.lease.resign();
-        let status = position.map(|optime| codec::encode_status(&Status { optime, ..view.status.clone() }));
-        match lease {
-            Some(lease) => self.release(lease.id, status, None).await,
-            None => info!("the lease of the leader key was lost already"),
-        }
-    }
-
-    /// Deletes the leader key, ours under `lease`; `sync` is what that key says from then on.
-    pub async fn release(&self, lease: LeaseId, status: Option<Value>, sync: Option<SyncWrite>) {
-        let said = if sync.is_some() { ", and the sync key says again what it said before" } else { "" };
-        match self.store.release_leader(&self.name, lease, status, sync).await {
-            Ok(Outcome::Done(_)) => info!("released the leader key{said}"),
-            Ok(Outcome::Conflict) => info!("the leader key was not ours any more"),
-            Err(error) => {
-                warn!("the leader key could not be released, it ends with its lease: {error}");
-                self.lease.abandon(lease);
-            }
-        }
-    }
-
-    /// Stops without order. `by`: the fast stop may take until then.
-    pub async fn demote(self, fast_until: Option<Instant>) -> TaskEnd {
-        if let Some(until) = fast_until {
-            // With the time that before_stop takes.
-            let limit = until.since(self.clock.now());
-            match self.clock.within(limit, self.postgres.stop(StopMode::Fast, limit, None)).await {
-                Some(Ok(())) => {
-                    self.lease.resign();
-                    self.postgres.callback("on_role_change", "replica");
-                    return TaskEnd::Done;
-                }
-                Some(Err(error)) => warn!("the fast stop was not done, stopping at once: {error}"),
-                None => warn!("the fast stop was not done in time, stopping at once"),
-            }
-        }
-        match self.postgres.stop(StopMode::Immediate, Duration::from_secs(5), None).await {
-            Ok(()) => {
-                self.lease.resign();
-                self.postgres.callback("on_role_change", "replica");
-                TaskEnd::Done
-            }
-            Err(error) => error.into(),
-        }
-    }
-
     /// Copies the server outside that a standby cluster follows; the next turn starts the copy.
     pub async fn clone_remote(self, source: Option<Upstream>, methods: Vec<String>) -> TaskEnd {
         match self.postgres.clone_remote(source, methods).await {
             Ok(()) => TaskEnd::Done,
             Err(error) => TaskEnd::Failed { why: error.to_string(), damaged: true },
         }
-    }
-
-    /// The cluster has become a standby cluster: its primary stops in order, and what it wrote last goes to the archive, where
-    /// the cluster that is to be followed may need it. The key stays ours. After a checkpoint ([`super::prepare`]).
-    pub async fn demote_cluster(self, limit: Duration) -> TaskEnd {
-        if let Err(error) = self.postgres.stop(StopMode::Fast, limit, None).await {
-            return error.into();
-        }
-        if let Err(error) = self.postgres.archive_last_wal().await {
-            warn!("the last WAL file could not be archived: {error}");
-        }
-        TaskEnd::Done
     }
 
     /// Copies logical slots of `source`; the standby, which is restarted for it, goes on following `upstream`.
@@ -593,39 +377,6 @@ fn copied(source: &MemberName, result: Result<(), PgError>) -> TaskEnd {
     }
 }
 
-/// How long one that has everything is kept waiting for another one that is preferred (`failover_priority`).
-const BETTER_CANDIDATE: Duration = Duration::from_millis(250);
-
-/// The most preferred member that has the record at `position`, and whether nobody who answers is preferred to it.
-fn caught_up(
-    statuses: &BTreeMap<MemberName, Option<crate::peer::PeerStatus>>,
-    position: Lsn,
-) -> Option<(&MemberName, bool)> {
-    let standbys = || {
-        let answered = statuses.iter().filter_map(|(name, status)| Some((name, status.as_ref()?)));
-        answered.filter(|(_, peer)| peer.in_recovery)
-    };
-    let (name, peer) = standbys().filter(|(_, peer)| peer.lsn > position).max_by_key(|(_, p)| p.failover_priority)?;
-    Some((name, standbys().all(|(_, other)| other.failover_priority <= peer.failover_priority)))
-}
-
-/// What a bootstrap needs to know.
-#[derive(Debug, Clone, PartialEq)]
-pub struct BootstrapPlan {
-    /// Not by initdb, but by a method of the user's own.
-    pub method: Option<CustomBootstrap>,
-    /// Options of initdb.
-    pub initdb: Vec<String>,
-    /// Lines for its pg_hba.conf.
-    pub hba: Vec<String>,
-    /// Command to run once.
-    pub post_bootstrap: Option<String>,
-    /// The new cluster's dynamic configuration.
-    pub config: serde_json::Value,
-    /// Revision of the `config` key it replaces.
-    pub config_seen: trunkline_common::Revision,
-}
-
 /// What a restart needs to know.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RestartPlan {
@@ -641,48 +392,4 @@ pub struct RestartPlan {
     pub stop_limit: Duration,
     /// How long the start may take.
     pub start_limit: Duration,
-}
-
-/// What a hand-over needs to know.
-#[derive(Debug, Clone, PartialEq)]
-pub struct HandOverPlan {
-    /// Who may take over (name → `api_url`).
-    pub candidates: BTreeMap<MemberName, String>,
-    /// The view that it was decided on.
-    pub view: std::sync::Arc<ClusterView>,
-    /// How long transactions in flight may take to end before the stop.
-    pub grace: Duration,
-    /// How long the fast stop may take.
-    pub stop_limit: Duration,
-    /// How long to wait for a candidate to have the shutdown checkpoint.
-    pub candidate_limit: Duration,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::peer::PeerStatus;
-
-    #[test]
-    fn the_preferred_candidate_is_waited_for() {
-        let peer = |lsn: u64, failover_priority: i64| {
-            let timeline = Some(TimelineId(1));
-            Some(PeerStatus {
-                in_recovery: true,
-                lsn: Lsn(lsn),
-                timeline,
-                failover_priority,
-                watchdog_failed: false,
-                reads_own_wal: false,
-            })
-        };
-        let verdict = |peers: &[(&str, Option<PeerStatus>)]| {
-            let statuses = peers.iter().map(|(name, peer)| ((*name).into(), peer.clone())).collect();
-            caught_up(&statuses, Lsn(100)).map(|(name, best)| (name.to_string(), best))
-        };
-        assert_eq!(verdict(&[("b", peer(100, 1)), ("c", None)]), None, "the record begins there");
-        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(90, 1))]), Some(("b".to_owned(), true)));
-        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(90, 2))]), Some(("b".to_owned(), false)));
-        assert_eq!(verdict(&[("b", peer(101, 1)), ("c", peer(101, 2))]), Some(("c".to_owned(), true)));
-    }
 }

@@ -3,6 +3,8 @@
 //! PostgreSQL refuses to run as root, so a test that finds itself root runs itself again as the user `postgres`.
 
 mod nodes;
+mod settings;
+mod slots;
 mod timelines;
 
 use std::fs;
@@ -11,13 +13,12 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use trunkline_agent::postgres::{
-    CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, SlotKind, SlotPlan, StartAs,
-    StopMode, Upstream, WantedSlot,
+    CustomBootstrap, Divergence, Instance, PgError, PgRole, PgStatus, Postgres as _, StartAs, StopMode,
 };
 use trunkline_common::{Clock as _, Lsn, SystemClock, TimelineId};
 use trunkline_config::PostgresConfig;
 
-use crate::nodes::{HBA, LIMIT, Node, Place, as_postgres, tools};
+use crate::nodes::{LIMIT, Node, Place, as_postgres, tools};
 
 /// A session is kept for long, and in between it is only seen whether the server would let us in.
 #[test]
@@ -247,137 +248,6 @@ fn a_running_server_is_taken_over_as_it_is() {
 }
 
 #[test]
-fn synchronous_standby_names_are_in_force_when_set_returns() {
-    as_postgres("synchronous_standby_names_are_in_force_when_set_returns", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        a.sql("CREATE TABLE t (i int)").await.expect("table");
-        for round in 0..5 {
-            let begun = SystemClock.now();
-            a.pg.set_synchronous_standby_names("nobody".into()).await.expect("set");
-            println!("in force: {:?}", SystemClock.now().since(begun));
-            let write = a.sql("INSERT INTO t VALUES (1)");
-            let early = tokio::time::timeout(Duration::from_millis(200), write).await;
-            assert!(early.is_err(), "round {round}: a commit did not wait: {early:?}");
-            a.pg.set_synchronous_standby_names(String::new()).await.expect("unset");
-            tokio::time::timeout(LIMIT, a.sql("INSERT INTO t VALUES (2)")).await.expect("no wait").expect("write");
-        }
-
-        // Set on a standby, it is what the promoted server begins with.
-        let b = place.standby("b", &a).await;
-        b.pg.set_synchronous_standby_names("ANY 1 (c)".into()).await.expect("set on a standby");
-        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
-        assert_eq!(b.running().await.synchronous_standby_names, "ANY 1 (c)");
-        let write = b.sql("INSERT INTO t VALUES (3)");
-        assert!(tokio::time::timeout(Duration::from_millis(200), write).await.is_err(), "a commit did not wait");
-    });
-}
-
-#[test]
-fn slots_become_what_is_wanted() {
-    as_postgres("slots_become_what_is_wanted", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        a.sql("SELECT pg_create_physical_replication_slot('old', true)").await.expect("slot");
-        let wanted = |names: &[(&str, Option<Lsn>)]| {
-            let slot = |lsn: Option<Lsn>| WantedSlot { kind: SlotKind::Physical, position: lsn, in_use: None };
-            let wanted = names.iter().map(|(name, lsn)| ((*name).to_owned(), slot(*lsn))).collect();
-            SlotPlan { wanted, may_drop: true, ..SlotPlan::default() }
-        };
-        a.pg.set_slots(wanted(&[("b", None), ("c", None)])).await.expect("slots");
-        let names: Vec<String> = a.running().await.slots.into_keys().collect();
-        assert_eq!(names, ["b", "c"]);
-
-        let b = place.node("b");
-        b.pg.clone_from(a.upstream()).await.expect("clone");
-        let upstream = Upstream { slot: Some("b".into()), ..a.upstream() };
-        b.pg.start(StartAs::Standby(Some(upstream)), LIMIT).await.expect("start");
-        a.until("streams", |running| running.replication.iter().any(|s| s.state == "streaming")).await;
-        // In use: stays, without being an error.
-        a.pg.set_slots(wanted(&[("c", None)])).await.expect("slots");
-        assert_eq!(a.running().await.slots.len(), 2);
-
-        b.pg.set_slots(wanted(&[("c", None)])).await.expect("slots on a standby");
-        let before = b.running().await.slots["c"];
-        a.sql("CREATE TABLE t AS SELECT generate_series(1, 1000); SELECT pg_switch_wal()").await.expect("write");
-        let lsn = a.running().await.lsn;
-        b.until("replayed", |running| running.replay_lsn >= Some(lsn)).await;
-        b.pg.set_slots(wanted(&[("c", Some(lsn))])).await.expect("advance");
-        let after = b.running().await.slots["c"];
-        assert!(after > before && after <= lsn, "{before} {after} {lsn}");
-    });
-}
-
-/// A slot is made where the last checkpoint began. On a standby that may be behind where its member is, with no more WAL to come.
-#[test]
-fn a_slot_that_is_made_anew_is_moved_in_the_next_turn() {
-    as_postgres("a_slot_that_is_made_anew_is_moved_in_the_next_turn", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let b = place.standby("b", &a).await;
-        a.sql("CREATE TABLE t AS SELECT generate_series(1, 1000)").await.expect("write");
-        let lsn = a.running().await.lsn;
-        b.until("replayed", |running| running.replay_lsn >= Some(lsn)).await;
-
-        let slot = WantedSlot { kind: SlotKind::Physical, position: Some(lsn), in_use: None };
-        let plan = SlotPlan { wanted: [("c".to_owned(), slot)].into(), may_drop: true, ..SlotPlan::default() };
-        assert!(b.pg.set_slots(plan.clone()).await.expect("made").again, "nobody would look again");
-        assert!(b.running().await.slots["c"] < lsn, "it is there at once: nothing was tested");
-        assert!(!b.pg.set_slots(plan).await.expect("moved").again, "it is looked at again and again");
-        assert_eq!(b.running().await.slots["c"], lsn);
-    });
-}
-
-#[test]
-fn a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there() {
-    as_postgres("a_logical_slot_is_made_copied_to_a_standby_and_moved_along_there", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let mut config = a.pg.config();
-        config.protected.insert("wal_level".into(), "logical".into());
-        a.pg.configure(config.clone()).await.expect("configure");
-        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
-        let b = place.standby("b", &a).await;
-        let config = PostgresConfig { protected: config.protected, ..b.pg.config() };
-        b.pg.configure(config).await.expect("configure");
-        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
-
-        let kind = SlotKind::Logical { database: "postgres".into(), plugin: "pgoutput".into() };
-        let plan = |position| {
-            let slot = WantedSlot { kind: kind.clone(), position, in_use: None };
-            SlotPlan { wanted: [("l".to_owned(), slot)].into(), may_drop: true, feedback: true, ..SlotPlan::default() }
-        };
-        assert!(a.pg.set_slots(plan(None)).await.expect("made beside").again);
-        let until = SystemClock.now() + LIMIT;
-        while a.pg.set_slots(plan(None)).await.expect("being made").again {
-            assert!(SystemClock.now() < until, "the slot is not there");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        // Its position moves on while it is being made.
-        let known = a.running().await.slots["l"];
-
-        let done = b.pg.set_slots(plan(Some(known))).await.expect("nothing to do by itself");
-        assert_eq!(done.missing.into_iter().collect::<Vec<_>>(), ["l"]);
-        assert_eq!(b.pg.copy_slots(plan(Some(known)).wanted, a.upstream()).await, Ok(vec!["l".to_owned()]));
-        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
-        // The server may have gone on making it when it showed already.
-        let known = a.running().await.slots["l"];
-        assert_eq!(b.running().await.slots["l"], known);
-
-        a.sql("CREATE TABLE t (n int)").await.expect("something to decode");
-        let consume = "SELECT pg_logical_slot_get_binary_changes('l', NULL, NULL, 'proto_version', '1', \
-                       'publication_names', 'none')";
-        a.sql(consume).await.expect("consumed");
-        let moved = a.until("moved", |running| running.slots["l"] > known).await.slots["l"];
-        b.until("replayed", |running| running.replay_lsn >= Some(moved)).await;
-        assert!(b.pg.set_slots(plan(Some(moved))).await.expect("moved beside").again);
-        b.until("moved", |running| running.slots["l"] == moved).await;
-    });
-}
-
-#[test]
 fn a_restored_cluster_takes_writes_and_has_its_own_access_rules() {
     as_postgres("a_restored_cluster_takes_writes_and_has_its_own_access_rules", || async {
         let place = Place::new();
@@ -468,130 +338,6 @@ fn a_copy_that_was_cut_off_is_no_data() {
         assert_eq!(b.pg.observe(LIMIT).await, PgStatus::NoData, "nobody knows what it did");
         b.pg.base_backup(a.upstream()).await.expect("a base backup");
         assert!(matches!(b.pg.observe(LIMIT).await, PgStatus::Stopped(_)), "a whole copy");
-    });
-}
-
-/// What could not be written is written when it is asked for again, and what waits for a restart is known to an agent that finds the
-/// server running.
-#[test]
-fn a_configuration_that_could_not_be_written_is_not_in_force() {
-    as_postgres("a_configuration_that_could_not_be_written_is_not_in_force", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let (before, mut config) = (a.pg.config(), a.pg.config());
-        config.parameters.insert("work_mem".into(), "12MB".into());
-        config.protected.insert("max_connections".into(), "60".into());
-        let blocked = a.dir.join("postgresql.trunkline.tmp");
-        fs::create_dir(&blocked).expect("in the way");
-        let error = a.pg.configure(config.clone()).await.expect_err("written to a directory");
-        assert!(error.to_string().contains("can't be written"), "{error}");
-        assert_eq!(a.pg.config(), before);
-        assert!(a.running().await.pending_restart.is_empty());
-        fs::remove_dir(&blocked).expect("removed");
-        a.pg.configure(config).await.expect("written");
-        a.until("is reloaded", |_| a.log().contains("\"work_mem\" changed to \"12MB\"")).await;
-        for handle in [&a.pg, &a.restart_handle()] {
-            let PgStatus::Running(running) = handle.observe(LIMIT).await else { panic!("it runs") };
-            assert_eq!(running.pending_restart.keys().collect::<Vec<_>>(), ["max_connections"]);
-        }
-    });
-}
-
-#[test]
-fn changed_settings_are_reloaded_or_wait_for_a_restart() {
-    as_postgres("changed_settings_are_reloaded_or_wait_for_a_restart", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let mut config = a.pg.config();
-        config.parameters.insert("work_mem".into(), "7MB".into());
-        config.parameters.insert("shared_buffers".into(), "17MB".into());
-        config.protected.insert("max_connections".into(), "60".into());
-        a.pg.configure(config.clone()).await.expect("configure");
-        a.sql("DO $$ BEGIN ASSERT current_setting('work_mem') = '7MB'; END $$").await.expect("reloaded");
-        let pending = a.running().await.pending_restart;
-        assert_eq!(pending.keys().collect::<Vec<_>>(), ["max_connections", "shared_buffers"]);
-        assert_eq!(pending["max_connections"], serde_json::json!({"old_value": "50", "new_value": "60"}));
-        assert_eq!(pending["shared_buffers"]["new_value"], "17MB");
-        a.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        a.pg.start(StartAs::Primary, LIMIT).await.expect("start");
-        assert!(a.running().await.pending_restart.is_empty());
-        config.parameters.insert("shared_buffers".into(), "17408kB".into());
-        a.pg.configure(config).await.expect("configure");
-        assert!(a.running().await.pending_restart.is_empty(), "another spelling of the same value");
-    });
-}
-
-#[test]
-fn settings_and_access_rules_follow_the_role() {
-    as_postgres("settings_and_access_rules_follow_the_role", || async {
-        let place = Place::new();
-        let a = place.primary("a").await;
-        let b = place.standby("b", &a).await;
-        let mut config = b.pg.config();
-        for (role, memory) in [("primary", "5MB"), ("replica", "6MB"), ("standby_leader", "7MB")] {
-            let overlay = [("work_mem".to_owned(), memory.to_owned())].into();
-            config.parameters_by_role.insert(role.to_owned(), overlay);
-            let rules = [HBA[0], HBA[1], &format!("host {role} all 127.0.0.1/32 reject")];
-            config.raw.insert(format!("pg_hba_{role}"), serde_json::json!(rules));
-            config.raw.insert(format!("pg_ident_{role}"), serde_json::json!([format!("{role} x y")]));
-        }
-        b.pg.configure(config).await.expect("configure");
-        let follows = async |role: &str, memory: &str| {
-            let check = format!(
-                "DO $$ BEGIN
-                    ASSERT current_setting('work_mem') = '{memory}', current_setting('work_mem');
-                    ASSERT (SELECT database FROM pg_hba_file_rules WHERE auth_method = 'reject') = '{{{role}}}';
-                END $$"
-            );
-            let deadline = SystemClock.now() + LIMIT;
-            while let Err(error) = b.sql(&check).await {
-                assert!(SystemClock.now() < deadline, "as {role}: {error}");
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            let ident = fs::read_to_string(b.dir.join("pg_ident.conf")).expect("pg_ident.conf");
-            assert!(ident.ends_with(&format!("{role} x y\n")), "as {role}: {ident}");
-        };
-        follows("replica", "6MB").await;
-        b.pg.standby_role("standby_leader").expect("written");
-        follows("standby_leader", "7MB").await;
-        // It stays what it is where it is pointed elsewhere, or started again.
-        b.pg.follow(Some(a.upstream())).await.expect("follow");
-        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        b.pg.start(StartAs::Standby(Some(a.upstream())), LIMIT).await.expect("start");
-        follows("standby_leader", "7MB").await;
-        b.pg.standby_role("replica").expect("written");
-        follows("replica", "6MB").await;
-        b.pg.promote(LIMIT, Vec::new()).await.expect("promote");
-        follows("primary", "5MB").await;
-        b.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        b.pg.start(StartAs::Standby(None), LIMIT).await.expect("start");
-        follows("replica", "6MB").await;
-    });
-}
-
-#[test]
-fn settings_that_postgresql_rejects_are_left_out() {
-    as_postgres("settings_that_postgresql_rejects_are_left_out", || async {
-        let place = Place::new();
-        let node = place.node("a");
-        let mut config = node.pg.config();
-        for (name, value) in [("no_such_setting", "1"), ("work_mem", "lots"), ("maintenance_work_mem", "65MB")] {
-            config.parameters.insert(name.into(), value.into());
-        }
-        node.pg.configure(config.clone()).await.expect("configure");
-        node.pg.initdb(vec!["--no-sync".into()], vec![]).await.expect("initdb");
-        node.pg.start(StartAs::Primary, LIMIT).await.expect("starts without the bad ones");
-        node.sql("DO $$ BEGIN ASSERT current_setting('maintenance_work_mem') = '65MB'; END $$")
-            .await
-            .expect("the good one");
-        let conf = fs::read_to_string(node.dir.join("postgresql.conf")).expect("conf");
-        assert!(!conf.contains("no_such_setting") && !conf.contains("lots"), "{conf}");
-
-        // What is wrong elsewhere stops it, with PostgreSQL's own words.
-        node.pg.stop(StopMode::Fast, LIMIT, None).await.expect("stop");
-        fs::write(node.dir.join("postgresql.base.conf"), "nonsense = 1\n").expect("base");
-        let error = node.pg.start(StartAs::Primary, LIMIT).await;
-        assert!(matches!(&error, Err(PgError::Failed(why)) if why.contains("nonsense")), "{error:?}");
     });
 }
 

@@ -26,5 +26,6 @@ mod slots;
 mod standbys;
 mod switchover;
 mod systemd;
+mod upgrade;
 mod versions;
 mod vip;
