@@ -152,6 +152,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let system = running.system_id;
         let initialize = (view.initialize != Initialize::Done(system)).then_some(system);
         let claims = timelines::claim(&view, running);
+        let promotes = running.role == PgRole::Standby;
         let also = Alongside { sync: write.clone(), initialize, claims };
         let acquired = self.parts.store.acquire_leader(&self.me.name, lease.id, seen, also).await;
         match acquired {
@@ -175,7 +176,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 if claims.is_some() {
                     self.memory.claimed_at = revision;
                 }
-                self.memory.sync_before = write.as_ref().map(|_| unwritten(&view.sync, revision));
+                // A server that takes writes already goes on: nobody has them all but who is waited for from now on.
+                self.memory.sync_before = write.as_ref().filter(|_| promotes).map(|_| unwritten(&view.sync, revision));
                 self.memory.sync_settled |= write.is_some();
                 if !view.settings.router_lease.is_zero() {
                     // Which routers there are must have been seen after that: the next view shows it, and the key.
@@ -311,7 +313,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let named = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.lease);
         self.lease.resign();
         if let Some(lease) = held.or(named) {
-            let sync = self.memory.sync_before.take().filter(|_| !self.pg_is_primary());
+            let sync = self.memory.sync_before.take();
             self.hands().release(lease, None, sync).await;
         }
         // Not into the race again at once: whoever can take over shall.

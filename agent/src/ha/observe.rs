@@ -254,6 +254,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
         }
+        if self.memory.was_primary {
+            self.memory.sync_before = None;
+        }
         if matches!(pg, PgStatus::Stopped(_) | PgStatus::Broken(_))
             && !matches!(self.memory.divergence, DivergenceState::RewindFailed(_))
             && self.parts.postgres.half_rewound()

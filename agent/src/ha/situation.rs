@@ -173,8 +173,8 @@ pub struct Memory {
     /// No write of the `sync` key is left that could still be carried out: the last one of this agent was. Not so before the
     /// first one, as an earlier agent may have left one unanswered.
     pub sync_settled: bool,
-    /// What makes the `sync` key say again what it said before this node took the leader key, as long as no promotion was
-    /// begun: whoever had every commit then still has.
+    /// What makes the `sync` key say again what it said before this node, a standby, took the leader key, as long as no promotion
+    /// was begun: whoever had every commit then still has.
     pub sync_before: Option<SyncWrite>,
     /// When the loop began: how long it may look for the key of a primary that it found running.
     pub started_at: Instant,

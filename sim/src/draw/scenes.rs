@@ -15,7 +15,7 @@ use crate::slots::FOREIGN_SLOT;
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 16] = [
+const SCENES: [Scene; 17] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -32,6 +32,7 @@ const SCENES: [Scene; 16] = [
     (0x0E, logical_slots),
     (0x0F, power_loss),
     (0x10, late_answers),
+    (0x11, led_by_word),
 ];
 
 /// Adds to a world what its seed has for it.
@@ -258,6 +259,36 @@ fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
             scenario.add(again + rng.random_range(0..1_000), None, Fault::KillAgent { node, ms: 100 });
         }
     }
+}
+
+/// The leader goes on by the word of the others while the store is away, and has the key again afterwards; what it writes meanwhile
+/// nobody gets. Then its server is down, and it may not lead: its watchdog is broken, or somebody has paused the cluster. A world of
+/// its own.
+fn led_by_word(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if scenario.settings["synchronous_mode"] == json!(false) || !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    scenario.settings["failsafe_mode"] = json!(true);
+    scenario.settings["synchronous_mode_strict"] = json!(false);
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let away = BOOTSTRAP + rng.random_range(1_000..4_000);
+    let ms = ttl + rng.random_range(500..3_000);
+    let back = away + ms;
+    let down = back + rng.random_range(200..4_000);
+    scenario.add(away, None, Fault::DcsDown { refused: rng.random(), ms });
+    let alone = away + rng.random_range(0..ms);
+    for other in 0..scenario.nodes.len() {
+        let cut = Fault::Cut { from: End::Postgres(0), to: End::Postgres(other), both: true, ms: down - alone + ttl };
+        scenario.add(alone, Some(Aim::Leader), cut);
+    }
+    if rng.random() {
+        scenario.nodes.iter_mut().for_each(|node| node.watchdog = true);
+        scenario.add(down, Some(Aim::Leader), Fault::BreakWatchdog { node: 0, ms: 30_000 });
+    } else {
+        scenario.add(down, None, Fault::Pause { ms: rng.random_range(500..ttl) });
+    }
+    scenario.add(down, Some(Aim::Leader), Fault::KillPostgres { node: 0 });
 }
 
 /// The store is lost, and comes back from a backup, or with nothing in it; since the backup somebody else leads, and who leads
