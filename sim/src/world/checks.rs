@@ -22,7 +22,7 @@ use crate::executor::{Drift, Livelock, SimClock};
 use crate::outside;
 use crate::postgres::HALF_REWOUND;
 use crate::reader::{self, Reader};
-use crate::scenario::Fault;
+use crate::scenario::{Event, Fault};
 use crate::server::Server;
 use crate::stage::{host_of, paths};
 
@@ -181,13 +181,25 @@ impl World {
         })
     }
 
+    /// How long it takes, once all is well, until nobody has anything left of what went wrong.
+    fn aftermath(&self) -> Duration {
+        for link in self.hosts.lock().iter().filter_map(|host| host.link.as_ref()) {
+            link.set_faults(|faults| faults.lost_events = 0);
+        }
+        let view = self.view();
+        let lost = |event: &Event| matches!(event.what, Fault::LoseEvents { .. });
+        match view.settings.failsafe_mode || view.failsafe.is_some_and(|members| !members.is_empty()) {
+            // A promise not to lead outlasts the trouble that it was given for, and so does the list of those who gave it.
+            true => Duration::from_secs(21),
+            // Until everything is read once more.
+            false if self.scenario.events.iter().any(lost) => Duration::from_secs(11),
+            false => Duration::ZERO,
+        }
+    }
+
     /// A healthy cluster carries out a switchover, also where it comes right after one that it has to refuse.
     fn check_switchover(&self) -> Result<(), Livelock> {
-        let view = self.view();
-        if view.settings.failsafe_mode || view.failsafe.is_some_and(|members| !members.is_empty()) {
-            // A promise not to lead outlasts the trouble that it was given for, and so does the list of those who gave it.
-            self.go_on(self.stage.executor().now() + Duration::from_secs(21))?;
-        }
+        self.go_on(self.stage.executor().now() + self.aftermath())?;
         let view = self.view();
         let Some(leader) = view.leader.as_ref().map(|leader| leader.name.clone()) else { return Ok(()) };
         // Nothing takes writes there, and nothing is waited for.
