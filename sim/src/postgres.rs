@@ -93,6 +93,14 @@ impl ModelPostgres {
         self.clock.within(limit, waiting).await.ok_or(timeout)
     }
 
+    /// A running server that does not let its agent in.
+    fn check_session(&self) -> Result<(), PgError> {
+        match self.server(|server| server.refuses_agent && server.running().is_some()) {
+            true => Err(PgError::Failed("sorry, too many clients already".to_owned())),
+            false => Ok(()),
+        }
+    }
+
     pub(crate) fn check_disk(&self) -> Result<(), PgError> {
         match self.server(|server| server.disk_full) {
             true => Err(PgError::Failed("no space left on device".to_owned())),
@@ -185,7 +193,10 @@ impl Postgres for ModelPostgres {
             return PgStatus::Unresponsive;
         }
         self.stage.micros(100..1_500).await;
-        let status = self.server(|server| status(server));
+        let status = match (self.server(|server| status(server)), self.check_session()) {
+            (PgStatus::Running(_), Err(error)) => PgStatus::Refusing(error.to_string()),
+            (status, _) => status,
+        };
         *self.seen.lock() = match &status {
             PgStatus::Running(running) => Some(running.clone()),
             _ => None,
@@ -376,7 +387,10 @@ impl Postgres for ModelPostgres {
         server::promote(&self.stage, self.host, number, process, left_out, done);
         let timeout = PgError::Timeout { what: "promotion".to_owned(), limit: patience };
         let ended = |_| PgError::Failed("PostgreSQL ended while it was promoted".to_owned());
-        self.clock.within(replay + patience, promoted).await.ok_or(timeout)?.map_err(ended)
+        let timeline = self.clock.within(replay + patience, promoted).await.ok_or(timeout)?.map_err(ended)?;
+        // It takes writes, but its agent can't see that.
+        self.check_session()?;
+        Ok(timeline)
     }
 
     async fn follow(&self, upstream: Option<Upstream>) -> Result<(), PgError> {
@@ -505,6 +519,7 @@ impl Postgres for ModelPostgres {
                 }
             }
         }
+        self.check_session()?;
         self.work(2..60).await;
         self.check_disk()?;
         self.server(|server| {
@@ -530,6 +545,8 @@ impl Postgres for ModelPostgres {
                 data.names = names;
             }
         });
+        // They are in its files, and wait there for the next reload.
+        self.check_session()?;
         let Some((number, process)) = self.postmaster() else { return Ok(()) };
         let (done, taken_up) = oneshot::channel();
         commit::reload_names(&self.stage, self.host, number, process, done);
@@ -547,6 +564,7 @@ impl Postgres for ModelPostgres {
             self.clock.sleep(Duration::from_millis(100)).await;
         }
         self.stage.micros(200..3_000).await;
+        self.check_session()?;
         self.check_disk()?;
         self.apply_slots(plan).await
     }

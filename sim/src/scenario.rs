@@ -136,6 +136,8 @@ pub enum Fault {
     SlowDisk { node: usize, ms: u64 },
     /// The operator's `pre_promote` says no.
     RefusePromotion { node: usize, ms: u64 },
+    /// The server answers its agent with errors, and serves everybody else.
+    RefuseAgent { node: usize, ms: u64 },
     /// There is so much to replay that a promotion does not come to its end before, nor does a standby that is started
     /// meanwhile know before what is on its disk.
     SlowReplay { node: usize, ms: u64 },
@@ -179,6 +181,7 @@ impl Fault {
             | Self::DiskFull { node, .. }
             | Self::SlowDisk { node, .. }
             | Self::RefusePromotion { node, .. }
+            | Self::RefuseAgent { node, .. }
             | Self::SlowReplay { node, .. }
             | Self::BreakWatchdog { node, .. }
             | Self::MakeSlot { node }
@@ -222,6 +225,7 @@ impl Fault {
             | Self::SlowWatch { node, .. }
             | Self::DiskFull { node, .. }
             | Self::SlowDisk { node, .. }
+            | Self::RefuseAgent { node, .. }
             | Self::Restart { node }
             | Self::Reinitialize { node } => vec![Some(*node)],
             Self::Cut { from, to, .. } => [from, to].into_iter().filter_map(node).collect(),
@@ -270,6 +274,7 @@ impl Event {
                 | Fault::DiskFull { ms, .. }
                 | Fault::SlowDisk { ms, .. }
                 | Fault::RefusePromotion { ms, .. }
+                | Fault::RefuseAgent { ms, .. }
                 | Fault::SlowReplay { ms, .. }
                 | Fault::BreakWatchdog { ms, .. }
                 | Fault::Pause { ms } => *ms,

@@ -42,6 +42,8 @@ pub struct Server {
     pub disk_full: bool,
     /// Since when `pre_promote` says no.
     pub refuses_promotion: Option<Duration>,
+    /// The agent's sessions get nothing but errors (no connection left, a password that does not fit); others are served.
+    pub refuses_agent: bool,
     /// Until then there is something to be replayed, whatever is asked for.
     pub replays_until: Duration,
     /// Everything that writes much takes seconds.
@@ -186,6 +188,7 @@ impl Server {
             changed: watch::Sender::new(0),
             disk_full: false,
             refuses_promotion: None,
+            refuses_agent: false,
             replays_until: Duration::ZERO,
             disk_slow: false,
             killed: None,

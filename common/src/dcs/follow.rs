@@ -160,6 +160,7 @@ impl<D: Dcs, C: Clock> Follower<D, C> {
     fn publish_view(&self, confirmed_at: Instant, since: Revision) {
         let previous = self.publish.borrow().view.clone();
         let view = Arc::new(codec::view_after(self.store.paths(), &self.snapshot, previous.as_deref(), since));
+        self.store.note_seen(view.revision);
         self.publish.send_modify(|known| {
             if let Some(trouble) = &known.trouble {
                 tracing::info!("the DCS can be followed again at revision {} (was: {trouble})", view.revision);
@@ -233,6 +234,7 @@ mod tests {
     use super::*;
     use crate::dcs::memory::{Backup, MemoryDcs};
     use crate::dcs::paths::Paths;
+    use crate::dcs::store::{Outcome, SyncWrite};
     use crate::dcs::{Op, Txn};
     use crate::{LeaseId, TokioClock};
     use proptest::prelude::*;
@@ -401,6 +403,37 @@ mod tests {
         world.lead("d", LeaseId(0)).await;
         known.wait_for(|known| leader(known) == Some("d")).await.unwrap();
         assert_eq!(known.borrow().restores, 2);
+    }
+
+    /// Its keys have the revisions that the decision was made on.
+    #[tokio::test(start_paused = true)]
+    async fn what_was_decided_before_the_store_went_back_is_not_done() {
+        let world = world();
+        let followed = ClusterStore::new(world.link.clone(), world.store.paths().clone());
+        let mut known = Follower::spawn(followed.clone(), world.clock);
+        let write = |names: &[&str], seen| {
+            let standbys: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let value = codec::encode_sync(Some(&"a".into()), 0, &standbys);
+            SyncWrite { value: Some(value), seen, restored: None }
+        };
+        let Outcome::Done(written) = followed.put_sync(write(&["b"], Revision(0))).await.unwrap() else {
+            panic!("conflict")
+        };
+        let backup = world.dcs.backup();
+        world.lead("a", LeaseId(0)).await;
+        known.wait_for(|known| leader(known) == Some("a")).await.unwrap();
+        // The follower is not told: it has no connection.
+        let newest = known.borrow().view.clone().unwrap().revision;
+        world.link.set_faults(|faults| faults.watch_delay = Duration::from_secs(3600));
+        world.dcs.restore(&backup);
+        let outcome = followed.put_sync(write(&[], written)).await;
+        let now = Revision(written.0 + 1);
+        assert_eq!(now, newest, "a revision that has been seen before");
+        assert_eq!(outcome, Err(DcsError::WentBack { known: newest, now }), "carried out, and good for nothing");
+        world.link.set_faults(|faults| faults.watch_delay = Duration::ZERO);
+        world.lead("b", LeaseId(0)).await;
+        known.wait_for(|known| leader(known) == Some("b")).await.unwrap();
+        assert!(followed.put_sync(write(&[], now)).await.unwrap().is_done(), "decided on what is there");
     }
 
     #[tokio::test(start_paused = true)]

@@ -167,6 +167,14 @@ pub enum DcsError {
     /// The watch broke or fell behind compaction: read everything again.
     #[error("the watch ended: {0}")]
     WatchLost(String),
+    /// The store is as it was once, and carried out what was decided on something else: read everything again.
+    #[error("the DCS went back from revision {known} to {now}: was it restored from a backup?")]
+    WentBack {
+        /// What had been seen when it was asked for.
+        known: Revision,
+        /// Where it was carried out.
+        now: Revision,
+    },
     /// The store understood and refused: credentials, permissions, a malformed request. Trying again won't help.
     #[error("the DCS refused: {0}")]
     Refused(String),

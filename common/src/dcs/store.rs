@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -25,6 +26,8 @@ pub struct ClusterStore<D> {
     last: Arc<Mutex<Option<Arc<ClusterView>>>>,
     /// Told of every conflict.
     out_of_date: Arc<Notify>,
+    /// The revision up to which whoever follows the store has seen it.
+    known: Arc<AtomicI64>,
 }
 
 /// How a write with a condition went.
@@ -123,7 +126,7 @@ pub struct Alongside {
 impl<D: Dcs> ClusterStore<D> {
     /// The keys below `paths` in `dcs`.
     pub fn new(dcs: D, paths: Paths) -> Self {
-        Self { dcs, paths: Arc::new(paths), last: Arc::default(), out_of_date: Arc::default() }
+        Self { dcs, paths: Arc::new(paths), last: Arc::default(), out_of_date: Arc::default(), known: Arc::default() }
     }
 
     /// What is known of the store is out of date: whoever follows it looks again at once.
@@ -134,6 +137,27 @@ impl<D: Dcs> ClusterStore<D> {
     /// Returns after a conflict, or once there is doubt: a watch that has not told of it by now may never.
     pub async fn out_of_date(&self) {
         self.out_of_date.notified().await;
+    }
+
+    /// Whoever follows the store has seen it up to here, and decisions are made on that.
+    pub fn note_seen(&self, revision: Revision) {
+        self.known.store(revision.0, Ordering::Release);
+    }
+
+    /// What was decided on a view that is newer than the store comes to nothing, though it has been carried out: a store that is
+    /// restored has keys with the revisions of before, so conditions alone do not tell.
+    async fn txn(&self, txn: Txn) -> Result<TxnResult, DcsError> {
+        let puts = |ops: &[Op]| ops.iter().any(|op| matches!(op, Op::Put(..)));
+        let (then, otherwise) = (puts(&txn.then), puts(&txn.otherwise));
+        let known = Revision(self.known.load(Ordering::Acquire));
+        let result = self.dcs.txn(txn).await?;
+        // A write has a revision of its own.
+        let put = if result.succeeded { then } else { otherwise };
+        if result.revision < known || put && result.revision == known {
+            self.doubt();
+            return Err(DcsError::WentBack { known, now: result.revision });
+        }
+        Ok(result)
     }
 
     fn outcome(&self, result: &TxnResult) -> Outcome {
@@ -184,7 +208,7 @@ impl<D: Dcs> ClusterStore<D> {
         then.extend(also.initialize.map(identity));
         then.extend(also.claims.map(|number| self.claim_op(number)));
         let when = std::iter::once(Compare::Absent(leader.clone())).chain(seen.unchanged(&self.paths)).collect();
-        let result = self.dcs.txn(Txn { when, then, otherwise: vec![Op::Get(leader)] }).await?;
+        let result = self.txn(Txn { when, then, otherwise: vec![Op::Get(leader)] }).await?;
         match result.read.first() {
             Some(Some(kv)) if !result.succeeded && kv.is(name.as_str(), lease) => Ok(Outcome::Done(kv.modified)),
             _ => Ok(self.outcome(&result)),
@@ -202,13 +226,13 @@ impl<D: Dcs> ClusterStore<D> {
         const MOVES: usize = 3;
         let leader = self.paths.key("leader");
         let mut txn = Txn { when: self.held(name, lease), then: vec![], otherwise: vec![Op::Get(leader.clone())] };
-        let mut result = self.dcs.txn(txn.clone()).await?;
+        let mut result = self.txn(txn.clone()).await?;
         for _ in 0..MOVES {
             let key = result.read.first().and_then(Option::as_ref).filter(|_| !result.succeeded);
             let Some(key) = key.filter(|key| key.value == name.as_str().as_bytes()) else { break };
             txn.when = vec![Compare::Modified(leader.clone(), key.modified)];
             txn.then = vec![Op::Put(leader.clone(), name.as_str().into(), lease)];
-            result = self.dcs.txn(txn.clone()).await?;
+            result = self.txn(txn.clone()).await?;
         }
         Ok(self.outcome(&result))
     }
@@ -217,7 +241,7 @@ impl<D: Dcs> ClusterStore<D> {
     pub async fn names_leader(&self, name: &MemberName) -> Result<Outcome, DcsError> {
         let leader = self.paths.key("leader");
         let when = vec![Compare::Value(leader.clone(), name.as_str().into())];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![], otherwise: vec![Op::Get(leader)] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then: vec![], otherwise: vec![Op::Get(leader)] }).await?))
     }
 
     /// Takes the leader key whoever has it. Nobody who has a rival may do this; see [`Self::finish_bootstrap`].
@@ -244,7 +268,7 @@ impl<D: Dcs> ClusterStore<D> {
             when.push(Compare::Modified(self.paths.key("sync"), write.seen));
             then.extend(self.sync_ops(write));
         }
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Writes this member's key.
@@ -255,7 +279,7 @@ impl<D: Dcs> ClusterStore<D> {
     /// Writes `status`, only while the leader key is ours.
     pub async fn put_status(&self, name: &MemberName, status: &Value) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.status_op(status)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then: vec![self.status_op(status)], otherwise: vec![] }).await?))
     }
 
     /// Wins or loses the right to bootstrap. The right is attached to `lease`: it ends with the bootstrapping agent, where
@@ -266,7 +290,7 @@ impl<D: Dcs> ClusterStore<D> {
         let key = self.paths.key("initialize");
         let then = vec![Op::Put(key.clone(), Vec::new(), lease)];
         let otherwise = vec![Op::Get(key.clone())];
-        let result = self.dcs.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise }).await?;
+        let result = self.txn(Txn { when: vec![Compare::Absent(key)], then, otherwise }).await?;
         match result.read.first() {
             Some(Some(kv)) if kv.is("", lease) => Ok(Outcome::Done(kv.modified)),
             _ => Ok(self.outcome(&result)),
@@ -277,7 +301,7 @@ impl<D: Dcs> ClusterStore<D> {
     pub async fn cancel_bootstrap(&self, lease: LeaseId) -> Result<Outcome, DcsError> {
         let key = self.paths.key("initialize");
         let when = self.bootstrapping(lease);
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![Op::Delete(key)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then: vec![Op::Delete(key)], otherwise: vec![] }).await?))
     }
 
     /// Ends a bootstrap: `initialize` and `leader` in one step, if the right to bootstrap still is ours. An agent that was
@@ -301,12 +325,12 @@ impl<D: Dcs> ClusterStore<D> {
         ];
         then.extend(synchronous.then(|| self.sync_op(Some(codec::encode_sync(Some(name), 0, &[])))));
         let txn = Txn { when: self.bootstrapping(lease), then, otherwise: vec![Op::Get(initialize), Op::Get(leader)] };
-        let mut outcome = self.dcs.txn(txn.clone()).await;
+        let mut outcome = self.txn(txn.clone()).await;
         for _ in 1..ATTEMPTS {
             if !matches!(outcome, Err(DcsError::Timeout(_) | DcsError::Unavailable(_))) {
                 break;
             }
-            outcome = self.dcs.txn(txn.clone()).await;
+            outcome = self.txn(txn.clone()).await;
         }
         let result = outcome?;
         match result.read.as_slice() {
@@ -320,7 +344,7 @@ impl<D: Dcs> ClusterStore<D> {
     pub async fn put_initialize(&self, name: &MemberName, system: SystemId) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Value(self.paths.key("leader"), name.as_str().into())];
         let then = vec![Op::Put(self.paths.key("initialize"), system.to_string().into_bytes(), LeaseId(0))];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `config`; with `seen`, only if it still is what was read (0 = absent).
@@ -334,7 +358,7 @@ impl<D: Dcs> ClusterStore<D> {
         let leads = Compare::Value(self.paths.key("leader"), name.as_str().into());
         let when = vec![leads, Compare::Absent(key.clone())];
         let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `failover`; `{}` = no request.
@@ -345,7 +369,7 @@ impl<D: Dcs> ClusterStore<D> {
     /// Replaces `sync`, or deletes it, if it still is what was read.
     pub async fn put_sync(&self, write: SyncWrite) -> Result<Outcome, DcsError> {
         let when = vec![Compare::Modified(self.paths.key("sync"), write.seen)];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: self.sync_ops(write), otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then: self.sync_ops(write), otherwise: vec![] }).await?))
     }
 
     /// Claims the number of the timeline that is begun next ([`Alongside::claims`]), for a leader that is promoted again: if
@@ -359,7 +383,7 @@ impl<D: Dcs> ClusterStore<D> {
     ) -> Result<Outcome, DcsError> {
         let mut when = self.held(name, lease);
         when.push(Compare::Modified(self.paths.key("timeline"), seen));
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then: vec![self.claim_op(number)], otherwise: vec![] }).await?))
     }
 
     /// Replaces `history`, if it still is what was `seen` (0 = absent) and only while the leader key is ours: an unanswered
@@ -378,7 +402,7 @@ impl<D: Dcs> ClusterStore<D> {
         let when = vec![leads, Compare::Modified(key.clone(), seen)];
         let mut then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
         then.extend(status.map(|status| self.status_op(status)));
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Says that the store has gone back to an earlier state, if nobody has said so since `seen` (0 = absent).
@@ -398,7 +422,7 @@ impl<D: Dcs> ClusterStore<D> {
         let mut then = vec![self.status_op(&codec::encode_status(&before.status))];
         then.extend(before.has_history.then_some(Op::Put(history, lines, LeaseId(0))));
         then.push(self.claim_op(before.claimed.max(seen.claimed)));
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Replaces `failsafe`, if it still is what was `seen` (0 = absent) and only while the leader key is ours and attached
@@ -415,7 +439,7 @@ impl<D: Dcs> ClusterStore<D> {
         let mut when = self.held(name, lease);
         when.push(Compare::Modified(key.clone(), seen));
         let then = vec![Op::Put(key, codec::compact(&Value::Object(map)), LeaseId(0))];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     /// Sees to it that the router that is registered with `lease` says `record`, and tells when the leader key that there is
@@ -425,7 +449,7 @@ impl<D: Dcs> ClusterStore<D> {
         let value = codec::compact(&codec::encode_router(record));
         let when = vec![Compare::Value(key.clone(), value.clone()), Compare::Lease(key.clone(), lease)];
         let otherwise = vec![Op::Put(key, value, lease), leader.clone()];
-        let result = self.dcs.txn(Txn { when, then: vec![leader], otherwise }).await?;
+        let result = self.txn(Txn { when, then: vec![leader], otherwise }).await?;
         Ok(result.read.into_iter().next().flatten().map(|kv| kv.created))
     }
 
@@ -449,11 +473,11 @@ impl<D: Dcs> ClusterStore<D> {
         let key = self.paths.key(key);
         let when = seen.map(|revision| Compare::Modified(key.clone(), revision)).into_iter().collect();
         let then = vec![Op::Put(key, codec::compact(value), LeaseId(0))];
-        Ok(self.outcome(&self.dcs.txn(Txn { when, then, otherwise: vec![] }).await?))
+        Ok(self.outcome(&self.txn(Txn { when, then, otherwise: vec![] }).await?))
     }
 
     async fn put(&self, op: Op) -> Result<(), DcsError> {
-        self.dcs.txn(Txn { then: vec![op], ..Txn::default() }).await.map(|_| ())
+        self.txn(Txn { then: vec![op], ..Txn::default() }).await.map(|_| ())
     }
 
     fn bootstrapping(&self, lease: LeaseId) -> Vec<Compare> {

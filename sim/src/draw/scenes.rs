@@ -15,7 +15,7 @@ use crate::slots::FOREIGN_SLOT;
 type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 17] = [
+const SCENES: [Scene; 19] = [
     (0x0B, timing),
     (0x01, preferences),
     (0x03, standby_cluster),
@@ -33,6 +33,8 @@ const SCENES: [Scene; 17] = [
     (0x0F, power_loss),
     (0x10, late_answers),
     (0x11, led_by_word),
+    (0x12, paused),
+    (0x13, refusals),
 ];
 
 /// Adds to a world what its seed has for it.
@@ -79,6 +81,19 @@ fn deaf_routers(rng: &mut SmallRng, scenario: &mut Scenario) {
         let (from, to) = if rng.random() { (router, agent) } else { (agent, router) };
         let (both, ms) = (rng.random(), rng.random_range(500..15_000));
         scenario.add(rng.random_range(BOOTSTRAP..25_000), None, Fault::Cut { from, to, both, ms });
+    }
+}
+
+/// Servers that have no connection left for their agent, or do not know its password any more.
+fn refusals(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 16) {
+        return;
+    }
+    for _ in 0..rng.random_range(1..4) {
+        let (node, ms) = (rng.random_range(0..scenario.nodes.len()), rng.random_range(200..15_000));
+        let aims = [None, Some(Aim::Leader), Some(Aim::Leader), Some(Aim::NextLeader), Some(Aim::Synchronous)];
+        let aim = *aims.choose(rng).unwrap_or(&None);
+        scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, Fault::RefuseAgent { node, ms });
     }
 }
 
@@ -291,6 +306,36 @@ fn led_by_word(rng: &mut SmallRng, scenario: &mut Scenario) {
     scenario.add(down, Some(Aim::Leader), Fault::KillPostgres { node: 0 });
 }
 
+/// Things happen in a pause: servers end, agents are started anew, the store is away, operators switch over. A world of its own: nothing else takes
+/// away what is left of it when the pause is over.
+fn paused(rng: &mut SmallRng, scenario: &mut Scenario) {
+    if !rng.random_ratio(1, 32) {
+        return;
+    }
+    (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
+    let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
+    let begins = BOOTSTRAP + rng.random_range(500..3_000);
+    let ms = rng.random_range(1_000..ttl * 4);
+    scenario.add(begins, None, Fault::Pause { ms });
+    for _ in 0..rng.random_range(1..6) {
+        let at = begins + rng.random_range(0..ms + 500);
+        let node = rng.random_range(0..scenario.nodes.len());
+        let aim = *[None, Some(Aim::Leader), Some(Aim::Leader), Some(Aim::Synchronous)].choose(rng).unwrap_or(&None);
+        let lasts = rng.random_range(100..ttl * 2);
+        let what = match rng.random_range(0..10) {
+            0..3 => Fault::KillPostgres { node },
+            3 => Fault::KillAgent { node, ms: lasts },
+            4 => Fault::StopAgent { node, ms: lasts },
+            5 => Fault::DcsDown { refused: rng.random(), ms: lasts },
+            6 => Fault::Cut { from: End::Agent(node), to: End::Dcs, both: true, ms: lasts },
+            7 => Fault::Switchover { candidate: rng.random::<bool>().then_some(node) },
+            8 => Fault::Restart { node },
+            _ => Fault::CrashHost { node, ms: lasts },
+        };
+        scenario.add(at, aim, what);
+    }
+}
+
 /// The store is lost, and comes back from a backup, or with nothing in it; since the backup somebody else leads, and who leads
 /// may be out when it comes back. A world of its own: whoever is started anew knows only what the store says.
 fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
@@ -309,7 +354,9 @@ fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
         scenario.add(at, Some(Aim::Leader), what);
     }
     if rng.random() {
-        let (at, lasts) = (rng.random_range(lost - 200..back + ttl), rng.random_range(ttl..ttl * 3));
+        // Also before the leader has heard of it, who does things by what it knew.
+        let when = if rng.random() { back + 10..back + 500 } else { lost - 200..back + ttl };
+        let (at, lasts) = (rng.random_range(when), rng.random_range(ttl..ttl * 3));
         let outages = [
             Fault::CrashHost { node: 0, ms: lasts },
             Fault::Isolate { node: 0, ms: lasts },

@@ -286,6 +286,11 @@ impl World {
                 self.wait(ms).await;
                 self.stage.server(node, |server| server.refuses_promotion = None);
             }
+            Fault::RefuseAgent { node, ms } => {
+                self.stage.server(node, |server| server.refuses_agent = true);
+                self.wait(ms).await;
+                self.stage.server(node, |server| server.refuses_agent = false);
+            }
             Fault::SlowReplay { node, ms } => {
                 let until = self.stage.executor().now() + Duration::from_millis(ms);
                 self.stage.server(node, |server| server.replays_until = until);
