@@ -24,8 +24,12 @@ fn put(key: &str, value: &str) -> Txn {
     Txn { then: vec![Op::Put(key.to_owned(), value.into(), LeaseId(0))], ..Txn::default() }
 }
 
+/// The contract says nothing of how long a call takes, and etcd is as slow as its disk.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 async fn check_contract(cluster: &Cluster) {
-    let (dcs, other) = (cluster.client().await, cluster.client().await);
+    let client = async || EtcdDcs::connect(&cluster.config(), SystemClock, PATIENCE).await.unwrap();
+    let (dcs, other) = (client().await, client().await);
     let subject = Subject { dcs, other, clock: SystemClock, prefix: "/contract/".to_owned() };
     let endpoint = cluster.members[0].url.clone();
     let compact = async |revision: Revision| {
@@ -33,8 +37,8 @@ async fn check_contract(cluster: &Cluster) {
         client.compact(revision.0, None).await.unwrap();
     };
     subject.check(compact).await;
-    contract::routers(&ClusterStore::new(cluster.client().await, Paths::new("contract", "routers"))).await;
-    contract::late_moves(cluster.client().await, Paths::new("contract", "moves")).await;
+    contract::routers(&ClusterStore::new(client().await, Paths::new("contract", "routers"))).await;
+    contract::late_moves(client().await, Paths::new("contract", "moves")).await;
 }
 
 #[tokio::test]
