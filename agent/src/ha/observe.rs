@@ -228,6 +228,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if promotion_is_over {
             self.memory.promotions = 0;
         }
+        if let PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_) = &pg {
+            // Who has started it, and as what, this agent may not have seen.
+            self.memory.was_primary |= !self.parts.postgres.is_set_to_follow();
+        }
         match &pg {
             PgStatus::Running(running) => {
                 self.memory.was_primary = running.role == PgRole::Primary;
@@ -235,14 +239,12 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.fresh_copy = false;
                 self.memory.down_since = None;
             }
-            PgStatus::NoData | PgStatus::Refusing(_) => self.memory.down_since = None,
+            PgStatus::NoData => self.memory.down_since = None,
+            // It serves its clients.
+            PgStatus::Refusing(_) if self.memory.was_primary => self.memory.down_since = None,
             _ => {
                 self.memory.down_since.get_or_insert(now);
             }
-        }
-        if let PgStatus::Starting | PgStatus::Unresponsive | PgStatus::Refusing(_) = &pg {
-            // Who has started it, and as what, this agent may not have seen.
-            self.memory.was_primary |= !self.parts.postgres.is_set_to_follow();
         }
         if let PgStatus::Stopped(control) = &pg
             && !matches!(self.pg, PgStatus::Stopped(_))

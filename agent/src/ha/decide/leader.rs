@@ -108,7 +108,8 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::Refusing(why) if s.memory.was_primary => {
             is(Action::Lead, format!("PostgreSQL answers with an error: {why}"))
         }
-        PgStatus::Refusing(why) => is(Action::Wait, format!("PostgreSQL answers with an error: {why}")),
+        // It can't be promoted like that, nor does anybody else lead.
+        PgStatus::Refusing(why) => sick_leader(s, view, &format!("PostgreSQL answers with an error: {why}")),
         PgStatus::Running(running) if running.role == PgRole::Standby => {
             if settings.pause && view.failover.as_ref().is_none_or(|r| r.candidate.as_ref() != Some(&s.me.name)) {
                 return release_standby(s, "paused, and PostgreSQL runs as a standby".to_owned());
@@ -236,7 +237,7 @@ fn stopping_leader(s: &Situation, view: &ClusterView) -> Decision {
     give_way(s, view, &format!("PostgreSQL has been stopping for {:.0?}", s.down_for()))
 }
 
-/// The leader's server is there, but recovers from a crash.
+/// The leader's server is there, but recovers from a crash, or is a standby that lets nobody in.
 fn sick_leader(s: &Situation, view: &ClusterView, what: &str) -> Decision {
     let patience = view.settings.primary_start_timeout.max(view.settings.ttl);
     if s.down_for() < patience || view.settings.pause {

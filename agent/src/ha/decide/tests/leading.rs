@@ -83,6 +83,12 @@ fn a_hung_server_is_given_up_after_several_looks_if_somebody_can_take_over() {
     full.pg = PgStatus::Refusing("sorry, too many clients already (53300)".to_owned());
     (full.memory.was_primary, full.memory.down_since) = (true, Some(NOW - Duration::from_secs(900)));
     assert_eq!(full.decide().action, Action::Lead);
+    // One that has not been promoted yet serves nobody who writes.
+    full.memory.was_primary = false;
+    let mut full = full.answers(&[("a", None), ("c", peer(1000))]);
+    assert_eq!(full.clone().decide().action, Action::Demote(DemoteMode::Sick));
+    full.memory.down_since = Some(NOW - Duration::from_secs(200));
+    assert_eq!(full.decide().action, Action::Wait);
 }
 
 #[test]
