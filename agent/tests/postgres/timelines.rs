@@ -326,6 +326,8 @@ fn a_diverged_primary_is_rewound() {
         rewind_that(&format!("kill -QUIT $(head -n 1 {0}); while [ -e {0} ]; do sleep 0.1; done", process.display()))
             .await;
         assert!(a.pg.half_rewound(), "it may have begun to write");
+        // Its file has gone before it does.
+        b.pg.stop(StopMode::Immediate, LIMIT, None).await.expect("all of it has ended");
         b.pg.start(StartAs::Primary, LIMIT).await.expect("start");
         a.pg.start(StartAs::Standby(Some(b.upstream())), LIMIT).await.expect_err("neither old nor new");
         a.pg.configure(config.clone()).await.expect("configure");

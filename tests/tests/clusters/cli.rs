@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use trunkline_tests::patroni::{Ctl, Said};
-use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Spec, Timing, patroni, wait};
+use trunkline_tests::{Cluster, Etcd, LIMIT, Lab, Program, Spec, Timing, patroni, rest, wait};
 
 /// What changes the cluster, and back: one of the two carries a whole group out, and then the other.
 const CHANGES: &[&[&str]] = &[
@@ -48,8 +48,11 @@ const CHANGES: &[&[&str]] = &[
     &["reinit demo $REPLICA --from-leader --wait < y↵"],
 ];
 
-/// What makes the replica the leader: one of the two does, and then the other makes it the replica again.
-const CHANGE_OF_LEADERS: &str = "switchover demo --leader $LEADER --candidate $REPLICA < now↵y↵";
+/// What makes the replica the leader, and what is said in the end: one of the two does, and then the other makes it the replica again.
+const CHANGES_OF_LEADERS: [(&str, &str); 2] = [
+    ("switchover demo --leader $LEADER --candidate $REPLICA < now↵y↵", "Successfully switched over to \"the replica\""),
+    ("failover demo --candidate $REPLICA < y↵", "Successfully failed over to \"the replica\""),
+];
 
 /// What changes nothing, or is refused.
 const LOOKS: &[&str] = &[
@@ -347,7 +350,7 @@ impl Stage {
             let mut theirs = Vec::new();
             for by_patroni in [true, false] {
                 for (n, case) in cases.iter().enumerate() {
-                    self.cluster.settled(LIMIT).await?;
+                    self.told().await?;
                     let said = self.clients[0].said(by_patroni, case)?;
                     let said = Said { out: with_forms(&said.out, POSITIONS), ..said };
                     match theirs.get(n) {
@@ -361,13 +364,30 @@ impl Stage {
         Ok(())
     }
 
+    /// The cluster is settled, and shows what its members know of their restarts: a turn of Patroni's that began before one was
+    /// scheduled or deleted may write its member's key after that.
+    async fn told(&mut self) -> Result<()> {
+        self.cluster.settled(LIMIT).await?;
+        wait::until("the cluster to show the scheduled restarts", LIMIT, async || {
+            let shown = rest::get(self.cluster.nodes[0].rest_port(), "/cluster").await?.body;
+            for node in &self.cluster.nodes {
+                let mut members = shown["members"].as_array().into_iter().flatten();
+                let member = members.find(|member| member["name"] == node.name()).context("a member is missing")?;
+                let knows = !node.status().await?["scheduled_restart"].is_null();
+                ensure!(knows != member["scheduled_restart"].is_null(), "{member}");
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// Who leads and who follows is the other way round for the second of the two. Their tables show what has become of the old leader
     /// by then, and ours tells each step of a change that takes its time, on standard error.
-    async fn change_of_leaders(&mut self) -> Result<()> {
+    async fn change_of_leaders(&mut self, case: &str, done: &str) -> Result<()> {
         let mut all = Vec::new();
         for by_patroni in [true, false] {
             self.cluster.settled(LIMIT).await?;
-            let said = self.clients[0].said(by_patroni, CHANGE_OF_LEADERS)?;
+            let said = self.clients[0].said(by_patroni, case)?;
             let lines: Vec<&str> = said.out.lines().filter(|line| !line.starts_with(['+', '|'])).collect();
             let [(_, leader), (_, replica), _] = &self.clients[0].names;
             let out = lines.join("\n").replace(leader, "the leader").replace(replica, "the replica");
@@ -376,8 +396,8 @@ impl Stage {
                 std::mem::swap(leader, replica);
             }
         }
-        ensure!(all[0].out.ends_with("Successfully switched over to \"the replica\""), "{all:#?}");
-        self.found.extend((all[0] != all[1]).then(|| beside(CHANGE_OF_LEADERS, &all[0], &all[1])));
+        ensure!(all[0].out.ends_with(done), "{all:#?}");
+        self.found.extend((all[0] != all[1]).then(|| beside(case, &all[0], &all[1])));
         Ok(())
     }
 
@@ -439,7 +459,9 @@ async fn both_say_the_same(name: &str, agent: Program) -> Result<()> {
     let mut stage = Stage::set(Cluster::start(&lab, &etcd.endpoints(), spec).await?).await?;
 
     stage.changes().await?;
-    stage.change_of_leaders().await?;
+    for (case, done) in CHANGES_OF_LEADERS {
+        stage.change_of_leaders(case, done).await?;
+    }
     stage.looks(LOOKS).await?;
     stage.differences()?;
     stage.configure(json!({ "pause": true }), "pause", json!(true)).await?;
