@@ -1,6 +1,6 @@
 //! How a world is drawn from a seed: its nodes, its settings, and what goes wrong in it.
 
-mod scenes;
+pub mod scenes;
 
 use std::ops::RangeInclusive;
 
@@ -14,6 +14,11 @@ use crate::scenario::{Aim, End, Event, Fault, Node, Scenario};
 impl Scenario {
     /// Draws one.
     pub fn draw(seed: u64) -> Self {
+        Self::draw_with(seed, None)
+    }
+
+    /// Draws one that has a certain scene of [`scenes::names`], whatever else it has.
+    pub fn draw_with(seed: u64, scene: Option<&str>) -> Self {
         // Not the numbers that the world itself draws.
         let mut rng = SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000);
         let count = *[2, 3, 3, 3, 3, 4, 5].choose(&mut rng).unwrap_or(&3);
@@ -60,7 +65,7 @@ impl Scenario {
         let events = draw.events();
         let calm_at = events.iter().map(Event::ends).max().unwrap_or(0).max(BOOTSTRAP) + 100;
         let mut scenario = Self { seed, nodes, routers, settings, events, calm_at };
-        scenes::add(seed, &mut scenario);
+        scenes::add(seed, scene, &mut scenario);
         scenario
     }
 }

@@ -16,7 +16,7 @@
 
 pub mod clients;
 pub mod commit;
-mod draw;
+pub mod draw;
 pub mod executor;
 pub mod guard;
 pub mod judge;

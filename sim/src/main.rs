@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use clap::builder::PossibleValuesParser;
 use parking_lot::Mutex;
 use trunkline_common::{Clock, SystemClock};
+use trunkline_sim::draw::scenes;
 use trunkline_sim::scenario::Scenario;
 use trunkline_sim::world::{self, Report};
 use trunkline_sim::{shrink, trace};
@@ -33,8 +35,11 @@ struct Args {
     /// Replay this seed alone, with a trace.
     #[arg(long, conflicts_with_all = ["seeds", "from", "scenario"])]
     seed: Option<u64>,
+    /// Every world has this scene, not only one in many.
+    #[arg(long, value_parser = PossibleValuesParser::new(scenes::names()))]
+    scene: Option<String>,
     /// Replay a scenario from a file, with a trace.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "scene")]
     scenario: Option<PathBuf>,
     /// With --seed or --scenario: no trace, only the verdict.
     #[arg(short, long)]
@@ -63,7 +68,7 @@ fn main() -> anyhow::Result<ExitCode> {
             let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
             Some(serde_json::from_str(&text).with_context(|| path.display().to_string())?)
         }
-        (None, seed) => seed.map(Scenario::draw),
+        (None, seed) => seed.map(|seed| Scenario::draw_with(seed, args.scene.as_deref())),
     };
     match scenario {
         Some(scenario) => replay(&args, &scenario),
@@ -116,7 +121,7 @@ fn many(args: &Args) -> ExitCode {
             if seed >= args.from + args.seeds || over || (!args.keep_going && !tally.lock().failed.is_empty()) {
                 return;
             }
-            let mut report = world::run(&Scenario::draw(seed));
+            let mut report = world::run(&Scenario::draw_with(seed, args.scene.as_deref()));
             let counts =
                 |violation: &String| args.only.is_empty() || args.only.iter().any(|text| violation.contains(text));
             report.violations.retain(counts);

@@ -11,44 +11,63 @@ use crate::outside;
 use crate::scenario::{Aim, End, Fault, Scenario};
 use crate::slots::FOREIGN_SLOT;
 
-/// One kind of addition, and the number that makes its draws its own.
-type Scene = (u64, fn(&mut SmallRng, &mut Scenario));
+/// One kind of addition.
+struct Scene {
+    /// As `--scene` calls it.
+    name: &'static str,
+    /// Makes its draws its own.
+    own: u64,
+    /// One world in so many has it.
+    every: u32,
+    add: fn(&mut SmallRng, &mut Scenario),
+}
+
+macro_rules! scene {
+    ($own:literal, $every:literal, $add:ident) => {
+        Scene { name: stringify!($add), own: $own, every: $every, add: $add }
+    };
+}
 
 /// In the order in which they are drawn.
 const SCENES: [Scene; 19] = [
-    (0x0B, timing),
-    (0x01, preferences),
-    (0x03, standby_cluster),
-    (0x04, nostream),
-    (0x02, trials),
-    (0x0A, slow_replay),
-    (0x05, revocations),
-    (0x06, words),
-    (0x07, late_word),
-    (0x08, restored),
-    (0x09, copies),
-    (0x0C, registrations),
-    (0x0D, deaf_routers),
-    (0x0E, logical_slots),
-    (0x0F, power_loss),
-    (0x10, late_answers),
-    (0x11, led_by_word),
-    (0x12, paused),
-    (0x13, refusals),
+    scene!(0x0B, 12, timing),
+    scene!(0x01, 1, preferences),
+    scene!(0x03, 24, standby_cluster),
+    scene!(0x04, 8, nostream),
+    scene!(0x02, 1, trials),
+    scene!(0x0A, 48, slow_replay),
+    scene!(0x05, 32, revocations),
+    scene!(0x06, 48, words),
+    scene!(0x07, 32, late_word),
+    scene!(0x08, 32, restored),
+    scene!(0x09, 32, copies),
+    scene!(0x0C, 8, registrations),
+    scene!(0x0D, 12, deaf_routers),
+    scene!(0x0E, 8, logical_slots),
+    scene!(0x0F, 32, power_loss),
+    scene!(0x10, 48, late_answers),
+    scene!(0x11, 32, led_by_word),
+    scene!(0x12, 32, paused),
+    scene!(0x13, 16, refusals),
 ];
 
-/// Adds to a world what its seed has for it.
-pub(super) fn add(seed: u64, scenario: &mut Scenario) {
-    for (own, scene) in SCENES {
-        scene(&mut SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000 ^ own), scenario);
+/// All of them.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    SCENES.iter().map(|scene| scene.name)
+}
+
+/// Adds to a world what its seed has for it, and the scene of the name `certain` in any case.
+pub(super) fn add(seed: u64, certain: Option<&str>, scenario: &mut Scenario) {
+    for scene in SCENES {
+        let mut rng = SmallRng::seed_from_u64(seed ^ 0x5EED_0000_0000 ^ scene.own);
+        if rng.random_ratio(1, scene.every) || certain == Some(scene.name) {
+            (scene.add)(&mut rng, scenario);
+        }
     }
 }
 
 /// A new leader waits for routers, one of which may hear nothing while the leader changes.
 fn registrations(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 8) {
-        return;
-    }
     let (lease, ttl): (u64, u64) = (rng.random_range(1..=5), scenario.settings["ttl"].as_u64().unwrap_or(5));
     scenario.settings["router_lease"] = json!(lease);
     for _ in 0..rng.random_range(0..3) {
@@ -72,9 +91,6 @@ fn registrations(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// Routers that members can't answer, or that can't ask.
 fn deaf_routers(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 12) {
-        return;
-    }
     for _ in 0..rng.random_range(1..4) {
         let router = End::Router(rng.random_range(0..scenario.routers));
         let agent = End::Agent(rng.random_range(0..scenario.nodes.len()));
@@ -86,9 +102,6 @@ fn deaf_routers(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// Servers that have no connection left for their agent, or do not know its password any more.
 fn refusals(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 16) {
-        return;
-    }
     for _ in 0..rng.random_range(1..4) {
         let (node, ms) = (rng.random_range(0..scenario.nodes.len()), rng.random_range(200..15_000));
         let aims = [None, Some(Aim::Leader), Some(Aim::Leader), Some(Aim::NextLeader), Some(Aim::Synchronous)];
@@ -99,9 +112,6 @@ fn refusals(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// Turns of the loop that are longer, requests that may take longer, and others from some moment on.
 fn timing(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 12) {
-        return;
-    }
     let drawn = |rng: &mut SmallRng| {
         let (loop_wait, retry_timeout) = (rng.random_range(1..=3), rng.random_range(1..=2));
         let ttl: u64 = loop_wait + 2 * retry_timeout + *[0, 1, 3].choose(rng).unwrap_or(&1);
@@ -152,7 +162,7 @@ fn preferences(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// A member that gets no WAL but what an archive has, and here there is none.
 fn nostream(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if scenario.nodes.len() > 3 && rng.random_ratio(1, 8) {
+    if scenario.nodes.len() > 3 {
         let node = rng.random_range(0..scenario.nodes.len());
         scenario.nodes[node].tags.insert("nostream".to_owned(), json!(true));
     }
@@ -160,9 +170,6 @@ fn nostream(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// A standby cluster, which may become an ordinary one.
 fn standby_cluster(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 24) {
-        return;
-    }
     scenario.settings["standby_cluster"] = json!({ "host": outside::HOST, "port": 5432 });
     if rng.random() {
         let promoted = BOOTSTRAP + rng.random_range(0..25_000);
@@ -200,9 +207,6 @@ fn trials(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// The store ends leases of leaders that live, and may hear of it late. Only who can be asked is known to lead no longer, so
 /// nothing else goes wrong in such a world.
 fn revocations(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 32) {
-        return;
-    }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
     let mut at = BOOTSTRAP;
     for _ in 0..rng.random_range(1..4) {
@@ -218,7 +222,7 @@ fn revocations(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// The only standby is back, and gone again before the leader has an answer to what it writes of it. That is carried out when
 /// the leader is out, which went on alone meanwhile. A world of its own: anything besides would be in the way.
 fn late_word(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if scenario.settings["synchronous_mode"] == json!(false) || !rng.random_ratio(1, 32) {
+    if scenario.settings["synchronous_mode"] == json!(false) {
         return;
     }
     let count = scenario.nodes.len();
@@ -256,9 +260,6 @@ fn late_word(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// agents are started anew.
 fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
     const TTL: u64 = 10;
-    if !rng.random_ratio(1, 48) {
-        return;
-    }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
     scenario.settings["failsafe_mode"] = json!(true);
     scenario.settings["ttl"] = json!(TTL);
@@ -280,7 +281,7 @@ fn words(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// nobody gets. Then its server is down, and it may not lead: its watchdog is broken, or somebody has paused the cluster. A world of
 /// its own.
 fn led_by_word(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if scenario.settings["synchronous_mode"] == json!(false) || !rng.random_ratio(1, 32) {
+    if scenario.settings["synchronous_mode"] == json!(false) {
         return;
     }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
@@ -309,9 +310,6 @@ fn led_by_word(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// Things happen in a pause: servers end, agents are started anew, the store is away, operators switch over. A world of its own: nothing else takes
 /// away what is left of it when the pause is over.
 fn paused(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 32) {
-        return;
-    }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
     let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
     let begins = BOOTSTRAP + rng.random_range(500..3_000);
@@ -339,7 +337,7 @@ fn paused(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// The store is lost, and comes back from a backup, or with nothing in it; since the backup somebody else leads, and who leads
 /// may be out when it comes back. A world of its own: whoever is started anew knows only what the store says.
 fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if scenario.settings["standby_cluster"].is_object() || !rng.random_ratio(1, 32) {
+    if scenario.settings["standby_cluster"].is_object() {
         return;
     }
     let ttl = scenario.settings["ttl"].as_u64().unwrap_or(5) * 1_000;
@@ -370,9 +368,6 @@ fn restored(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// Whoever leads next has much to replay before it takes writes.
 fn slow_replay(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 48) {
-        return;
-    }
     let at = BOOTSTRAP + rng.random_range(1_000..20_000);
     let ms = rng.random_range(80_000..110_000);
     for node in 0..scenario.nodes.len() {
@@ -385,7 +380,7 @@ fn slow_replay(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// has to replay what is on its disk. A world of its own.
 fn power_loss(rng: &mut SmallRng, scenario: &mut Scenario) {
     let count = scenario.nodes.len();
-    if scenario.settings["synchronous_mode"] == json!(false) || count < 3 || !rng.random_ratio(1, 32) {
+    if scenario.settings["synchronous_mode"] == json!(false) || count < 3 {
         return;
     }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
@@ -409,9 +404,6 @@ fn power_loss(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// The leader's renewals are answered late, as late as it waits for them, until they arrive no more. A world of its own: nothing else ends
 /// its reign.
 fn late_answers(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 48) {
-        return;
-    }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
     let (ttl, retry_timeout) = (20, 6);
     for (setting, value) in [("ttl", ttl), ("loop_wait", 2), ("retry_timeout", retry_timeout)] {
@@ -435,7 +427,7 @@ fn late_answers(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// strict mode; then the leader is out. It may not know that it is one again, after a restart of which it hears late.
 fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
     let synchronous = scenario.settings["synchronous_mode"] == json!(true);
-    if !synchronous || scenario.nodes.len() < 3 || !rng.random_ratio(1, 32) {
+    if !synchronous || scenario.nodes.len() < 3 {
         return;
     }
     (scenario.events, scenario.calm_at) = (Vec::new(), BOOTSTRAP);
@@ -466,9 +458,6 @@ fn copies(rng: &mut SmallRng, scenario: &mut Scenario) {
 /// A permanent logical slot, and somebody who reads it. Where commits wait for nobody, a leader may be out whose last ones only the
 /// reader has; and so may the next one.
 fn logical_slots(rng: &mut SmallRng, scenario: &mut Scenario) {
-    if !rng.random_ratio(1, 8) {
-        return;
-    }
     scenario.settings["slots"]["feed"] = json!({ "type": "logical", "database": "app", "plugin": "test_decoding" });
     let count = scenario.nodes.len();
     if scenario.settings["synchronous_mode"] != json!(false) || count < 3 || rng.random() {
