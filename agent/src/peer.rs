@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use parking_lot::RwLock;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use trunkline_common::tls::{self, TlsError, Verify};
 use trunkline_common::{Lsn, MemberName, TimelineId};
 use trunkline_config::local::Ctl;
@@ -16,7 +16,7 @@ use trunkline_config::{Local, Secret, tags};
 /// What a member said of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerStatus {
-    /// Whether its PostgreSQL is in recovery.
+    /// Whether its PostgreSQL is in recovery, and not about to be promoted.
     pub in_recovery: bool,
     /// max(received, replayed) of a standby; 0 of a primary.
     pub lsn: Lsn,
@@ -33,6 +33,10 @@ pub struct PeerStatus {
 /// Among the positions of a `/patroni` document, where so: the standby has not replayed what was on its disk when it was
 /// started, so that it may have more than it says. Patroni does not tell.
 pub const READS_OWN_WAL: &str = "reads_own_wal";
+
+/// In a `/patroni` document, where so: the member has the leader key by a lease that is not over, as far as it knows. Patroni does
+/// not tell.
+pub const HOLDS_LEADER_KEY: &str = "holds_leader_key";
 
 /// The members' REST APIs. `None` for a member that did not answer, or whose PostgreSQL doesn't.
 pub trait Peers: Clone + Send + Sync + 'static {
@@ -56,13 +60,15 @@ pub trait Peers: Clone + Send + Sync + 'static {
 
 impl PeerStatus {
     /// Reads a `/patroni` document, ours or Patroni's. Without positions (`xlog`, or `wal` of future versions) its
-    /// PostgreSQL does not answer, and the member counts as not reachable.
+    /// PostgreSQL does not answer, and the member counts as not reachable; unless it leads all the same.
     pub fn parse(document: &Value) -> Option<Self> {
         let present = |field: &str| document.get(field).filter(|value| tags::truthy(value));
-        let positions = present("wal").or_else(|| document.get("xlog"))?.as_object()?;
+        let holds_key = present(HOLDS_LEADER_KEY).is_some();
+        let positions = present("wal").or_else(|| document.get("xlog")).and_then(Value::as_object);
+        let positions = positions.cloned().or_else(|| holds_key.then(Map::new))?;
         let position = |field: &str| positions.get(field).and_then(lenient_u64).unwrap_or(0);
         let says_primary = matches!(document.get("role").and_then(Value::as_str), Some("primary" | "master"));
-        let in_recovery = position("location") == 0 && !says_primary;
+        let in_recovery = position("location") == 0 && !says_primary && !holds_key;
         let lsn = if in_recovery { position("received_location").max(position("replayed_location")) } else { 0 };
         let timeline = document.get("timeline").and_then(lenient_u64).and_then(|n| u32::try_from(n).ok());
         let tags = document.get("tags").and_then(Value::as_object);
@@ -357,6 +363,8 @@ mod tests {
             json!({"role": "primary", "xlog": {"location": 90}}),
             json!({"role": "master", "xlog": {"location": 0}}),
             json!({"role": "replica", "xlog": {"location": 90}}),
+            json!({"role": "replica", "xlog": {"received_location": 90}, HOLDS_LEADER_KEY: true}),
+            json!({"role": "primary", "state": "unknown", HOLDS_LEADER_KEY: true}),
         ] {
             let status = PeerStatus::parse(&document).unwrap();
             assert!(!status.in_recovery && status.lsn == Lsn(0), "{document}");
@@ -365,7 +373,13 @@ mod tests {
 
     #[test]
     fn a_member_without_positions_is_not_reachable() {
-        for document in [json!({"state": "stopped", "role": "replica"}), json!({"xlog": 5}), json!([]), json!(null)] {
+        for document in [
+            json!({"state": "unknown", "role": "primary"}),
+            json!({"state": "stopped", "role": "replica"}),
+            json!({"xlog": 5}),
+            json!([]),
+            json!(null),
+        ] {
             assert_eq!(PeerStatus::parse(&document), None, "{document}");
         }
     }

@@ -83,6 +83,11 @@ impl ClusterView {
         (self.restored, self.restored_revision, self.unsaid) = (record, revision, None);
     }
 
+    /// Who had every commit before the DCS was restored from a backup, where the `sync` key is as old as that and somebody has told.
+    pub fn sync_before_restore(&self) -> Option<&SyncState> {
+        self.restored.sync.as_ref().filter(|_| self.sync.revision <= self.restored.since)
+    }
+
     /// The cluster's timeline as `history` tells it: one past the last finished one, 1 for an empty history,
     /// `None` where there is no `history` key.
     pub fn timeline(&self) -> Option<TimelineId> {
@@ -93,12 +98,15 @@ impl ClusterView {
 
 /// The `restored` key. Revisions do not tell what was written since a restore from what came with the backup: whoever notices it late
 /// would take one for the other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct RestoreRecord {
     /// How often that has happened. One more than anybody knew of before: a number that was seen earlier came with the backup.
     pub count: u64,
     /// The first revision that was seen after the last time. What has a later one was written since.
     pub since: Revision,
+    /// The `sync` key as it was before that, with its revision of then: the newest that anybody has told of. Whoever has not seen it
+    /// would go by the one of the backup.
+    pub sync: Option<SyncState>,
 }
 
 /// The `initialize` key.

@@ -79,13 +79,9 @@ pub enum Loss {
     Restore,
 }
 
-/// The longest that a promotion takes on a healthy disk: nobody who hears meanwhile that the key is gone can end the server before it
-/// takes writes. Nor one that is just about to have started.
-pub const PROMOTION: Duration = Duration::from_millis(40);
-
-/// The longest until an agent hears by a renewal that its key is gone, if its watch does not tell it. A server that has just ended
-/// comes back in place until then, as one that runs would go on; and where the store was restored an agent may begin to promote
-/// within its lease, which is waited for by whoever has the key now.
+/// The longest until an agent hears by a renewal that its key is gone, if its watch does not tell it. Until then its server goes on,
+/// comes back in place, or is promoted: nobody else takes the key meanwhile, as all ask it before they do; and where the store was
+/// restored, whoever has the key now waits for the leases of before.
 pub const UNHEARD: Duration = Duration::from_millis(1500);
 
 /// After that many the world is not looked at any further.
@@ -142,14 +138,9 @@ impl Judge {
         self.revoked = Some(Revoked { host, at, how });
     }
 
-    /// How the key by which `host` was told to promote or started, at `told`, has been taken away a moment ago; or, if it begins
-    /// `again` or by a restore, lately.
-    pub fn just_revoked(&self, now: Duration, host: usize, told: Duration, again: bool) -> Option<Loss> {
-        let just = |revoked: &Revoked| {
-            let ago = now - revoked.at;
-            let lately = again || revoked.how == Loss::Restore;
-            revoked.host == host && (told <= revoked.at && ago <= PROMOTION || lately && ago <= UNHEARD)
-        };
+    /// How the key of `host` has been taken away lately, so that its agent may not have heard of it.
+    pub fn just_revoked(&self, now: Duration, host: usize) -> Option<Loss> {
+        let just = |revoked: &Revoked| revoked.host == host && now - revoked.at <= UNHEARD;
         self.revoked.filter(just).map(|revoked| revoked.how)
     }
 

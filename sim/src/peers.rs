@@ -8,7 +8,6 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use trunkline_agent::node::{Board, Command, Word};
 use trunkline_agent::peer::{FailsafeAnswer, PeerStatus, Peers};
-use trunkline_agent::postgres::{PgRole, PgStatus, Postgres};
 use trunkline_agent::rest::Sources;
 use trunkline_common::dcs::follow::Knowledge;
 use trunkline_common::{Clock, MemberName};
@@ -17,7 +16,7 @@ use trunkline_router::probe::Probe;
 use crate::executor::{ProcessId, SimClock};
 use crate::postgres::ModelPostgres;
 use crate::scenario::End;
-use crate::stage::{Stage, host_of};
+use crate::stage::{SCOPE, Stage, host_of};
 
 /// What one agent's API can answer with.
 #[derive(Clone)]
@@ -38,6 +37,12 @@ pub struct Api {
     pub priority: i64,
     /// Its loop.
     pub commands: mpsc::Sender<Command>,
+}
+
+impl Api {
+    fn sources(&self) -> Sources<'_, ModelPostgres, SimClock> {
+        Sources { knowledge: &self.knowledge, board: &self.board, postgres: &self.postgres, clock: &self.clock }
+    }
 }
 
 /// One request from `from` to the agent behind `api_url`: `None` if there is no answer within `deadline`. The answer is made
@@ -96,9 +101,7 @@ impl ModelProber {
 impl Probe for ModelProber {
     async fn is_primary(&self, api_url: &str, limit: Duration) -> Result<bool, String> {
         let answer = ask(&self.stage, &self.clock, End::Router(self.router), api_url, limit, |api| async move {
-            let Api { name, clock, knowledge, board, postgres, .. } = api;
-            let sources = Sources { knowledge: &knowledge, board: &board, postgres: &postgres, clock: &clock };
-            sources.prove_leadership(&name).await
+            api.sources().prove_leadership(&api.name).await
         });
         answer.await.ok_or_else(|| "no answer".to_owned())
     }
@@ -135,18 +138,7 @@ impl Peers for ModelPeers {
     ) -> BTreeMap<MemberName, Option<PeerStatus>> {
         let ask = async |(name, url): (MemberName, String)| {
             let answer = self.ask(&url, deadline, |api| async move {
-                let PgStatus::Running(running) = api.postgres.observe(Duration::from_secs(2)).await else {
-                    return None;
-                };
-                let in_recovery = running.role == PgRole::Standby;
-                Some(PeerStatus {
-                    in_recovery,
-                    lsn: if in_recovery { running.lsn } else { trunkline_common::Lsn::INVALID },
-                    timeline: running.timeline,
-                    failover_priority: api.priority,
-                    watchdog_failed: api.postgres.must_not_lead(),
-                    reads_own_wal: running.reads_own_wal,
-                })
+                PeerStatus::parse(&api.sources().document(SCOPE, &api.name).await)
             });
             (name, answer.await.flatten())
         };

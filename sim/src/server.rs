@@ -13,7 +13,7 @@ use trunkline_agent::postgres::{ControlState, PgRole, Upstream};
 use trunkline_common::{Instant, Lsn, MemberName, SystemId, TimelineId};
 
 use crate::executor::ProcessId;
-use crate::judge::{Loss, PROMOTION, Reign};
+use crate::judge::{Loss, Reign};
 use crate::sessions;
 use crate::slots::Logical;
 use crate::stage::{Stage, name};
@@ -314,12 +314,12 @@ pub fn spawn(stage: &Stage, host: usize) {
     stage.executor().spawn(process, async move {
         let stage = starting;
         let slow = stage.server(host, |server| server.disk_slow);
-        let told = Told::now(&stage);
+        let requested = is_anybody_requested(&stage);
         stage.micros(if slow { 1_000_000..12_000_000 } else { 20_000..150_000 }).await;
         if is_primary_start(&stage, host, number) {
             // A restart in a pause is the operator's.
             let reign = stage.judge(|judge, _| judge.last_reign(host)).filter(|_| is_left_alone(&stage, host));
-            begin_writes(&stage, host, number, reign, told);
+            begin_writes(&stage, host, number, reign, requested);
         }
         let replays_until = stage.server(host, |server| {
             let standby = server.postmaster(number).is_some_and(|postmaster| postmaster.role == PgRole::Standby);
@@ -369,29 +369,21 @@ pub fn is_forgotten(stage: &Stage, host: usize) -> bool {
     is_left_alone(stage, host) && (!paused() || stage.judge(|judge, _| judge.began_last) != Some(host))
 }
 
-/// A server was started, or told to promote.
-#[derive(Clone, Copy)]
-struct Told {
-    at: Duration,
-    /// An operator has asked for somebody, who may be behind.
-    requested: bool,
+/// Whether an operator has asked for somebody, who may be behind.
+fn is_anybody_requested(stage: &Stage) -> bool {
+    let request = stage.key("failover").filter(|request| *request != json!({}));
+    request.is_some_and(|request| request["leader"].is_null())
 }
 
-impl Told {
-    fn now(stage: &Stage) -> Self {
-        let request = stage.key("failover").filter(|request| *request != json!({}));
-        Self { at: stage.executor().now(), requested: request.is_some_and(|request| request["leader"].is_null()) }
-    }
-}
-
-/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right.
-fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, told: Told) {
+/// From here on it takes writes; where it only goes on with those of `reign`, nobody asks by what right. `requested`: an operator had
+/// asked for somebody when it was told to.
+fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, requested: bool) {
     // Over time: no answer leaves, and the guard is about to end it. Or a promotion of before a pause is done long after it.
     let mute = stage.guard(host).is_some_and(|guard| !guard.lets_out()) || is_forgotten(stage, host);
     // In failsafe mode a leader goes on without the key, and so does its server after a restart, as long as its
     // deadline is moved on; in a pause until somebody else is promoted.
     let again = stage.judge(|judge, _| judge.began_last) == Some(host);
-    let lost = stage.judge(|judge, now| judge.just_revoked(now, host, told.at, again));
+    let lost = stage.judge(|judge, now| judge.just_revoked(now, host));
     let goes_on = again && (stage.key("failsafe").is_some() || is_left_alone(stage, host)) || lost.is_some();
     let own = || name(host).0;
     let holder = match lost {
@@ -399,7 +391,7 @@ fn begin_writes(stage: &Stage, host: usize, number: u64, reign: Option<Reign>, t
         _ => stage.holder().or_else(|| goes_on.then(own)),
     };
     let (initialised, standby_cluster) = (is_initialised(stage), stage.is_standby_cluster());
-    let requested = told.requested || Told::now(stage).requested;
+    let requested = requested || is_anybody_requested(stage);
     let known = stage.key("status").and_then(|status| status["optime"].as_u64()).unwrap_or_default();
     stage.servers(|servers| {
         let server = &mut servers[host];
@@ -450,10 +442,9 @@ pub fn promote(
 ) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
-        let told = Told::now(&stage);
+        let requested = is_anybody_requested(&stage);
         let slow = stage.server(host, |server| server.disk_slow);
-        let healthy = 3_000..PROMOTION.as_micros() as u64;
-        stage.micros(if slow { 100_000..4_000_000 } else { healthy }).await;
+        stage.micros(if slow { 100_000..4_000_000 } else { 3_000..40_000 }).await;
         let replay = stage.server(host, |server| server.replays_until).saturating_sub(stage.executor().now());
         stage.executor().sleep(replay).await;
         let timeline = stage.server(host, |server| {
@@ -472,7 +463,7 @@ pub fn promote(
             Some(timeline)
         });
         let Some(timeline) = timeline else { return };
-        begin_writes(&stage, host, number, None, told);
+        begin_writes(&stage, host, number, None, requested);
         stage.server(host, |server| server.touch());
         // Nobody waits any more: it is promoted all the same.
         let _ = done.send(timeline);

@@ -204,9 +204,12 @@ impl Stage {
     }
 }
 
+/// The cluster.
+pub const SCOPE: &str = "sim";
+
 /// Where the store has the cluster's keys.
 pub fn paths() -> Paths {
-    Paths::new("service", "sim")
+    Paths::new("service", SCOPE)
 }
 
 /// The name of a host's member.

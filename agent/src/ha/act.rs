@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use trunkline_common::cluster::{Initialize, LeaderKey, SyncState};
 use trunkline_common::dcs::store::{Alongside, Outcome, Seen, SyncWrite};
 use trunkline_common::dcs::{Dcs, DcsError, codec, lasts};
-use trunkline_common::{Clock, ClusterView, MemberName, Revision, TimelineId};
+use trunkline_common::{Clock, ClusterView, LeaseId, MemberName, Revision, TimelineId};
 use trunkline_config::dynamic::{SynchronousMode, new_cluster};
 
 use super::decide::{Action, Decision, DemoteMode, step_down_margin};
@@ -312,7 +312,10 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let held = session.lease.filter(|_| session.leading).map(|lease| lease.id);
         let named = self.view.as_ref().and_then(|view| view.leader.as_ref()).map(|leader| leader.lease);
         self.lease.resign();
+        // Whoever hears of it asks this node at once.
+        self.publish_board();
         if let Some(lease) = held.or(named) {
+            self.tell_who_overtook(lease).await;
             let sync = self.memory.sync_before.take();
             self.hands().release(lease, None, sync).await;
         }
@@ -320,6 +323,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let pause = self.parts.clock.now() + self.settings().loop_wait.min(Duration::from_secs(1));
         self.memory.abstain_until = self.memory.abstain_until.max(Some(pause));
         Next::Wait
+    }
+
+    /// The DCS learns what this node has heard, or the next leader might begin a timeline of the same number.
+    async fn tell_who_overtook(&mut self, lease: LeaseId) {
+        let (Some(view), Some(later)) = (&self.view, self.memory.overtaken_by) else { return };
+        if view.claimed != later {
+            return;
+        }
+        match self.parts.store.put_claim(&self.me.name, lease, later, view.claimed_revision).await {
+            Ok(Outcome::Done(_)) => info!("told the DCS of timeline {later}"),
+            Ok(Outcome::Conflict) => info!("the timeline key has changed meanwhile and is left alone"),
+            Err(error) => warn!("the DCS could not be told of timeline {later}: {error}"),
+        }
     }
 
     pub(super) async fn clear_failover(&mut self) -> Next {
@@ -496,7 +512,7 @@ fn unwritten(before: &SyncState, revision: Revision) -> SyncWrite {
 /// `view` once `write` is done, at `revision`.
 pub(super) fn with(view: &ClusterView, write: &SyncWrite, revision: Revision) -> ClusterView {
     let mut view = ClusterView { revision, sync: written(write, revision), ..view.clone() };
-    if let Some(record) = write.restored {
+    if let Some(record) = write.restored.clone() {
         view.has_said(record, revision);
     }
     view

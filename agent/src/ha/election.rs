@@ -116,6 +116,10 @@ fn by_the_rules(s: &Situation, view: &ClusterView) -> Verdict {
     if is_left_behind(running.timeline, view) {
         return Verdict::Yield(left_behind(running.timeline, view));
     }
+    if let Some(later) = s.memory.overtaken_by.filter(|later| running.timeline.unwrap_or_default() < *later) {
+        let own = running.timeline.unwrap_or_default();
+        return Verdict::Yield(format!("this node is on timeline {own}, and somebody was on {later}"));
+    }
     let quorum = settings.synchronous_mode == SynchronousMode::Quorum;
     let synchronous = settings.synchronous_mode != SynchronousMode::Off && view.sync.is_active();
     if synchronous && !quorum && !view.sync.includes(&s.me.name) {

@@ -384,7 +384,9 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 warn!("the decision asks for members that were asked already: {}", decision.reason);
                 break Decision { action: Action::Wait, reason: decision.reason };
             }
-            answers = Some(self.ask(members).await);
+            let heard = self.ask(members).await;
+            self.hear_timelines(&heard);
+            answers = Some(heard);
         };
         self.beside_a_primary = answers.iter().flat_map(BTreeMap::values).flatten().any(|peer| !peer.in_recovery);
         if self.note(decision.action.label(), &decision.reason) {
@@ -394,6 +396,16 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         }
         self.last = decision.clone();
         decision
+    }
+
+    /// Who has the leader key and asks may hear that somebody was promoted since, which the DCS has forgotten.
+    fn hear_timelines(&mut self, answers: &PeerAnswers) {
+        let Some(view) = self.view.as_mut().filter(|view| view.is_leader(&self.me.name)) else { return };
+        let heard = answers.values().flatten().filter_map(|peer| peer.timeline).max().unwrap_or_default();
+        if heard > view.claimed.max(view.timeline().unwrap_or_default()) && view.settings.standby_cluster.is_none() {
+            Arc::make_mut(view).claimed = heard;
+            self.memory.overtaken_by = Some(heard);
+        }
     }
 
     /// What a decision is made on; `peers`: what they said, where they were asked.

@@ -11,7 +11,7 @@ use trunkline_common::{Clock, ClusterView};
 use trunkline_config::dynamic::Settings;
 use trunkline_config::{PostgresConfig, tags};
 
-use super::restored::Restored;
+use super::restored::{self, Restored};
 use super::situation::{self, DivergenceState};
 use super::task::TaskKind;
 use super::{Ha, SHORT_LIFE, first_config, me, publish, settings_of, timing};
@@ -45,8 +45,14 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         if restored {
             self.restored = self.view.take().map(|before| Restored::new(before, &view)).or(self.restored.take());
         }
-        let mut view = self.restored.as_ref().map_or(view.clone(), |restored| Arc::new(restored.complete(&view)));
+        let mut view = match &self.restored {
+            Some(restored) => Arc::new(restored.complete(&view)),
+            None => restored::as_told(view),
+        };
         self.settle_settings(&mut view);
+        if let Some(later) = self.memory.overtaken_by.filter(|later| view.claimed < *later) {
+            Arc::make_mut(&mut view).claimed = later;
+        }
         if restored {
             // A lease of before may be as long as the settings of before, or of now, say.
             let longest = self.settings.ttl.max(view.settings.ttl);
@@ -85,8 +91,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
     /// write of `sync`.
     pub(super) async fn tell_of_restore(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        let Some(record) = view.unsaid else { return };
-        let told = self.parts.store.put_restored(record, view.restored_revision);
+        let Some(record) = view.unsaid.clone() else { return };
+        let told = self.parts.store.put_restored(&record, view.restored_revision);
         match self.parts.clock.within(TOLD_WITHIN, told).await {
             Some(Ok(Outcome::Done(revision))) => {
                 let mut view = (*view).clone();
@@ -239,7 +245,7 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.fresh_copy = false;
                 self.memory.down_since = None;
             }
-            PgStatus::NoData => self.memory.down_since = None,
+            PgStatus::NoData => (self.memory.down_since, self.memory.overtaken_by) = (None, None),
             // It serves its clients.
             PgStatus::Refusing(_) if self.memory.was_primary => self.memory.down_since = None,
             _ => {

@@ -39,15 +39,36 @@ impl Restored {
         Self { before, noticed: now.revision, untold }
     }
 
-    /// What nobody has said yet of this restore. A record with a number that was seen before came with the backup.
+    /// What nobody has said yet of this restore: that there was one, or a newer list of who has every commit. A record with a number
+    /// that was seen before came with the backup.
     fn unsaid(&self, view: &ClusterView) -> Option<RestoreRecord> {
-        let before = self.before.restored.count;
-        (view.restored.count <= before).then(|| RestoreRecord { count: before.saturating_add(1), since: self.noticed })
+        let (said, sync) = (&view.restored, || Some(self.before.sync.clone()));
+        if !self.is_said(view) {
+            let count = self.before.restored.count.saturating_add(1);
+            return Some(RestoreRecord { count, since: self.noticed, sync: sync() });
+        }
+        let older = self.told_sync(view).is_none() && view.sync.revision <= said.since.min(self.noticed);
+        (older && self.saw_it(view)).then(|| RestoreRecord { sync: sync(), ..said.clone() })
+    }
+
+    fn is_said(&self, view: &ClusterView) -> bool {
+        view.restored.count > self.before.restored.count
+    }
+
+    /// Whether `before` is of the time right before the restore of which `view` tells, and not of one before that.
+    fn saw_it(&self, view: &ClusterView) -> bool {
+        view.restored.count == self.before.restored.count.saturating_add(1)
+    }
+
+    /// The list of before that somebody has told, if it is not older than the one that was seen here.
+    fn told_sync<'a>(&self, view: &'a ClusterView) -> Option<&'a SyncState> {
+        let told = view.restored.sync.as_ref().filter(|_| self.is_said(view))?;
+        (!self.saw_it(view) || told.revision >= self.before.sync.revision).then_some(told)
     }
 
     /// The revision after which everything was written since.
     fn since(&self, view: &ClusterView) -> Revision {
-        self.unsaid(view).unwrap_or(view.restored).since.min(self.noticed)
+        if self.is_said(view) { view.restored.since.min(self.noticed) } else { self.noticed }
     }
 
     /// What the DCS has to be told: the cluster as it was before, whose timelines it has forgotten.
@@ -70,7 +91,8 @@ impl Restored {
         let (before, since, mut view) = (&self.before, self.since(view), view.clone());
         view.unsaid = self.unsaid(&view);
         if view.sync.revision <= since {
-            view.sync = SyncState { revision: view.sync.revision, ..before.sync.clone() };
+            let newest = self.told_sync(&view).unwrap_or(&before.sync).clone();
+            view.sync = SyncState { revision: view.sync.revision, ..newest };
         }
         if view.status_revision <= since {
             view.status.optime = view.status.optime.max(before.status.optime);
@@ -83,6 +105,13 @@ impl Restored {
         }
         view
     }
+}
+
+/// `view` for whoever has not seen the cluster before the DCS went back: with what others have told of it.
+pub fn as_told(view: Arc<ClusterView>) -> Arc<ClusterView> {
+    let Some(told) = view.sync_before_restore().cloned() else { return view };
+    let sync = SyncState { revision: view.sync.revision, ..told };
+    Arc::new(ClusterView { sync, ..ClusterView::clone(&view) })
 }
 
 #[cfg(test)]
@@ -108,12 +137,12 @@ mod tests {
         let backup = view(50, ("c", "d", 40), (200, 49), (2, 30));
         let restored = Restored::new(before.clone(), &backup);
         let unsaid = |since, view| {
-            let unsaid = Some(RestoreRecord { count: 1, since: Revision(since) });
+            let unsaid = Some(RestoreRecord { count: 1, since: Revision(since), sync: Some(before.sync.clone()) });
             ClusterView { unsaid, ..view }
         };
         assert_eq!(restored.complete(&backup), unsaid(50, view(50, ("a", "b", 40), (500, 49), (3, 30))));
         let anew = ClusterView { revision: Revision(1), ..ClusterView::default() };
-        let empty = Restored::new(before, &anew).complete(&anew);
+        let empty = Restored::new(before.clone(), &anew).complete(&anew);
         assert_eq!(empty, unsaid(1, view(1, ("a", "b", 0), (500, 0), (3, 0))));
         let written = view(54, ("b", "d", 51), (510, 53), (4, 52));
         assert_eq!(restored.complete(&written), unsaid(50, written));
@@ -122,7 +151,7 @@ mod tests {
     #[test]
     fn who_notices_late_goes_by_what_the_first_one_said() {
         let said = |count, since, view| {
-            let restored = RestoreRecord { count, since: Revision(since) };
+            let restored = RestoreRecord { count, since: Revision(since), sync: None };
             ClusterView { restored, ..view }
         };
         let before = Arc::new(said(1, 7, view(100, ("a", "b", 90), (500, 99), (3, 80))));
@@ -131,15 +160,48 @@ mod tests {
             ("nobody has said it", said(0, 0, since.clone()), Some((2, 64)), "b"),
             ("an earlier restore was in the backup", said(1, 7, since.clone()), Some((2, 64)), "b"),
             ("said before the key was written", said(2, 52, since.clone()), None, "c"),
-            ("said after it", said(2, 61, since.clone()), None, "b"),
+            ("said after it, but not what was known", said(2, 61, since.clone()), Some((2, 61)), "b"),
             ("another one since", said(3, 52, since.clone()), None, "c"),
-            ("a revision that is none", said(2, i64::MAX, since), None, "b"),
+            ("a revision that is none", said(2, i64::MAX, since), Some((2, i64::MAX)), "b"),
         ] {
             let restored = Restored::new(before.clone(), &now);
-            let said = unsaid.map(|(count, since)| RestoreRecord { count, since: Revision(since) });
+            let known = Some(before.sync.clone());
+            let said = unsaid.map(|(count, since)| RestoreRecord { count, since: Revision(since), sync: known });
             assert_eq!(restored.unsaid(&now), said, "{what}");
             assert_eq!(restored.complete(&now).sync.standbys, [sync], "{what}");
         }
+    }
+
+    #[test]
+    fn the_newest_list_of_before_counts_for_all() {
+        let before = Arc::new(view(100, ("a", "b", 90), (500, 99), (3, 80)));
+        let backup = |count, listed: &str, revision| {
+            let mut view = view(64, ("c", "d", 40), (200, 49), (2, 30));
+            let sync =
+                SyncState { standbys: vec![listed.to_owned()], revision: Revision(revision), ..view.sync.clone() };
+            view.restored = RestoreRecord { count, since: Revision(52), sync: Some(sync) };
+            view
+        };
+        for (what, now, counts, tells) in [
+            ("others knew less", backup(1, "x", 89), "b", true),
+            ("others knew as much", backup(1, "b", 90), "b", false),
+            ("others knew more", backup(1, "x", 91), "x", false),
+            ("it came with the backup", backup(0, "x", 91), "b", true),
+            ("of a restore that was missed here", backup(2, "x", 30), "x", false),
+        ] {
+            let view = Restored::new(before.clone(), &now).complete(&now);
+            assert_eq!((&*view.sync.standbys[0], view.sync.revision), (counts, Revision(40)), "{what}");
+            assert_eq!(view.unsaid.is_some(), tells, "{what}");
+            if let Some(unsaid) = view.unsaid {
+                assert_eq!((unsaid.count, unsaid.sync), (1, Some(before.sync.clone())), "{what}");
+            }
+        }
+        // An agent that was started since.
+        let told = |now: ClusterView| as_told(Arc::new(now)).sync.standbys[0].clone();
+        assert_eq!(told(backup(1, "x", 91)), "x");
+        let mut anew = backup(1, "x", 91);
+        anew.sync.revision = Revision(53);
+        assert_eq!(told(anew), "d", "it was written since");
     }
 
     #[test]

@@ -199,6 +199,9 @@ pub struct Memory {
     /// The revision at which this node claimed the number of a timeline; 0 where it has claimed none. What the `timeline` key says at
     /// another one is not ours to begin.
     pub claimed_at: Revision,
+    /// The timeline of another member, later than any that the DCS knew of, as it was heard when this node had the leader key:
+    /// somebody was promoted since.
+    pub overtaken_by: Option<TimelineId>,
     /// The DCS has gone back to an earlier state: until then somebody may lead by what it has forgotten.
     pub forgotten_until: Option<Instant>,
 }

@@ -215,7 +215,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         match (parts.method.as_str(), segment) {
             ("GET", "liveness") => Answer::code(self.liveness()),
             ("GET", "readiness") => Answer::code(self.readiness(&query()).await),
-            ("GET", "patroni") => Answer::json(200, self.picture().await.document(&self.identity)),
+            ("GET", "patroni") => Answer::json(200, self.document(&self.picture().await)),
             ("GET", "cluster") => self.cluster().await,
             ("GET", "history") => self.history().await,
             ("GET", "decisions") => Answer::json(200, status::decisions(self.board.borrow().decisions.iter())),
@@ -238,7 +238,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             ("GET", _) => {
                 let picture = self.picture().await;
                 let code = health::code(path, &query(), &picture.inputs(&self.identity.name));
-                Answer::json(code, picture.document(&self.identity))
+                Answer::json(code, self.document(&picture))
             }
             ("HEAD" | "OPTIONS", _) => {
                 let picture = self.picture().await;
@@ -287,6 +287,10 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
             // Events of a Citus cluster, which this agent does not coordinate: accepted and left alone.
             Unsafe::Citus | Unsafe::Mpp => object(false).await.map(|_| Answer::text(200, "OK"))?,
         })
+    }
+
+    fn document(&self, picture: &Picture) -> serde_json::Value {
+        picture.document(&self.identity.scope, &self.identity.name)
     }
 
     /// `/liveness`: whether the HA loop takes its turns.

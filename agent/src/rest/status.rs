@@ -12,10 +12,10 @@ use trunkline_common::{Clock, ClusterView, Instant, Lsn, Member, MemberName, Sys
 use trunkline_config::Settings;
 use trunkline_config::dynamic::SynchronousMode;
 
+use super::Observe;
 use super::health::{self, Inputs, Query};
-use super::{Identity, Observe};
 use crate::node::{Board, Noted, PATRONI_VERSION};
-use crate::peer::READS_OWN_WAL;
+use crate::peer::{HOLDS_LEADER_KEY, READS_OWN_WAL};
 use crate::postgres::{PgRole, PgStatus, Running};
 
 /// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
@@ -40,6 +40,11 @@ impl<P: Observe, C: Clock> Sources<'_, P, C> {
         let picture = self.picture().await;
         let code = health::code("/primary", &Query::default(), &picture.inputs(name));
         code == 200 && picture.role() == "primary"
+    }
+
+    /// The document of `/patroni`, by which other members judge this one.
+    pub async fn document(&self, scope: &str, name: &MemberName) -> Value {
+        self.picture().await.document(scope, name)
     }
 
     /// Looks at everything there is to know now.
@@ -170,8 +175,14 @@ impl Picture {
         }
     }
 
+    /// Whether this node leads as far as it knows, also where its server does not tell: one that does not answer goes on with the
+    /// sessions that it has, and a standby may be about to be promoted.
+    fn leads(&self) -> bool {
+        self.lock() && matches!(self.state(), "running" | "unknown")
+    }
+
     /// The status document, its fields in Patroni's order.
-    pub fn document(&self, identity: &Identity) -> Value {
+    pub fn document(&self, scope: &str, name: &MemberName) -> Value {
         let mut doc = Map::new();
         let running = self.running();
         doc.insert("state".into(), self.state().into());
@@ -182,7 +193,7 @@ impl Picture {
         if let Some(running) = running {
             doc.insert("server_version".into(), running.server_version.into());
             doc.insert("xlog".into(), xlog(running));
-            match self.synchronous(&identity.name) {
+            match self.synchronous(name) {
                 Synchronous::No => {}
                 Synchronous::Standby => drop(doc.insert("sync_standby".into(), true.into())),
                 Synchronous::Voter => drop(doc.insert("quorum_standby".into(), true.into())),
@@ -215,10 +226,7 @@ impl Picture {
             let reason = running.pending_restart.iter().map(|(name, values)| (name.clone(), values.clone()));
             doc.insert("pending_restart_reason".into(), Value::Object(reason.collect()));
         }
-        doc.insert(
-            "patroni".into(),
-            json!({"version": PATRONI_VERSION, "scope": identity.scope, "name": identity.name.as_str()}),
-        );
+        doc.insert("patroni".into(), json!({"version": PATRONI_VERSION, "scope": scope, "name": name.as_str()}));
         if let Some(Value::Object(planned)) = &self.board.scheduled_restart {
             let mut planned = planned.clone();
             planned.shift_remove("postmaster_start_time");
@@ -226,6 +234,9 @@ impl Picture {
         }
         if self.board.watchdog_failed {
             doc.insert("watchdog_failed".into(), true.into());
+        }
+        if self.leads() {
+            doc.insert(HOLDS_LEADER_KEY.into(), true.into());
         }
         let guard = &self.board.guard;
         doc.insert(

@@ -60,7 +60,7 @@ pub fn view_after(paths: &Paths, snapshot: &Snapshot, previous: Option<&ClusterV
                 view.claimed_revision = entry.modified;
             }
             "restored" => {
-                view.restored = reader.read(entry, restored, || before.restored);
+                view.restored = reader.read(entry, restored, || before.restored.clone());
                 view.restored_revision = entry.modified;
             }
             "status" => {
@@ -138,8 +138,13 @@ pub fn encode_member(member: &Member) -> Value {
 }
 
 /// The value of the `restored` key.
-pub fn encode_restored(record: RestoreRecord) -> Value {
-    json!({ "count": record.count, "since": record.since.0 })
+pub fn encode_restored(record: &RestoreRecord) -> Value {
+    let mut value = json!({ "count": record.count, "since": record.since.0 });
+    if let Some(before) = &record.sync {
+        value["sync"] = encode_sync(before.leader.as_ref(), before.quorum, &before.standbys);
+        value["sync"]["revision"] = before.revision.0.into();
+    }
+    value
 }
 
 /// The value of the `status` key.
@@ -409,7 +414,10 @@ fn sync(value: &[u8]) -> Result<SyncState, Malformed> {
     if value.is_empty() {
         return Ok(SyncState::default());
     }
-    let map = json_object(value)?;
+    sync_of(&json_object(value)?)
+}
+
+fn sync_of(map: &Map<String, Value>) -> Result<SyncState, Malformed> {
     let Some(leader) = map.get("leader").and_then(Value::as_str).and_then(named) else {
         return Ok(SyncState::default());
     };
@@ -471,9 +479,18 @@ fn claimed(value: &[u8]) -> Result<TimelineId, Malformed> {
 
 fn restored(value: &[u8]) -> Result<RestoreRecord, Malformed> {
     let map = json_object(value)?;
-    let number = |field: &str| map.get(field).and_then(lenient_u64).ok_or(format!("{field} is not a number"));
-    let since = i64::try_from(number("since")?).map_err(|e| e.to_string())?;
-    Ok(RestoreRecord { count: number("count")?, since: Revision(since) })
+    let number = |map: &Map<String, Value>, field: &str| {
+        map.get(field).and_then(lenient_u64).ok_or(format!("{field} is not a number"))
+    };
+    let revision = |map: &Map<String, Value>, field: &str| {
+        i64::try_from(number(map, field)?).map(Revision).map_err(|error| error.to_string())
+    };
+    let before = match map.get("sync") {
+        None => None,
+        Some(Value::Object(before)) => Some(SyncState { revision: revision(before, "revision")?, ..sync_of(before)? }),
+        Some(_) => return Err("sync is not an object".to_owned()),
+    };
+    Ok(RestoreRecord { count: number(&map, "count")?, since: revision(&map, "since")?, sync: before })
 }
 
 fn failsafe(value: &[u8]) -> Result<BTreeMap<MemberName, String>, Malformed> {

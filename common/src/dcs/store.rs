@@ -61,7 +61,7 @@ pub struct SyncWrite {
 impl SyncWrite {
     /// Replaces the key that `view` shows.
     pub fn new(view: &ClusterView, value: Option<Value>) -> Self {
-        Self { value, seen: view.sync.revision, restored: view.unsaid }
+        Self { value, seen: view.sync.revision, restored: view.unsaid.clone() }
     }
 }
 
@@ -406,7 +406,7 @@ impl<D: Dcs> ClusterStore<D> {
     }
 
     /// Says that the store has gone back to an earlier state, if nobody has said so since `seen` (0 = absent).
-    pub async fn put_restored(&self, record: RestoreRecord, seen: Revision) -> Result<Outcome, DcsError> {
+    pub async fn put_restored(&self, record: &RestoreRecord, seen: Revision) -> Result<Outcome, DcsError> {
         self.put_json("restored", &codec::encode_restored(record), Some(seen)).await
     }
 
@@ -486,8 +486,9 @@ impl<D: Dcs> ClusterStore<D> {
     }
 
     fn sync_ops(&self, write: SyncWrite) -> Vec<Op> {
-        let said =
-            |record| Op::Put(self.paths.key("restored"), codec::compact(&codec::encode_restored(record)), LeaseId(0));
+        let said = |record: RestoreRecord| {
+            Op::Put(self.paths.key("restored"), codec::compact(&codec::encode_restored(&record)), LeaseId(0))
+        };
         std::iter::once(self.sync_op(write.value)).chain(write.restored.map(said)).collect()
     }
 

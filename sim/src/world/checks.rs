@@ -217,6 +217,8 @@ impl World {
                 };
                 let able = |server: &&Server| {
                     server.name != leader
+                        // Its last request for a lease may have got lost, and it has not given it up yet.
+                        && view.members.contains_key(&server.name)
                         && server.running().is_some_and(|postmaster| postmaster.streaming)
                         && follows(server)
                         && self.scenario.nodes[server.host].priority > 0

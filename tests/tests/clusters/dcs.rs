@@ -53,7 +53,10 @@ async fn without_etcd_the_primary_steps_down_before_its_lease_ends_and_returns_w
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_of_three_etcd_members_may_hang_or_die() -> Result<()> {
-    let mut scene = Scene::with("dcs-member", 3, Spec::new(2, &Program::agent()?)).await?;
+    let mut spec = Spec::new(2, &Program::agent()?);
+    // etcd's disk may hang besides.
+    spec.timing = Timing { ttl: 10, loop_wait: 1, retry_timeout: 1 };
+    let mut scene = Scene::with("dcs-member", 3, spec).await?;
     let load = scene.load().await?;
     let leader = scene.cluster.settled(LIMIT).await?;
     let failures = load.writers.record().failures;
@@ -67,7 +70,7 @@ async fn one_of_three_etcd_members_may_hang_or_die() -> Result<()> {
         load.writers.progress(100, LIMIT).await?;
     }
     scene.etcd.kill(1);
-    tokio::time::sleep(Duration::from_secs(7)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     scene.etcd.restart(1).await?;
     load.writers.progress(100, LIMIT).await?;
 

@@ -25,6 +25,7 @@ async fn a_primary_with_the_lock() {
         "dcs_last_seen": 1935568800,
         "database_system_identifier": "7100000000000000001",
         "patroni": {"version": "4.1.4", "scope": "demo", "name": "pg-a"},
+        "holds_leader_key": true,
         "guard": {"process": "off: not started", "egress": "off: not started", "watchdog": "off: not started"},
     });
     assert_eq!(document.to_string(), expected.to_string(), "fields, order and values");

@@ -1,7 +1,7 @@
 use super::*;
 use crate::Lsn;
 use crate::TokioClock;
-use crate::cluster::{HistoryLine, Initialize};
+use crate::cluster::{HistoryLine, Initialize, SyncState};
 use crate::dcs::memory::MemoryDcs;
 use serde_json::json;
 
@@ -113,9 +113,10 @@ async fn settings_and_requests_of_yesterday_elect_nobody() {
 #[tokio::test(start_paused = true)]
 async fn a_restore_is_told_with_the_list_that_is_newer_than_it() {
     let store = store();
-    let record = RestoreRecord { count: 2, since: Revision(7) };
+    let sync = SyncState { leader: Some(name("a")), standbys: vec!["c".into()], quorum: 1, revision: Revision(6) };
+    let record = RestoreRecord { count: 2, since: Revision(7), sync: Some(sync) };
     let value = Some(codec::encode_sync(Some(&name("a")), 0, &["b".into()]));
-    let write = |seen| SyncWrite { value: value.clone(), seen, restored: Some(record) };
+    let write = |seen| SyncWrite { value: value.clone(), seen, restored: Some(record.clone()) };
     assert_eq!(store.put_sync(write(Revision(5))).await, Ok(Outcome::Conflict));
     let before = store.read().await.unwrap();
     assert_eq!((before.sync.revision, before.restored), (Revision(0), RestoreRecord::default()), "neither of them");

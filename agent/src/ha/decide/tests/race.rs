@@ -232,6 +232,19 @@ fn the_holder_of_the_key_promotes_and_nobody_else() {
 }
 
 #[test]
+fn who_has_heard_of_a_later_timeline_leads_only_if_an_operator_says_so() {
+    let mut overtaken = world().leaderless();
+    overtaken.pg = standby(1000);
+    overtaken.memory.overtaken_by = Some(TimelineId(2));
+    let decision = overtaken.clone().answers(&[("a", None), ("c", peer(900))]).decide();
+    assert_eq!(decision.action, Action::Abstain);
+    assert_eq!(decision.reason, "this node is on timeline 1, and somebody was on 2");
+    assert_eq!(overtaken.clone().requested(None, Some("b")).decide().action, Action::Acquire(None));
+    overtaken.memory.overtaken_by = Some(TimelineId(1));
+    assert_eq!(overtaken.answers(&[("a", None), ("c", peer(900))]).decide().action, Action::Acquire(None));
+}
+
+#[test]
 fn a_key_that_was_not_won_just_now_is_only_used_by_the_best_node() {
     let mut late = world().leading();
     late.pg = standby(1000);
