@@ -28,6 +28,9 @@ pub struct Board {
     pub postgres: PgStatus,
     /// Until when this node may act as leader; `None` without the key. Compared with the clock, never trusted past it.
     pub leader_until: Option<Instant>,
+    /// Until when this node is to be taken for the leader if nobody is known to lead: it has the key as far as it knows, or has just lost
+    /// it and its server may take writes yet.
+    pub not_gone_until: Option<Instant>,
     /// The loop has seen `pause`.
     pub pause: bool,
     /// Which long action is going on.
@@ -67,6 +70,7 @@ impl Board {
             role: "replica".to_owned(),
             postgres: PgStatus::NoData,
             leader_until: None,
+            not_gone_until: None,
             pause: false,
             task: None,
             tags: Map::new(),

@@ -38,6 +38,10 @@ pub const READS_OWN_WAL: &str = "reads_own_wal";
 /// not tell.
 pub const HOLDS_LEADER_KEY: &str = "holds_leader_key";
 
+/// `GET /patroni?within=50`: whoever asks waits for so many milliseconds, whether or not PostgreSQL has answered by then. A Patroni
+/// takes no notice.
+pub const WITHIN: &str = "within";
+
 /// The members' REST APIs. `None` for a member that did not answer, or whose PostgreSQL doesn't.
 pub trait Peers: Clone + Send + Sync + 'static {
     /// Asks all of them (name → `api_url`) at once, each under `deadline`.
@@ -124,7 +128,8 @@ impl HttpPeers {
 
     /// Asks one member.
     pub async fn member_status(&self, api_url: &str, deadline: Duration) -> Option<PeerStatus> {
-        match self.client().request("GET", api_url, None, deadline).await {
+        let url = format!("{api_url}?{WITHIN}={}", deadline.as_millis());
+        match self.client().request("GET", &url, None, deadline).await {
             Ok(response) => {
                 let status = serde_json::from_str(&response.text).ok().and_then(|doc| PeerStatus::parse(&doc));
                 tracing::debug!(api_url, ?status, "a member answered");

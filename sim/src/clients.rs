@@ -211,9 +211,15 @@ async fn session(stage: &Stage, from: End, host: usize, seen: &Mutex<Seen>) {
         stage.executor().sleep(Duration::from_millis(500)).await;
         return;
     }
-    let Some(number) = stage.server(host, |server| server.running().map(|postmaster| postmaster.number)) else {
+    let number = stage.server(host, |server| match (server.running(), server.open(stage)) {
+        (Some(_), None) => None,
+        (postmaster, _) => Some(postmaster.map(|postmaster| postmaster.number)),
+    });
+    let Some(number) = number else {
+        stage.executor().sleep(PATIENCE).await;
         return;
     };
+    let Some(number) = number else { return };
     loop {
         let id = stage.number();
         stage.micros(100..500).await;

@@ -8,7 +8,7 @@ use trunkline_agent::postgres::PgRole;
 use trunkline_common::MemberName;
 
 use crate::executor::ProcessId;
-use crate::server::{Phase, Sender, Server, is_forgotten, is_initialised, kill};
+use crate::server::{self, Phase, Sender, Server, is_forgotten, is_initialised, kill};
 use crate::stage::Stage;
 use crate::wal::{Kind, Record};
 
@@ -139,6 +139,7 @@ impl Names {
 pub fn reload_names(stage: &Stage, host: usize, number: u64, process: ProcessId, done: oneshot::Sender<()>) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
+        server::signalled(&stage, host, number).await;
         stage.micros(100..2_000).await;
         let loaded = stage.server(host, |server| {
             let names = server.data.as_ref()?.names.clone();

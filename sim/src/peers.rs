@@ -137,8 +137,8 @@ impl Peers for ModelPeers {
         deadline: Duration,
     ) -> BTreeMap<MemberName, Option<PeerStatus>> {
         let ask = async |(name, url): (MemberName, String)| {
-            let answer = self.ask(&url, deadline, |api| async move {
-                PeerStatus::parse(&api.sources().document(SCOPE, &api.name).await)
+            let answer = self.ask(&url, deadline, move |api| async move {
+                PeerStatus::parse(&api.sources().document(SCOPE, &api.name, deadline).await)
             });
             (name, answer.await.flatten())
         };

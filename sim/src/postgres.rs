@@ -132,7 +132,7 @@ impl ModelPostgres {
             return None;
         }
         self.stage.server(from, |server| {
-            let postmaster = server.running().filter(|p| !self.stage.executor().is_frozen(p.process))?;
+            let postmaster = server.open(&self.stage)?;
             let data = server.data.as_ref()?;
             Some(Source {
                 primary: postmaster.role == PgRole::Primary,
@@ -188,7 +188,7 @@ struct Source {
 
 impl Postgres for ModelPostgres {
     async fn observe(&self, deadline: Duration) -> PgStatus {
-        if self.frozen() && self.server(|server| server.running().is_some()) {
+        if self.server(|server| server.running().is_some() && server.open(&self.stage).is_none()) {
             self.clock.sleep(deadline).await;
             return PgStatus::Unresponsive;
         }

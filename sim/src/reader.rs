@@ -127,8 +127,8 @@ async fn session(stage: &Stage, from: End, host: usize, reader: &Mutex<Reader>) 
         let name = server.name.0.clone();
         let data = server.data.as_ref()?;
         let logical = data.logical.get(&slot).filter(|slot| slot.restart >= data.oldest)?;
-        let postmaster = server.running().filter(|postmaster| postmaster.role == PgRole::Primary)?;
-        if stage.executor().is_frozen(postmaster.process) || postmaster.reading.contains(&slot) {
+        let postmaster = server.open(stage).filter(|postmaster| postmaster.role == PgRole::Primary)?;
+        if postmaster.reading.contains(&slot) {
             return None;
         }
         reader.lock().begin(stage, &name, logical, data);

@@ -100,6 +100,8 @@ pub enum Fault {
     FreezeAgent { node: usize, ms: u64 },
     /// The same with the postmaster and all its processes.
     FreezePostgres { node: usize, ms: u64 },
+    /// The same with the postmaster alone: whoever is connected goes on.
+    FreezePostmaster { node: usize, ms: u64 },
     /// The whole host stands still.
     FreezeHost { node: usize, ms: u64 },
     /// A router stands still.
@@ -171,6 +173,7 @@ impl Fault {
             | Self::CrashHost { node, .. }
             | Self::FreezeAgent { node, .. }
             | Self::FreezePostgres { node, .. }
+            | Self::FreezePostmaster { node, .. }
             | Self::FreezeHost { node, .. }
             | Self::Isolate { node, .. }
             | Self::RevokeLease { node }
@@ -216,6 +219,7 @@ impl Fault {
             | Self::CrashHost { node, .. }
             | Self::FreezeAgent { node, .. }
             | Self::FreezePostgres { node, .. }
+            | Self::FreezePostmaster { node, .. }
             | Self::FreezeHost { node, .. }
             | Self::Isolate { node, .. }
             | Self::RevokeLease { node }
@@ -262,6 +266,7 @@ impl Event {
                 | Fault::CrashHost { ms, .. }
                 | Fault::FreezeAgent { ms, .. }
                 | Fault::FreezePostgres { ms, .. }
+                | Fault::FreezePostmaster { ms, .. }
                 | Fault::FreezeHost { ms, .. }
                 | Fault::FreezeRouter { ms, .. }
                 | Fault::Cut { ms, .. }

@@ -126,6 +126,8 @@ pub struct Postmaster {
     pub replayed: Option<usize>,
     /// Since when it is being promoted.
     pub promoting: Option<Duration>,
+    /// It stands still: sessions and its other children go on, nobody new is let in, and no signal arrives.
+    pub hung: bool,
     /// Since when it has accepted connections, and streamed without a break; when it was sent WAL last.
     pub since: Since,
 }
@@ -220,9 +222,24 @@ impl Server {
         self.postmaster.as_ref().filter(|postmaster| postmaster.phase == Phase::Running)
     }
 
+    /// The postmaster, if it lets anybody in.
+    pub fn open(&self, stage: &Stage) -> Option<&Postmaster> {
+        self.running().filter(|postmaster| !postmaster.hung && !stage.executor().is_frozen(postmaster.process))
+    }
+
     /// Since when it must not lead: a watchdog that is required does not work.
     pub fn must_not_lead(&self) -> Option<Duration> {
         self.watchdog_broken.filter(|_| self.watchdog_required)
+    }
+}
+
+/// A signal arrives at the postmaster with this number, or it has ended.
+pub async fn signalled(stage: &Stage, host: usize, number: u64) {
+    let mut changed = stage.server(host, |server| server.changed.subscribe());
+    while stage.server(host, |server| server.postmaster(number).is_some_and(|postmaster| postmaster.hung)) {
+        if changed.changed().await.is_err() {
+            return;
+        }
     }
 }
 
@@ -301,6 +318,7 @@ pub fn spawn(stage: &Stage, host: usize) {
             streaming: false,
             replayed: None,
             promoting: None,
+            hung: false,
             since: Since::default(),
         });
         let damage = data.damage;
@@ -443,6 +461,7 @@ pub fn promote(
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
         let requested = is_anybody_requested(&stage);
+        signalled(&stage, host, number).await;
         let slow = stage.server(host, |server| server.disk_slow);
         stage.micros(if slow { 100_000..4_000_000 } else { 3_000..40_000 }).await;
         let replay = stage.server(host, |server| server.replays_until).saturating_sub(stage.executor().now());
@@ -474,6 +493,7 @@ pub fn promote(
 pub fn shut_down(stage: &Stage, host: usize, number: u64, process: ProcessId, shut_down: Option<oneshot::Sender<Lsn>>) {
     let stage = stage.clone();
     stage.executor().clone().spawn(process, async move {
+        signalled(&stage, host, number).await;
         let primary = stage.server(host, |server| {
             let postmaster = server.postmaster(number)?;
             postmaster.phase = Phase::Stopping;

@@ -235,7 +235,7 @@ impl ModelPostgres {
             return Err(unreachable());
         }
         let read = self.stage.server(from, |server| {
-            let postmaster = server.running().filter(|p| !self.stage.executor().is_frozen(p.process))?;
+            let postmaster = server.open(&self.stage)?;
             let primary = postmaster.role == PgRole::Primary;
             let slots = server.data.as_ref()?.logical.iter().filter(|(name, _)| primary && wanted.contains_key(*name));
             let kept = slots.filter(|(_, slot)| server.data.as_ref().is_some_and(|data| slot.restart >= data.oldest));

@@ -6,7 +6,7 @@ use trunkline_agent::postgres::{PgRole, Upstream};
 
 use crate::outside;
 use crate::scenario::End;
-use crate::server::{Phase, Sender, forget_sender};
+use crate::server::{self, Sender, forget_sender};
 use crate::stage::{Stage, host_of};
 use crate::world::promises;
 
@@ -26,6 +26,8 @@ pub async fn receive(stage: Stage, host: usize, number: u64) {
         if !standby {
             return;
         }
+        // It is the postmaster that starts a receiver.
+        server::signalled(&stage, host, number).await;
         if upstream.as_ref().is_some_and(|upstream| upstream.host == outside::HOST) {
             outside::stream(&stage, host, number).await;
         }
@@ -62,6 +64,7 @@ async fn stream(stage: &Stage, host: usize, number: u64, from: usize, upstream: 
 fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64, slot: Option<String>) -> Option<u64> {
     promises::check_receiver(stage, host);
     stage.servers(|servers| {
+        servers[from].open(stage)?;
         let own = servers[host].data.as_ref()?.wal.clone();
         let standby = servers[host].name.clone();
         let server = &mut servers[from];
@@ -74,10 +77,7 @@ fn connect(stage: &Stage, host: usize, number: u64, from: usize, connection: u64
             return None;
         }
         let caught_up = data.wal.len() == own.len();
-        let postmaster = server.postmaster.as_mut().filter(|postmaster| postmaster.phase == Phase::Running)?;
-        if stage.executor().is_frozen(postmaster.process) {
-            return None;
-        }
+        let postmaster = server.postmaster.as_mut()?;
         if let Some(slot) = &slot {
             *data.slots.get_mut(slot)? = own.len();
         }

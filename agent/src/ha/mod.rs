@@ -502,6 +502,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
 
     fn spawn(&mut self, kind: TaskKind, work: impl Future<Output = TaskEnd> + Send + 'static) {
         self.task = Some(Running { kind, handle: Task::spawn(&self.parts.clock, work) });
+        // Whoever asks this node shall hear of it before its effect.
+        self.publish_board();
     }
 }
 

@@ -397,12 +397,19 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
         let by_word = session.trouble.is_some() || !session.leading;
         let promised = self.memory.promise.as_ref().is_some_and(|promise| now < promise.until);
         let failsafe_active = promised || (by_word && session.failsafe.is_some_and(|until| now < until));
+        // Who hands over gives the key up before its server is down.
+        let not_gone_until = match task {
+            Some(TaskKind::HandOver) => None,
+            _ if session.leader_until().is_some() => session.leader_until(),
+            _ => self.parts.board.borrow().not_gone_until.filter(|_| self.situation(None).may_take_writes()),
+        };
         let silent_for = knowledge.confirmed_at.map_or(0, |at| now.since(at).as_secs());
         let board = Board {
             state: publish::state_text(&self.pg, task.as_ref(), &self.memory, self.settings.pause).to_owned(),
             role: publish::role_text(&self.pg, &self.memory).to_owned(),
             postgres: self.pg.clone(),
             leader_until: session.leader_until(),
+            not_gone_until,
             pause: self.view.as_ref().is_some_and(|view| view.settings.pause),
             task: task.map(|task| task.label().to_owned()),
             tags: trunkline_config::tags::published(&self.me.tags),

@@ -50,7 +50,7 @@ use self::status::Picture;
 pub use self::status::Sources;
 use self::switchover::Action;
 use crate::node::{Board, Command};
-use crate::peer::{HttpPeers, RestClient};
+use crate::peer::{HttpPeers, RestClient, WITHIN};
 use crate::postgres::{PgError, PgStatus, Postgres, Setting, Took};
 
 /// Why the API can't be served or changed.
@@ -215,7 +215,11 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
         match (parts.method.as_str(), segment) {
             ("GET", "liveness") => Answer::code(self.liveness()),
             ("GET", "readiness") => Answer::code(self.readiness(&query()).await),
-            ("GET", "patroni") => Answer::json(200, self.document(&self.picture().await)),
+            ("GET", "patroni") => {
+                let within = query().first(WITHIN).and_then(|text| text.parse().ok());
+                let within = within.map_or(status::PATIENCE, Duration::from_millis);
+                Answer::json(200, self.document(&self.sources().picture(within).await))
+            }
             ("GET", "cluster") => self.cluster().await,
             ("GET", "history") => self.history().await,
             ("GET", "decisions") => Answer::json(200, status::decisions(self.board.borrow().decisions.iter())),
@@ -357,7 +361,7 @@ impl<D: Dcs, P: Observe, C: Clock> Api<D, P, C> {
 
     /// Looks at everything there is to know now.
     async fn picture(&self) -> Picture {
-        self.sources().picture().await
+        self.sources().picture(status::PATIENCE).await
     }
 
     fn sources(&self) -> Sources<'_, P, C> {

@@ -18,8 +18,11 @@ use crate::node::{Board, Noted, PATRONI_VERSION};
 use crate::peer::{HOLDS_LEADER_KEY, READS_OWN_WAL};
 use crate::postgres::{PgRole, PgStatus, Running};
 
-/// How long PostgreSQL may take to answer for a health check or a status document: peers wait for 2 s in all.
+/// How long PostgreSQL may take to answer for a health check or a status document.
 const OBSERVE_LIMIT: Duration = Duration::from_millis(1500);
+
+/// How long whoever asks waits if he does not say: so long do Patroni's members.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Where answers come from.
 #[derive(Debug)]
@@ -37,20 +40,20 @@ pub struct Sources<'a, P, C> {
 impl<P: Observe, C: Clock> Sources<'_, P, C> {
     /// Whether `GET /primary` gets 200 and the role of a primary, by which this node proves to a router that it leads.
     pub async fn prove_leadership(&self, name: &MemberName) -> bool {
-        let picture = self.picture().await;
+        let picture = self.picture(PATIENCE).await;
         let code = health::code("/primary", &Query::default(), &picture.inputs(name));
         code == 200 && picture.role() == "primary"
     }
 
-    /// The document of `/patroni`, by which other members judge this one.
-    pub async fn document(&self, scope: &str, name: &MemberName) -> Value {
-        self.picture().await.document(scope, name)
+    /// The document of `/patroni`, by which other members judge this one: in time for one who waits for `patience`.
+    pub async fn document(&self, scope: &str, name: &MemberName, patience: Duration) -> Value {
+        self.picture(patience).await.document(scope, name)
     }
 
-    /// Looks at everything there is to know now.
-    pub(crate) async fn picture(&self) -> Picture {
-        let limit = OBSERVE_LIMIT + Duration::from_millis(200);
-        let look = self.clock.within(limit, self.postgres.observe(OBSERVE_LIMIT));
+    /// Looks at everything there is to know now, in time for one who waits for `patience`.
+    pub(crate) async fn picture(&self, patience: Duration) -> Picture {
+        let limit = OBSERVE_LIMIT.min(patience * 3 / 4);
+        let look = self.clock.within(limit + limit / 10, self.postgres.observe(limit));
         let postgres = look.await.unwrap_or(PgStatus::Unresponsive);
         // After the look, so that a turn of the loop meanwhile is not missed.
         Picture {
@@ -175,12 +178,6 @@ impl Picture {
         }
     }
 
-    /// Whether this node leads as far as it knows, also where its server does not tell: one that does not answer goes on with the
-    /// sessions that it has, and a standby may be about to be promoted.
-    fn leads(&self) -> bool {
-        self.lock() && matches!(self.state(), "running" | "unknown")
-    }
-
     /// The status document, its fields in Patroni's order.
     pub fn document(&self, scope: &str, name: &MemberName) -> Value {
         let mut doc = Map::new();
@@ -235,7 +232,7 @@ impl Picture {
         if self.board.watchdog_failed {
             doc.insert("watchdog_failed".into(), true.into());
         }
-        if self.leads() {
+        if self.board.not_gone_until.is_some_and(|until| until > self.now) {
             doc.insert(HOLDS_LEADER_KEY.into(), true.into());
         }
         let guard = &self.board.guard;

@@ -29,7 +29,7 @@ macro_rules! scene {
 }
 
 /// In the order in which they are drawn.
-const SCENES: [Scene; 19] = [
+const SCENES: [Scene; 20] = [
     scene!(0x0B, 12, timing),
     scene!(0x01, 1, preferences),
     scene!(0x03, 24, standby_cluster),
@@ -49,6 +49,7 @@ const SCENES: [Scene; 19] = [
     scene!(0x11, 32, led_by_word),
     scene!(0x12, 32, paused),
     scene!(0x13, 16, refusals),
+    scene!(0x14, 16, hung_postmasters),
 ];
 
 /// All of them.
@@ -102,11 +103,20 @@ fn deaf_routers(rng: &mut SmallRng, scenario: &mut Scenario) {
 
 /// Servers that have no connection left for their agent, or do not know its password any more.
 fn refusals(rng: &mut SmallRng, scenario: &mut Scenario) {
+    one_after_the_other(rng, scenario, |node, ms| Fault::RefuseAgent { node, ms });
+}
+
+/// Postmasters that let nobody in, while whoever is connected goes on.
+fn hung_postmasters(rng: &mut SmallRng, scenario: &mut Scenario) {
+    one_after_the_other(rng, scenario, |node, ms| Fault::FreezePostmaster { node, ms });
+}
+
+fn one_after_the_other(rng: &mut SmallRng, scenario: &mut Scenario, fault: impl Fn(usize, u64) -> Fault) {
     for _ in 0..rng.random_range(1..4) {
         let (node, ms) = (rng.random_range(0..scenario.nodes.len()), rng.random_range(200..15_000));
         let aims = [None, Some(Aim::Leader), Some(Aim::Leader), Some(Aim::NextLeader), Some(Aim::Synchronous)];
         let aim = *aims.choose(rng).unwrap_or(&None);
-        scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, Fault::RefuseAgent { node, ms });
+        scenario.add(rng.random_range(BOOTSTRAP..25_000), aim, fault(node, ms));
     }
 }
 

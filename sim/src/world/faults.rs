@@ -280,6 +280,22 @@ impl World {
                     server.touch();
                 });
             }
+            Fault::FreezePostmaster { node, ms } => {
+                let Some(number) = self.stage.server(node, |server| {
+                    let postmaster = server.postmaster.as_mut()?;
+                    postmaster.hung = true;
+                    Some(postmaster.number)
+                }) else {
+                    return;
+                };
+                self.wait(ms).await;
+                self.stage.server(node, |server| {
+                    if let Some(postmaster) = server.postmaster(number) {
+                        postmaster.hung = false;
+                    }
+                    server.touch();
+                });
+            }
             Fault::RefusePromotion { node, ms } => {
                 let since = self.stage.executor().now();
                 self.stage.server(node, |server| server.refuses_promotion = Some(since));

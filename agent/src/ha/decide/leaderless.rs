@@ -15,6 +15,10 @@ pub fn decide(s: &Situation, view: &ClusterView) -> Decision {
         PgStatus::NoData => return empty_and_leaderless(s, view),
         PgStatus::Broken(why) => return is(Action::Wait, format!("the data directory can't be used: {why}")),
         PgStatus::Stopped(_) => return start_leaderless(s, view),
+        PgStatus::Unresponsive | PgStatus::Refusing(_) if s.may_take_writes() && !view.settings.pause => {
+            let reason = "nobody leads, and the server here took writes before it fell silent";
+            return is(Action::Demote(DemoteMode::LostKey), reason);
+        }
         PgStatus::Starting => return is(Action::Wait, "PostgreSQL is starting; nobody leads"),
         PgStatus::Stopping => return is(Action::Wait, "PostgreSQL is stopping; nobody leads"),
         PgStatus::Unresponsive => return is(Action::Wait, "PostgreSQL does not answer; nobody leads"),

@@ -3,6 +3,7 @@
 use super::*;
 use crate::guard::{self, Part};
 use crate::ha::situation::{Ground, Me, Memory};
+use crate::peer::PeerStatus;
 
 #[tokio::test]
 async fn a_primary_with_the_lock() {
@@ -25,7 +26,6 @@ async fn a_primary_with_the_lock() {
         "dcs_last_seen": 1935568800,
         "database_system_identifier": "7100000000000000001",
         "patroni": {"version": "4.1.4", "scope": "demo", "name": "pg-a"},
-        "holds_leader_key": true,
         "guard": {"process": "off: not started", "egress": "off: not started", "watchdog": "off: not started"},
     });
     assert_eq!(document.to_string(), expected.to_string(), "fields, order and values");
@@ -97,6 +97,25 @@ async fn a_hanging_postgresql_does_not_hang_the_answer() {
     assert!(SystemClock.now().since(started) < Duration::from_secs(2));
     assert_eq!((status, &document["state"], &document["role"]), (200, &json!("unknown"), &json!("primary")));
     assert_eq!(document.get("xlog"), None, "so that nobody counts it in a race");
+    assert_eq!(PeerStatus::parse(&document), None);
+}
+
+#[tokio::test]
+async fn whoever_leads_says_so_in_time_whatever_postgresql_does() {
+    let mut leader = board("primary");
+    leader.not_gone_until = Some(SystemClock.now() + Duration::from_secs(60));
+    let node = Node::start(local("pg-a"), PgStatus::Unresponsive, leader).await;
+    let started = SystemClock.now();
+    let (status, document) = node.get("/patroni?within=200").await;
+    assert!(
+        SystemClock.now().since(started) < Duration::from_secs(1),
+        "well before it would be told that nothing answers"
+    );
+    assert_eq!((status, &document["holds_leader_key"]), (200, &json!(true)));
+    assert!(!PeerStatus::parse(&document).unwrap().in_recovery, "{document}");
+    assert_eq!(node.get("/patroni?within=soon").await.0, 200);
+    node.board.send_modify(|board| board.not_gone_until = Some(Instant::default()));
+    assert_eq!(node.get("/patroni?within=200").await.1.get("holds_leader_key"), None, "its lease is over");
 }
 
 #[tokio::test]

@@ -150,6 +150,7 @@ fn board(role: &str) -> Board {
         role: role.into(),
         postgres: PgStatus::NoData,
         leader_until: None,
+        not_gone_until: None,
         pause: false,
         task: None,
         tags: Map::new(),

@@ -232,6 +232,20 @@ fn the_holder_of_the_key_promotes_and_nobody_else() {
 }
 
 #[test]
+fn a_silent_primary_without_the_key_is_stopped() {
+    for pg in [PgStatus::Unresponsive, PgStatus::Refusing("no connection left".into())] {
+        let mut silent = world().leaderless();
+        (silent.pg, silent.memory.was_primary) = (pg, true);
+        assert_eq!(silent.decide().action, Action::Demote(DemoteMode::LostKey));
+        let mut paused = silent.clone();
+        paused.view().settings.pause = true;
+        assert_eq!(paused.decide().action, Action::Wait);
+        silent.memory.was_primary = false;
+        assert_eq!(silent.decide().action, Action::Wait, "a standby");
+    }
+}
+
+#[test]
 fn who_has_heard_of_a_later_timeline_leads_only_if_an_operator_says_so() {
     let mut overtaken = world().leaderless();
     overtaken.pg = standby(1000);
