@@ -486,7 +486,7 @@ fn restored(value: &[u8]) -> Result<RestoreRecord, Malformed> {
         i64::try_from(number(map, field)?).map(Revision).map_err(|error| error.to_string())
     };
     let before = match map.get("sync") {
-        None => None,
+        None | Some(Value::Null) => None,
         Some(Value::Object(before)) => Some(SyncState { revision: revision(before, "revision")?, ..sync_of(before)? }),
         Some(_) => return Err("sync is not an object".to_owned()),
     };

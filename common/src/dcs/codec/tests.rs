@@ -138,6 +138,21 @@ fn what_was_good_stays_in_force() {
 }
 
 #[test]
+fn a_restore_is_read_as_it_was_written_with_or_without_a_list() {
+    let read = |value: &str| view(&paths(), &one("restored", value.as_bytes(), 9), None);
+    let list =
+        SyncState { leader: Some("a".into()), standbys: vec!["b".to_owned()], quorum: 1, revision: Revision(8150) };
+    for sync in [None, Some(list), Some(SyncState { revision: Revision(3), ..SyncState::default() })] {
+        let record = RestoreRecord { count: 2, since: Revision(4711), sync };
+        assert_eq!(read(&encode_restored(&record).to_string()).restored, record);
+    }
+    assert_eq!(read(r#"{"count":1,"since":7,"sync":null}"#).restored.sync, None);
+    for broken in [r#"{"count":1}"#, r#"{"count":1,"since":7,"sync":"a"}"#, r#"{"count":1,"since":7,"sync":{}}"#] {
+        assert_eq!(read(broken).malformed.len(), 1, "{broken}");
+    }
+}
+
+#[test]
 fn a_mistyped_setting_stays_as_it_was() {
     let read = |value: Value, revision, before: &ClusterView| {
         view(&paths(), &one("config", value.to_string().as_bytes(), revision), Some(before))
