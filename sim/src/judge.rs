@@ -217,9 +217,13 @@ impl Judge {
         self.timeline = self.timeline.max(timeline);
     }
 
-    /// The store is as it was once, and knows no newer timelines than then.
-    pub fn restored(&mut self) {
+    /// The store is as it was once, and knows no newer timelines than then. Nor does anybody know of those that nobody is on whose
+    /// agent is awake (`there`): the documentation says to stop whoever stood still before a store is restored.
+    pub fn restored(&mut self, there: &[Wal]) {
         self.timeline = 0;
+        let known = there.iter().map(|wal| wal.timeline().0).max().unwrap_or_default();
+        self.begun.retain(|timeline, _| *timeline <= known);
+        self.acked.retain(|_, acked| self.timeline_of.get(&acked.reign).is_none_or(|timeline| *timeline <= known));
     }
 
     /// Every acknowledged write is in this WAL.

@@ -228,7 +228,14 @@ impl World {
                     self.stage.judge(|judge, now| judge.revoked(now, host, Loss::Restore));
                 }
                 self.stage.store().restore(&backup);
-                self.stage.judge(|judge, _| judge.restored());
+                let awake = |host: &usize| {
+                    let agent = self.hosts.lock()[*host].agent.as_ref().map(|agent| agent.process);
+                    agent.is_some_and(|process| self.stage.executor().is_awake(process))
+                };
+                let awake = (0..self.scenario.nodes.len()).filter(awake);
+                let wal = |host| self.stage.server(host, |server| server.data.as_ref().map(|data| data.wal.clone()));
+                let there: Vec<_> = awake.filter_map(wal).collect();
+                self.stage.judge(|judge, _| judge.restored(&there));
                 self.dcs_down.lock().1 -= 1;
                 self.refresh_links();
             }
