@@ -16,8 +16,10 @@ use trunkline_config::{Local, Secret, tags};
 /// What a member said of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerStatus {
-    /// Whether its PostgreSQL is in recovery, and not about to be promoted.
+    /// Whether its PostgreSQL is in recovery.
     pub in_recovery: bool,
+    /// It has the leader key as far as it knows, and may be about to be promoted.
+    pub holds_key: bool,
     /// max(received, replayed) of a standby; 0 of a primary.
     pub lsn: Lsn,
     /// Its timeline, where it knows.
@@ -69,15 +71,17 @@ impl PeerStatus {
         let present = |field: &str| document.get(field).filter(|value| tags::truthy(value));
         let holds_key = present(HOLDS_LEADER_KEY).is_some();
         let positions = present("wal").or_else(|| document.get("xlog")).and_then(Value::as_object);
+        let has_positions = positions.is_some();
         let positions = positions.cloned().or_else(|| holds_key.then(Map::new))?;
         let position = |field: &str| positions.get(field).and_then(lenient_u64).unwrap_or(0);
         let says_primary = matches!(document.get("role").and_then(Value::as_str), Some("primary" | "master"));
-        let in_recovery = position("location") == 0 && !says_primary && !holds_key;
+        let in_recovery = position("location") == 0 && !says_primary && has_positions;
         let lsn = if in_recovery { position("received_location").max(position("replayed_location")) } else { 0 };
         let timeline = document.get("timeline").and_then(lenient_u64).and_then(|n| u32::try_from(n).ok());
         let tags = document.get("tags").and_then(Value::as_object);
         Some(Self {
             in_recovery,
+            holds_key,
             lsn: Lsn(lsn),
             timeline: timeline.filter(|timeline| *timeline > 0).map(TimelineId),
             failover_priority: tags.map_or(1, tags::failover_priority),
@@ -337,6 +341,7 @@ mod tests {
             "xlog": {"received_location": 50, "replayed_location": 40}, "tags": {"az": "b", "failover_priority": "3"}});
         let expected = PeerStatus {
             in_recovery: true,
+            holds_key: false,
             lsn: Lsn(50),
             timeline: Some(TimelineId(2)),
             failover_priority: 3,
@@ -368,7 +373,6 @@ mod tests {
             json!({"role": "primary", "xlog": {"location": 90}}),
             json!({"role": "master", "xlog": {"location": 0}}),
             json!({"role": "replica", "xlog": {"location": 90}}),
-            json!({"role": "replica", "xlog": {"received_location": 90}, HOLDS_LEADER_KEY: true}),
             json!({"role": "primary", "state": "unknown", HOLDS_LEADER_KEY: true}),
         ] {
             let status = PeerStatus::parse(&document).unwrap();

@@ -38,8 +38,12 @@ pub fn may_race(s: &Situation, view: &ClusterView) -> Verdict {
         (Verdict::Race(_), None) if !gone.is_empty() => Verdict::Ask(gone),
         (Verdict::Race(why), Some(peers)) => {
             let primary = |name: &&MemberName| answer(peers, name).is_some_and(|peer| !peer.in_recovery);
-            match gone.keys().find(primary) {
-                Some(name) => Verdict::Yield(still_primary(name)),
+            let holds_key = |name: &&MemberName| answer(peers, name).is_some_and(|peer| peer.holds_key);
+            if let Some(name) = gone.keys().find(primary) {
+                return Verdict::Yield(still_primary(name));
+            }
+            match peers.keys().find(holds_key) {
+                Some(name) => Verdict::Yield(format!("{name} has the leader key, as far as it knows")),
                 None => Verdict::Race(why),
             }
         }

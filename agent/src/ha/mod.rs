@@ -388,7 +388,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
             self.hear_timelines(&heard);
             answers = Some(heard);
         };
-        self.beside_a_primary = answers.iter().flat_map(BTreeMap::values).flatten().any(|peer| !peer.in_recovery);
+        self.beside_a_primary =
+            answers.iter().flat_map(BTreeMap::values).flatten().any(|peer| !peer.in_recovery || peer.holds_key);
         if self.note(decision.action.label(), &decision.reason) {
             info!("{}", decision.reason);
         } else {

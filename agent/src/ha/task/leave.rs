@@ -170,6 +170,7 @@ mod tests {
             let timeline = Some(TimelineId(1));
             Some(PeerStatus {
                 in_recovery: true,
+                holds_key: false,
                 lsn: Lsn(lsn),
                 timeline,
                 failover_priority,

@@ -130,6 +130,7 @@ fn stopped(state: ControlState, standby: bool) -> PgStatus {
 fn peer(lsn: u64) -> Option<PeerStatus> {
     Some(PeerStatus {
         in_recovery: true,
+        holds_key: false,
         lsn: Lsn(lsn),
         timeline: Some(TimelineId(1)),
         failover_priority: 1,

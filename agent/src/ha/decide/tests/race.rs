@@ -232,6 +232,15 @@ fn the_holder_of_the_key_promotes_and_nobody_else() {
 }
 
 #[test]
+fn nobody_races_beside_a_member_that_has_the_key_as_far_as_it_knows() {
+    let holder = |lsn| peer(lsn).map(|peer| PeerStatus { holds_key: true, ..peer });
+    let behind = world().leaderless().answers(&[("a", None), ("c", holder(900))]).decide();
+    assert_eq!((behind.action, &*behind.reason), (Action::Abstain, "c has the leader key, as far as it knows"));
+    let ahead = world().leaderless().answers(&[("a", None), ("c", holder(2000))]).decide();
+    assert!(ahead.reason.starts_with("Wal position of c is ahead of my wal position"), "{}", ahead.reason);
+}
+
+#[test]
 fn a_silent_primary_without_the_key_is_stopped() {
     for pg in [PgStatus::Unresponsive, PgStatus::Refusing("no connection left".into())] {
         let mut silent = world().leaderless();
