@@ -395,13 +395,15 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
 }
 
 /// Who may run as primary although its keys are gone from the DCS (name → `api_url`): the leader as it was last seen, whose lease
-/// may have been revoked before its time, and who is on the failsafe key. For as long as a lease may last; whoever does not
+/// may have been revoked before its time, the one that `sync` names, which this node may not have seen lead, and who is on the failsafe key. For as long as a lease may last; whoever does not
 /// answer, or does not run as primary, is not waited for.
 fn gone(s: &Situation, view: &ClusterView) -> BTreeMap<MemberName, String> {
     if s.memory.leaderless_since.is_none_or(|since| s.now.since(since) >= view.settings.ttl) {
         return BTreeMap::new();
     }
-    let known = view.failsafe.iter().flatten().chain(s.memory.former_leader.as_ref().map(|(name, url)| (name, url)));
+    let former = s.memory.former_leader.as_ref().map(|(name, url)| (name, url));
+    let named = view.sync.leader.as_ref().and_then(|leader| s.memory.apis.get_key_value(leader));
+    let known = view.failsafe.iter().flatten().chain(former).chain(named);
     let gone = known.filter(|(name, _)| **name != s.me.name && !view.members.contains_key(*name));
     gone.map(|(name, url)| (name.clone(), url.clone())).collect()
 }

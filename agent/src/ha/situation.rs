@@ -144,6 +144,8 @@ pub struct Memory {
     pub dry_since: Option<Instant>,
     /// The leader that was seen last, and its `api_url`.
     pub former_leader: Option<(MemberName, String)>,
+    /// Where the REST APIs of members are, also of those that are gone from the DCS.
+    pub apis: BTreeMap<MemberName, String>,
     /// Since when nobody leads, as far as this node has seen.
     pub leaderless_since: Option<Instant>,
     /// Our position, and since when it has been the same.

@@ -73,6 +73,14 @@ fn nobody_races_beside_a_leader_whose_lease_was_revoked_and_that_does_not_know_y
     assert_eq!(answered(&world, peer(2000)).action, Action::Acquire(None), "it has no key to lead with");
     assert_eq!(answered(&world, None).action, Action::Acquire(None), "its host is gone");
 
+    // One that led unseen: the sync key names it.
+    let mut unseen = world.clone();
+    unseen.memory.former_leader = None;
+    unseen.view().sync.leader = Some("a".into());
+    assert_eq!(asks(&unseen), "c", "nobody knows where it is");
+    unseen.memory.apis.insert("a".into(), url("a"));
+    assert_eq!(asks(&unseen), "a c");
+
     // Also where nobody else is in question: an operator has said who is to lead, or there is nobody else.
     for mut alone in [world.clone().requested(Some("a"), Some("b")), world.clone()] {
         alone.view().members.retain(|name, _| *name == "b".into());
