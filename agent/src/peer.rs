@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use parking_lot::RwLock;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use trunkline_common::tls::{self, TlsError, Verify};
 use trunkline_common::{Lsn, MemberName, TimelineId};
 use trunkline_config::local::Ctl;
@@ -71,11 +71,13 @@ impl PeerStatus {
         let present = |field: &str| document.get(field).filter(|value| tags::truthy(value));
         let holds_key = present(HOLDS_LEADER_KEY).is_some();
         let positions = present("wal").or_else(|| document.get("xlog")).and_then(Value::as_object);
-        let has_positions = positions.is_some();
-        let positions = positions.cloned().or_else(|| holds_key.then(Map::new))?;
-        let position = |field: &str| positions.get(field).and_then(lenient_u64).unwrap_or(0);
+        if positions.is_none() && !holds_key {
+            return None;
+        }
+        let said = |field: &str| positions.and_then(|positions| positions.get(field));
+        let position = |field: &str| said(field).and_then(lenient_u64).unwrap_or(0);
         let says_primary = matches!(document.get("role").and_then(Value::as_str), Some("primary" | "master"));
-        let in_recovery = position("location") == 0 && !says_primary && has_positions;
+        let in_recovery = position("location") == 0 && !says_primary && positions.is_some();
         let lsn = if in_recovery { position("received_location").max(position("replayed_location")) } else { 0 };
         let timeline = document.get("timeline").and_then(lenient_u64).and_then(|n| u32::try_from(n).ok());
         let tags = document.get("tags").and_then(Value::as_object);
@@ -86,7 +88,7 @@ impl PeerStatus {
             timeline: timeline.filter(|timeline| *timeline > 0).map(TimelineId),
             failover_priority: tags.map_or(1, tags::failover_priority),
             watchdog_failed: present("watchdog_failed").is_some(),
-            reads_own_wal: positions.get(READS_OWN_WAL).is_some_and(tags::truthy),
+            reads_own_wal: said(READS_OWN_WAL).is_some_and(tags::truthy),
         })
     }
 }

@@ -395,8 +395,8 @@ fn electorate(s: &Situation, view: &ClusterView, synchronous: bool) -> BTreeMap<
 }
 
 /// Who may run as primary although its keys are gone from the DCS (name → `api_url`): the leader as it was last seen, whose lease
-/// may have been revoked before its time, the one that `sync` names, which this node may not have seen lead, and who is on the failsafe key. For as long as a lease may last; whoever does not
-/// answer, or does not run as primary, is not waited for.
+/// may have been revoked before its time, the one that `sync` names, which this node may not have seen lead, and who is on the
+/// failsafe key. For as long as a lease may last; whoever does not answer, or does not run as primary, is not waited for.
 fn gone(s: &Situation, view: &ClusterView) -> BTreeMap<MemberName, String> {
     if s.memory.leaderless_since.is_none_or(|since| s.now.since(since) >= view.settings.ttl) {
         return BTreeMap::new();
