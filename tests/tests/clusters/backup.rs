@@ -120,7 +120,7 @@ async fn pgbackrest_archives_makes_replicas_and_a_cluster_as_it_was_at_a_moment(
     .await?;
 
     // A mistake, and a new cluster as it was before.
-    target.execute("SELECT pg_create_restore_point('before')", LIMIT).await?;
+    let before = target.query_one("SELECT clock_timestamp()", LIMIT).await?;
     let wal = target.query_one("SELECT pg_walfile_name(pg_current_wal_lsn())", LIMIT).await?;
     target.execute("DELETE FROM t", LIMIT).await?;
     target.execute("SELECT pg_switch_wal()", LIMIT).await?;
@@ -130,7 +130,7 @@ async fn pgbackrest_archives_makes_replicas_and_a_cluster_as_it_was_at_a_moment(
         Ok(())
     })
     .await?;
-    let restored = restored(&lab, &etcd, spec, &repository).await?;
+    let restored = restored(&lab, &etcd, spec, &repository, &before).await?;
     for target in restored.targets() {
         ensure!(target.query_one("SELECT count(*) FROM t", LIMIT).await? == "1", "the row is not there");
     }
@@ -139,14 +139,14 @@ async fn pgbackrest_archives_makes_replicas_and_a_cluster_as_it_was_at_a_moment(
     Ok(())
 }
 
-/// Another cluster, made from the repository as it was at the restore point `before`.
-async fn restored(lab: &Lab, etcd: &Etcd, spec: Spec, repository: &Repository) -> Result<Cluster> {
+/// Another cluster, made from the repository as it was at that time.
+async fn restored(lab: &Lab, etcd: &Etcd, spec: Spec, repository: &Repository, time: &str) -> Result<Cluster> {
     let mut spec = Spec { scope: "restored".to_owned(), prefix: "restored".to_owned(), ..spec };
     spec.dcs["postgresql"] = json!({ "parameters": { "archive_mode": "off" } });
     let mut cluster = Cluster::prepare(lab, &etcd.endpoints(), spec)?;
     configure(&mut cluster, |cluster, node, config| {
         let pgbackrest = repository.for_node(cluster, node)?;
-        let command = format!("{pgbackrest} --type=name --target=before --target-action=promote restore");
+        let command = format!("{pgbackrest} --type=time \"--target={time}\" --target-action=promote restore");
         config["bootstrap"]["method"] = json!("pgbackrest");
         config["bootstrap"]["pgbackrest"] =
             json!({ "command": command, "keep_existing_recovery_conf": true, "no_params": true });
@@ -158,7 +158,7 @@ async fn restored(lab: &Lab, etcd: &Etcd, spec: Spec, repository: &Repository) -
     cluster.settled(LIMIT).await?;
     let log = (0..2).map(|node| cluster.nodes[node].log()).collect::<Result<String>>()?;
     ensure!(log.contains("running custom bootstrap script: pgbackrest"), "{log}");
-    ensure!(log.contains("recovery stopping at restore point \"before\""), "{log}");
+    ensure!(log.contains("recovery stopping before commit of transaction"), "{log}");
     ensure!(log.contains("pg_basebackup from"), "the second one follows the first: {log}");
     Ok(cluster)
 }
