@@ -94,7 +94,7 @@ fn main() -> ExitCode {
     // Two threads: one may be busy with a small file while the other renews the lease.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let ended = runtime.context("the runtime could not be started").and_then(|runtime| {
-        let ended = runtime.block_on(run(args.config.clone(), env, local, log.clone()));
+        let ended = runtime.block_on(Box::pin(run(args.config.clone(), env, local, log.clone())));
         runtime.shutdown_timeout(Duration::from_secs(1));
         ended
     });
@@ -269,7 +269,7 @@ async fn run(path: Option<PathBuf>, env: Env, local: Local, log: Arc<Telemetry>)
     let (keeper_stop, keeper_stopped) = watch::channel(false);
     let (ha_stop, ha_stopped) = watch::channel(false);
     tokio::spawn(obey(signals, ha_stop, commands));
-    let exit = Ha::new(parts, keeper_stopped).run(ha_stopped).await;
+    let exit = Box::pin(Ha::new(parts, keeper_stopped).run(ha_stopped)).await;
     keeper_stop.send_replace(true);
     stop.send_replace(true);
     guard.end();

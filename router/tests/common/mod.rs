@@ -258,7 +258,7 @@ pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
 
 /// Writes until nothing is taken any more: the other end does not read. Says how much that was.
 pub async fn fills(stream: &mut (impl AsyncWrite + Unpin)) -> usize {
-    let bytes = [7; 64 << 10];
+    let bytes = vec![7; 64 << 10];
     let mut sent = 0;
     while let Ok(written) = tokio::time::timeout(Duration::from_millis(500), stream.write(&bytes)).await {
         sent += written.unwrap();

@@ -308,7 +308,7 @@ impl World {
         let keeper = Arc::new(keeper);
         let (ending, supervisor) = (keeper.clone(), self.clone());
         clock.spawn(async move {
-            let exit = Ha::new(parts, keeper_stopped).run(stopped).await;
+            let exit = Box::pin(Ha::new(parts, keeper_stopped).run(stopped)).await;
             ending.send_replace(true);
             tracing::info!("the agent has ended: {exit:?}");
             supervisor.stage.trouble(&[Some(host)], true);

@@ -115,14 +115,16 @@ impl<C: Clock> Endpoints<C> {
         let first = self.preferred.load(Ordering::Relaxed);
         let mut maybe_done = false;
         let mut trouble = String::new();
-        for attempt in 0.. {
+        for turn in 0.. {
             let left = deadline.since(self.clock.now());
             if left.is_zero() {
                 break;
             }
-            let index = (first + attempt) % all.len();
+            let index = (first + turn) % all.len();
             let endpoint = &all[index];
-            let failure = match endpoint.attempt(&self.clock, left.min(share), &work).await {
+            // On the heap: whoever asks the store would have to make room for a client that connects and logs in.
+            let attempt = Box::pin(endpoint.attempt(&self.clock, left.min(share), &work));
+            let failure = match attempt.await {
                 Ok(answer) => {
                     self.preferred.store(index, Ordering::Relaxed);
                     return Ok(answer);
@@ -144,7 +146,7 @@ impl<C: Clock> Endpoints<C> {
             if maybe_done && resend == Resend::IfNotSent {
                 break;
             }
-            if (attempt + 1) % all.len() == 0 {
+            if (turn + 1) % all.len() == 0 {
                 self.clock.sleep(PAUSE.min(deadline.since(self.clock.now()))).await;
             }
         }
