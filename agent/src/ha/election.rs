@@ -401,9 +401,9 @@ fn gone(s: &Situation, view: &ClusterView) -> BTreeMap<MemberName, String> {
     if s.memory.leaderless_since.is_none_or(|since| s.now.since(since) >= view.settings.ttl) {
         return BTreeMap::new();
     }
-    let former = s.memory.former_leader.as_ref().map(|(name, url)| (name, url));
-    let named = view.sync.leader.as_ref().and_then(|leader| s.memory.apis.get_key_value(leader));
-    let known = view.failsafe.iter().flatten().chain(former).chain(named);
+    let leaders = s.memory.former_leader.iter().chain(&view.sync.leader);
+    let seen = leaders.filter_map(|leader| s.memory.apis.get_key_value(leader));
+    let known = view.failsafe.iter().flatten().chain(seen);
     let gone = known.filter(|(name, _)| **name != s.me.name && !view.members.contains_key(*name));
     gone.map(|(name, url)| (name.clone(), url.clone())).collect()
 }

@@ -39,8 +39,8 @@ impl<D: Dcs, P: Postgres, C: Clock, R: Peers> Ha<D, P, C, R> {
                 self.memory.divergence = DivergenceState::Check;
             }
         }
-        if let Some((leader, url)) = view.leader.as_ref().zip(view.leader_member().and_then(|m| m.api_url.as_ref())) {
-            self.memory.former_leader = Some((leader.name.clone(), url.clone()));
+        if let Some(leader) = &view.leader {
+            self.memory.former_leader = Some(leader.name.clone());
         }
         let apis = view.members.iter().filter_map(|(name, member)| Some((name.clone(), member.api_url.clone()?)));
         self.memory.apis.extend(apis);

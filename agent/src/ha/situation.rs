@@ -142,9 +142,9 @@ pub struct Memory {
     pub down_since: Option<Instant>,
     /// Since when it is a running standby that does not stream.
     pub dry_since: Option<Instant>,
-    /// The leader that was seen last, and its `api_url`.
-    pub former_leader: Option<(MemberName, String)>,
-    /// Where the REST APIs of members are, also of those that are gone from the DCS.
+    /// The leader that was seen last.
+    pub former_leader: Option<MemberName>,
+    /// Where the REST API of each member is that was ever seen, also of those that are gone from the DCS.
     pub apis: BTreeMap<MemberName, String>,
     /// Since when nobody leads, as far as this node has seen.
     pub leaderless_since: Option<Instant>,

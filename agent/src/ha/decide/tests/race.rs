@@ -58,7 +58,8 @@ fn another_running_primary_stops_the_race() {
 fn nobody_races_beside_a_leader_whose_lease_was_revoked_and_that_does_not_know_yet() {
     let url = |name: &str| format!("http://{name}:8008/patroni");
     let mut world = world().leaderless();
-    world.memory.former_leader = Some(("a".into(), url("a")));
+    world.memory.former_leader = Some("a".into());
+    world.memory.apis.insert("a".into(), url("a"));
     world.memory.leaderless_since = Some(NOW);
     let asks = |world: &World| match world.decide().action {
         Action::Ask(members) => members.keys().map(|name| name.as_str()).collect::<Vec<_>>().join(" "),
@@ -77,9 +78,9 @@ fn nobody_races_beside_a_leader_whose_lease_was_revoked_and_that_does_not_know_y
     let mut unseen = world.clone();
     unseen.memory.former_leader = None;
     unseen.view().sync.leader = Some("a".into());
-    assert_eq!(asks(&unseen), "c", "nobody knows where it is");
-    unseen.memory.apis.insert("a".into(), url("a"));
     assert_eq!(asks(&unseen), "a c");
+    unseen.memory.apis.clear();
+    assert_eq!(asks(&unseen), "c", "nobody knows where it is");
 
     // Also where nobody else is in question: an operator has said who is to lead, or there is nobody else.
     for mut alone in [world.clone().requested(Some("a"), Some("b")), world.clone()] {
