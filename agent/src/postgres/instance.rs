@@ -201,8 +201,9 @@ impl Instance {
         }
     }
 
-    /// A new data directory has nothing managed in it yet, whatever the files copied into it say.
+    /// A new data directory has nothing managed in it yet, whatever the files copied into it say, and nothing is fetched for it.
     pub(super) fn reset_managed(&self) {
+        self.stop_fetching_wal();
         *self.inner.managed.lock() = Managed { role: "replica", ..Managed::default() };
     }
 

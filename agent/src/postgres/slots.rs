@@ -261,9 +261,7 @@ impl Instance {
         standby: Option<Lsn>,
     ) -> Result<Vec<String>, PgError> {
         let Some(replayed) = standby else {
-            if let Some(fetching) = self.inner.decoding.lock().fetching.take() {
-                fetching.abort();
-            }
+            self.stop_fetching_wal();
             return self.in_pool(|instance| instance.forget_fetched_wal().map(|()| Vec::new())).await;
         };
         let logical = |name: &String, slot: &Slot| slot.kind != SlotKind::Physical && plan.wanted.contains_key(name);

@@ -137,6 +137,12 @@ impl Instance {
         }
     }
 
+    pub(in crate::postgres) fn stop_fetching_wal(&self) {
+        if let Some(fetching) = self.inner.decoding.lock().fetching.take() {
+            fetching.abort();
+        }
+    }
+
     /// What this standby has replayed, once that is up to `position`, or after a while: replication is always a moment behind.
     async fn catch_up(&self, position: Lsn) -> Result<Option<Lsn>, PgError> {
         let (session, begun) = (self.session(LIMIT).await?, self.inner.clock.now());
